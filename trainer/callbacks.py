@@ -1,0 +1,308 @@
+"""What happens beside the training steps: TensorBoard, the watchdog, the progress bar, checkpoint seals, signals."""
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SparseEncoder
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from trainer.checkpoints import seal
+from trainer.device import peak_memory_gib
+from trainer.sparsity import BatchStatistics
+
+PROBES = (
+    "Hvor høyt er Galdhøpiggen, Norges høyeste fjell?",
+    "Søknad om barnehageplass sendes til kommunen.",
+    "Hvornår blev Storebæltsbroen åbnet for trafik?",
+    "Et nyt pas bestilles hos borgerservice i kommunen.",
+    "Vilken är Sveriges största sjö?",
+    "Älgjakten börjar i september i norra Sverige.",
+)
+
+
+class Throughput:
+    """Rows and tokens that went through the model: in the current interval, and in all."""
+
+    def __init__(self):
+        self.total_rows = self.total_tokens = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Count what was seen towards the totals, and start a new interval."""
+        self.settle()
+        self.start = time.perf_counter()
+
+    def settle(self) -> None:
+        """Count what was seen towards the totals."""
+        self.total_rows += getattr(self, "rows", 0)
+        self.total_tokens += sum(int(count) for count in getattr(self, "tokens", ()))
+        self.rows, self.tokens = 0, []
+
+    def add(self, features: list[dict[str, torch.Tensor]]) -> None:
+        """The columns of one batch, with their attention masks [rows, length]."""
+        self.rows += len(features[0]["attention_mask"])
+        # the sums stay on the device: reading them here would wait for the GPU at every step
+        self.tokens += [column["attention_mask"].sum() for column in features]
+
+    def read(self) -> dict[str, float]:
+        """Rows (samples) and tokens per second of the current interval."""
+        seconds = time.perf_counter() - self.start
+        tokens = sum(int(count) for count in self.tokens)
+        return {"samples_per_second": self.rows / seconds, "tokens_per_second": tokens / seconds}
+
+
+class TensorBoardLog(TrainerCallback):
+    """Writes every scalar to TensorBoard, and the top terms of fixed probe sentences as text."""
+
+    def __init__(self, folder: Path, statistics: BatchStatistics, throughput: Throughput, device: str, probes: int):
+        self.folder, self.statistics, self.throughput, self.device = folder, statistics, throughput, device
+        self.probes = PROBES[:probes]
+        self.writer: SummaryWriter | None = None
+
+    def _open(self, state: TrainerState) -> SummaryWriter | None:
+        if self.writer is None and state.is_world_process_zero:
+            # a resumed run writes steps again that an earlier one wrote after its last checkpoint: drop those
+            self.writer = SummaryWriter(str(self.folder), purge_step=state.global_step or None)
+        return self.writer
+
+    def on_train_begin(self, args, state: TrainerState, control, **kwargs) -> None:
+        """Start the clock."""
+        self._open(state)
+        self.throughput.restart()
+
+    def on_log(self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
+        """One line of scalars: losses, learning rates, sparsity, speed, memory."""
+        writer = self._open(state)
+        if writer is None or not logs:
+            return
+        if any(key.startswith("eval_") for key in logs):
+            self._scalars("eval", {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}, state)
+            return
+        if "loss" not in logs:
+            return
+        names = {"loss": "loss/total", "grad_norm": "optimizer/gradient_norm", "epoch": "progress/epoch"}
+        for key, value in logs.items():
+            if key.endswith("_weight"):
+                name = f"regularizer/{key}"
+            else:
+                name = names.get(key, f"loss/{key}" if "loss" in key else None)
+            if name:
+                writer.add_scalar(name, value, state.global_step)
+        for name, rate in learning_rates(kwargs["optimizer"], kwargs["model"]).items():
+            writer.add_scalar(f"optimizer/learning_rate_{name}", rate, state.global_step)
+        for route, values in self.statistics.summary().items():
+            kept = {k: v for k, v in values.items() if k not in ("busiest_dim", "active_share")}
+            self._scalars("sparsity" if route == "both" else f"sparsity/{route}", kept, state)
+        self._scalars("speed", self.throughput.read(), state)
+        self._scalars("memory", {"peak (GiB)": peak_memory_gib(self.device)}, state)
+        self.statistics.reset()
+        self.throughput.restart()
+
+    def _scalars(self, group: str, values: dict[str, float], state: TrainerState) -> None:
+        for key, value in values.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(f"{group}/{key}", value, state.global_step)
+
+    def on_evaluate(self, args, state: TrainerState, control, model: SparseEncoder | None = None, **kwargs) -> None:
+        """Top terms of the probe sentences; time spent evaluating does not count as training time."""
+        writer = self._open(state)
+        text = top_terms(model, self.probes) if writer and self.probes else None
+        if text is not None:
+            writer.add_text("top terms", text, state.global_step)
+        self.throughput.restart()
+
+    def on_train_end(self, args, state: TrainerState, control, **kwargs) -> None:
+        """Close the file."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def learning_rates(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, float]:
+    """The current rate of the query weights ('query') and of everything else ('model')."""
+    query = {id(p) for name, p in model.named_parameters() if name.endswith("query.0.weight")}
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    rates = {}
+    for group in optimizer.param_groups:
+        if group["params"]:
+            rates["query" if all(id(p) in query for p in group["params"]) else "model"] = group["lr"]
+    return rates
+
+
+def top_terms(model: SparseEncoder, texts: tuple[str, ...], count: int = 12) -> str | None:
+    """A Markdown table of the heaviest terms of each text as a document; None when dimensions are not words (CSR)."""
+    vectors = model.encode_document(list(texts), show_progress_bar=False)
+    if vectors.shape[1] != len(model.tokenizer):
+        return None
+    lines = ["| text | active dims | top terms |", "|---|---|---|"]
+    for text, terms, row in zip(texts, model.decode(vectors, top_k=count), vectors, strict=True):
+        words = ", ".join(f"{term} {weight:.2f}" for term, weight in terms)
+        lines.append(f"| {text} | {int((row.to_dense() > 0).sum())} | {words.replace('|', '&#124;')} |")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One sign of collapse: when it shows, and what to say."""
+
+    name: str
+    shows: Callable[[dict[str, dict[str, float]]], bool]
+    message: str
+
+
+SIGNS = (
+    Sign(
+        "dense documents",
+        lambda s: s["document"]["active_share"] > 0.2,
+        "documents are dense: {document[active_dims_mean]:.0f} active dims on average, {document[active_share]:.0%} of "
+        "the vocabulary. Raise loss.document_regularizer_weight",
+    ),
+    Sign(
+        "empty queries",
+        lambda s: s["query"]["active_dims_min"] == 0,
+        "a query has zero active dims, so it finds nothing. Lower loss.query_regularizer_weight, or look for queries "
+        "of unknown words only",
+    ),
+    Sign(
+        "a dim in every document",
+        lambda s: s["document"]["busiest_dim_share"] > 0.95,
+        "dimension {document[busiest_dim]} is active in {document[busiest_dim_share]:.0%} of the documents, so it "
+        "tells nothing apart. Raise loss.document_regularizer_weight",
+    ),
+    Sign(
+        "documents alike",
+        lambda s: s["both"]["document_cosine_mean"] > 0.9,
+        "documents look alike: their mean cosine is {both[document_cosine_mean]:.2f}. Lower the learning rate",
+    ),
+)
+
+
+class Watchdog(TrainerCallback):
+    """Warns of collapse, naming the step. Runs before TensorBoardLog, which resets the statistics.
+
+    Dense documents are normal while the regulariser's weight is warmed up (the library's quadratic schedule over the
+    first third of training), so the watchdog looks from then on.
+    """
+
+    WATCH_FROM = 1 / 3
+
+    def __init__(self, statistics: BatchStatistics, say: Callable[[str], None]):
+        self.statistics, self.say = statistics, say
+        self.warnings: list[dict[str, Any]] = []
+
+    def on_log(self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
+        """Look at what was seen since the last log."""
+        if not logs or "loss" not in logs or state.global_step < self.WATCH_FROM * state.max_steps:
+            return
+        summary = self.statistics.summary()
+        for sign in SIGNS if summary else ():
+            if not sign.shows(summary):
+                continue
+            known = next((w for w in self.warnings if w["sign"] == sign.name), None)
+            if known:
+                known["last_step"] = state.global_step
+                continue
+            message = sign.message.format(**summary)
+            self.warnings.append(
+                {"sign": sign.name, "step": state.global_step, "last_step": state.global_step, "message": message}
+            )
+            self.say(f"Warning: step {state.global_step}: {message}")
+
+
+class ProgressBar(ProgressCallback):
+    """The progress bar with the loss behind it; no printed dictionary per log line, no bar per evaluation."""
+
+    def on_prediction_step(self, *args, **kwargs) -> None:
+        """No bar of its own for an evaluation."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Show the loss."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
+
+
+class ProgressLines(TrainerCallback):
+    """A line now and then, where nobody sees a bar move: log files, containers, CI."""
+
+    SECONDS = 10.0
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.last, self.loss = say, 0.0, float("nan")
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Start the clock."""
+        self.start = self.last = time.perf_counter()
+        self.first_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """A line if the last one is long ago, or training is at its end."""
+        now = time.perf_counter()
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        if now - self.last < self.SECONDS and state.global_step < state.max_steps:
+            return
+        self.last = now
+        left = (now - self.start) / max(state.global_step - self.first_step, 1) * (state.max_steps - state.global_step)
+        self.say(
+            f"step {state.global_step:,} of {state.max_steps:,}, loss {float(logs['loss']):.3f}, {left:.0f} s left"
+        )
+
+
+class CheckpointSeal(TrainerCallback):
+    """Marks a checkpoint as complete, after everything in it was written."""
+
+    def __init__(self, run_id: str):
+        self.run_id = run_id
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
+        """List the files and their sizes."""
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.run_id, state.global_step)
+
+
+class StopOnSignal(TrainerCallback):
+    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+        self._before: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Listen."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+
+    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Save and stop after the step in which the signal came."""
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Stop listening."""
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+class NonFiniteLoss(Exception):
+    """The loss became NaN or infinite; the weights of the step before are untouched."""
+
+    def __init__(self, step: int, value: float):
+        super().__init__(f"the loss became {'NaN' if math.isnan(value) else 'infinite'} at step {step}")
+        self.step = step

@@ -1,0 +1,173 @@
+"""Contradictions between keys that are each valid alone."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.config.schema import FROM_SCRATCH, Config
+from trainer.config.tree import Path_
+
+Finding = tuple[Path_, str]
+
+# Where a data set's texts are already called anchor, positive[, negative] only by the loader that knows it.
+FILE_PATTERNS = ("*", "?", "[", ".jsonl", ".json", ".parquet")
+
+
+def is_local(source: str) -> bool:
+    """Whether a source names files rather than a hub repository (owner/name)."""
+    return (
+        Path(source).exists()
+        or source.startswith((".", "/", "~"))
+        or source.endswith(FILE_PATTERNS)
+        or "*" in source
+        or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    )
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a full commit hash, which cannot move."""
+    return bool(revision and re.fullmatch(r"[0-9a-f]{40}", revision))
+
+
+def find_contradictions(config: Config) -> Iterator[Finding]:
+    """Every contradiction, as the path of the key to change and what to do."""
+    yield from _model(config)
+    yield from _training(config)
+    yield from _loss(config)
+    yield from _datasets(config)
+
+
+def _model(config: Config) -> Iterator[Finding]:
+    model = config.model
+    inference_free = model.architecture == "inference-free-splade"
+    if model.use_router is not None and model.use_router != inference_free:
+        yield (
+            ("model", "use_router"),
+            f"'model.use_router' is {str(model.use_router).lower()}, but architecture {model.architecture} "
+            f"{'needs' if inference_free else 'has no'} router. Remove the key or change the architecture.",
+        )
+    if model.trust_remote_code and not is_commit(model.revision) and not is_local(model.base_model):
+        yield (
+            ("model", "trust_remote_code"),
+            "'model.trust_remote_code' runs downloaded code, so 'model.revision' must be a full commit hash "
+            f"(40 hex digits), not {model.revision!r}",
+        )
+    if model.base_model != FROM_SCRATCH and not is_local(model.base_model) and model.revision is None:
+        yield ("model", "base_model"), f"the repository {model.base_model} needs 'model.revision' (a commit is best)"
+    if model.from_scratch and model.base_model != FROM_SCRATCH:
+        yield (
+            ("model", "from_scratch"),
+            f"'model.from_scratch' has no effect on base_model {model.base_model}. "
+            f"Remove it, or set base_model: {FROM_SCRATCH}.",
+        )
+    if model.from_scratch and model.from_scratch.hidden_size % model.from_scratch.num_attention_heads:
+        yield (
+            ("model", "from_scratch", "num_attention_heads"),
+            f"'model.from_scratch.hidden_size' ({model.from_scratch.hidden_size}) must be a multiple of "
+            f"num_attention_heads ({model.from_scratch.num_attention_heads})",
+        )
+    if model.from_scratch and config.training.max_seq_length > model.from_scratch.max_position_embeddings:
+        yield (
+            ("training", "max_seq_length"),
+            f"'training.max_seq_length' ({config.training.max_seq_length}) is more than "
+            f"model.from_scratch.max_position_embeddings ({model.from_scratch.max_position_embeddings})",
+        )
+    if model.architecture == "csr":
+        if 4 * model.csr_k > model.csr_hidden_dim:
+            yield (
+                ("model", "csr_k"),
+                f"'model.csr_k' ({model.csr_k}) may be at most a quarter of csr_hidden_dim ({model.csr_hidden_dim}): "
+                "the loss reconstructs from 4 × csr_k dimensions",
+            )
+        if model.csr_k_aux > model.csr_hidden_dim:
+            yield ("model", "csr_k_aux"), "'model.csr_k_aux' is more than csr_hidden_dim"
+    if model.freeze_static_embedding and not inference_free:
+        yield (
+            ("model", "freeze_static_embedding"),
+            f"'model.freeze_static_embedding' is for inference-free-splade; {model.architecture} has no static "
+            "embedding. Remove it.",
+        )
+
+
+def _training(config: Config) -> Iterator[Finding]:
+    training = config.training
+    if training.load_best_model_at_end and training.save_steps % training.eval_steps:
+        yield (
+            ("training", "save_steps"),
+            f"'training.save_steps' ({training.save_steps}) must be a multiple of eval_steps ({training.eval_steps}) "
+            "with load_best_model_at_end, or the best step has no checkpoint",
+        )
+    if training.query_learning_rate is not None:
+        if config.model.architecture != "inference-free-splade":
+            yield (
+                ("training", "query_learning_rate"),
+                "'training.query_learning_rate' is the rate of the static query weights of inference-free-splade; "
+                f"{config.model.architecture} has none. Remove it.",
+            )
+        elif config.model.freeze_static_embedding:
+            yield (
+                ("training", "query_learning_rate"),
+                "'training.query_learning_rate' has no effect with model.freeze_static_embedding. Remove one of them.",
+            )
+    if training.bf16 and training.fp16:
+        yield ("training", "fp16"), "'training.bf16' and 'training.fp16' exclude each other"
+    if training.dataloader_prefetch_factor and not training.dataloader_num_workers:
+        yield (
+            ("training", "dataloader_prefetch_factor"),
+            "'training.dataloader_prefetch_factor' needs training.dataloader_num_workers of at least 1",
+        )
+    if training.max_steps == 0 or training.max_steps < -1:
+        yield ("training", "max_steps"), "'training.max_steps' is a number of steps, or -1 for num_train_epochs"
+    if config.hardware.tf32 and config.hardware.device in ("cpu", "mps"):
+        yield ("hardware", "tf32"), f"'hardware.tf32' is for CUDA; device is {config.hardware.device}"
+    if training.fp16 and config.hardware.device in ("cpu", "mps"):
+        yield ("training", "fp16"), f"'training.fp16' is for CUDA; hardware.device is {config.hardware.device}"
+    if config.hub.push and not config.hub.repo:
+        yield ("hub", "push"), "'hub.push' needs 'hub.repo'"
+
+
+def _loss(config: Config) -> Iterator[Finding]:
+    loss, architecture = config.loss, config.model.architecture
+    expected = "csr" if architecture == "csr" else "splade"
+    if loss.type != expected:
+        yield ("loss", "type"), f"'loss.type' is {loss.type}, but architecture {architecture} needs {expected}"
+        return
+    if expected == "csr":
+        for key in ("document_regularizer_weight", "query_regularizer_weight", "cached"):
+            if getattr(loss, key):
+                yield (
+                    ("loss", key),
+                    f"'loss.{key}' is for SPLADE; a csr model is sparse by model.csr_k. Remove it.",
+                )
+        return
+    if not loss.document_regularizer_weight:
+        yield (
+            ("loss", "document_regularizer_weight"),
+            "'loss.document_regularizer_weight' must be more than 0, or documents stay dense",
+        )
+    if architecture == "splade" and not loss.query_regularizer_weight:
+        yield (
+            ("loss", "query_regularizer_weight"),
+            "'loss.query_regularizer_weight' must be more than 0 for splade, or queries stay dense "
+            "(0 is for inference-free-splade)",
+        )
+
+
+def _datasets(config: Config) -> Iterator[Finding]:
+    datasets = config.datasets
+    families = (datasets.nli, datasets.scandi_qa, datasets.ddsc, datasets.quickstart)
+    if not any(source and source.enabled for source in (*families, *datasets.local.values())):
+        yield ("datasets",), "no data set is enabled under 'datasets'"
+    for name, source in datasets.local.items():
+        path = ("datasets", name, "source")
+        if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+            yield ("datasets", name), f"the data set's name '{name}' may hold letters, digits and _ only"
+        if source.enabled and not is_local(source.source):
+            if source.revision is None:
+                yield path, f"the repository {source.source} needs 'datasets.{name}.revision' (a commit is best)"
+            if source.columns is None:
+                yield (
+                    path,
+                    f"the repository {source.source} needs 'datasets.{name}.columns' "
+                    "({anchor: …, positive: …, negative: …})",
+                )

@@ -1,0 +1,21 @@
+"""The one exception for mistakes a user can fix: one line, no traceback, exit code 2."""
+
+import difflib
+from collections.abc import Iterable
+
+import click
+
+
+class ConfigError(click.ClickException):
+    """A mistake the user can fix. The message says where, what, and what to do."""
+
+    exit_code = 2
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """' Did you mean …?' for the nearest of the known words, or the list of them where none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if near:
+        return f" Did you mean '{near[0]}'?"
+    return f" Known: {', '.join(known)}." if known else ""

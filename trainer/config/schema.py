@@ -1,0 +1,318 @@
+"""Every key a config may hold, with its type, its default and what it means. Nothing else is accepted."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+
+# The word `base_model` takes when there is no base model to start from.
+FROM_SCRATCH = "from-scratch"
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, strict about types, closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class FromScratchConfig(Section):
+    """A small BERT and its tokenizer, built from the training texts when `base_model: from-scratch`."""
+
+    vocab_size: Positive = 8000
+    """Entries of the WordPiece vocabulary, hence dimensions of every vector."""
+    hidden_size: Positive = 128
+    """Width of the transformer; a multiple of num_attention_heads."""
+    num_hidden_layers: Positive = 2
+    """Transformer layers."""
+    num_attention_heads: Positive = 2
+    """Attention heads per layer."""
+    intermediate_size: Positive = 512
+    """Width of the feed-forward layers."""
+    max_position_embeddings: Positive = 512
+    """Longest text in tokens that the model can read."""
+    init: Literal["lexical", "normal"] = "lexical"
+    """lexical: every token starts by activating itself, so the model begins as a word matcher; normal: BERT's random
+    weights."""
+
+
+class ModelConfig(Section):
+    """What is trained, and from which base model."""
+
+    base_model: str
+    """A Hugging Face repository, a local folder, or `from-scratch`."""
+    revision: str | None = None
+    """Commit, tag or branch of the repository. The commit it stands for is recorded in run.json and config.yaml."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the base model. Needs `revision` to be a full commit hash, or a local folder."""
+    architecture: Literal["inference-free-splade", "splade", "csr"]
+    """inference-free-splade: queries need no neural network; splade: both go through it; csr: sparse codes of a dense
+    model."""
+    use_router: bool | None = None
+    """Separate routes for queries and documents. Follows from the architecture; may be written to be explicit."""
+    pooling_strategy: Literal["max", "sum"] = "max"
+    """How SpladePooling combines the tokens of a text."""
+    activation_function: Literal["relu", "log1p_relu"] = "relu"
+    """relu: log(1 + relu(x)); log1p_relu: a second log1p, as in OpenSearch's models (arXiv 2504.14839)."""
+    query_init: Literal["ones", "idf"] = "idf"
+    """Start values of the query weights of inference-free-splade; idf is counted on the training documents."""
+    freeze_static_embedding: bool = False
+    """Keep the query weights of inference-free-splade at their start values."""
+    csr_k: Positive = 256
+    """csr: dimensions kept active per text."""
+    csr_k_aux: Count = 512
+    """csr: dead dimensions used in the auxiliary loss."""
+    csr_hidden_dim: Positive = 4096
+    """csr: dimensions of the sparse code."""
+    csr_train_base: bool = False
+    """csr: train the dense model too. By default only the autoencoder is trained."""
+    from_scratch: FromScratchConfig | None = None
+    """Size of the model that `base_model: from-scratch` builds."""
+
+
+class TrainingConfig(Section):
+    """Names of SparseEncoderTrainingArguments, so the library's documentation holds, plus query_learning_rate and
+    max_seq_length."""
+
+    num_train_epochs: Rate = 1.0
+    """Epochs; what ends one is said by datasets.epoch."""
+    max_steps: int = -1
+    """Optimizer steps; -1 means: as num_train_epochs says."""
+    per_device_train_batch_size: Positive = 16
+    """Rows per step and device. In-batch negatives grow with it."""
+    per_device_eval_batch_size: Positive = 16
+    """Texts per batch in evaluation."""
+    gradient_accumulation_steps: Positive = 1
+    """Batches per optimizer step."""
+    learning_rate: Rate = 2e-5
+    """Peak learning rate of everything but the query weights."""
+    query_learning_rate: Rate | None = None
+    """Peak learning rate of the static query weights of inference-free-splade, and of nothing else."""
+    max_seq_length: Positive = 256
+    """Tokens of a text that are read; the rest is cut off."""
+    warmup_steps: Weight = 0.1
+    """Steps of learning-rate warm-up; below 1 a share of all steps."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Shape of the learning rate after the warm-up."""
+    weight_decay: Weight = 0.01
+    """AdamW's weight decay."""
+    max_grad_norm: Weight = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them as they are."""
+    bf16: bool = False
+    """Train under bfloat16 autocast."""
+    fp16: bool = False
+    """Train under float16 autocast (CUDA only)."""
+    torch_compile: bool = False
+    """Compile the model (minutes of start-up, faster steps on CUDA)."""
+    dataloader_num_workers: Count = 0
+    """Processes that tokenise ahead of the model."""
+    dataloader_pin_memory: bool = False
+    """Page-locked memory for faster copies to a CUDA device."""
+    dataloader_prefetch_factor: Positive | None = None
+    """Batches each worker prepares ahead."""
+    eval_steps: Positive = 500
+    """Steps between two evaluations."""
+    save_steps: Positive = 500
+    """Steps between two checkpoints; a multiple of eval_steps when load_best_model_at_end is on."""
+    save_total_limit: Positive = 2
+    """Checkpoints kept; the best one is always among them."""
+    load_best_model_at_end: bool = True
+    """End with the best checkpoint, not the last."""
+    logging_steps: Positive = 50
+    """Steps between two lines in TensorBoard."""
+    seed: Count = 42
+    """Seed of everything random: weights, order of rows, dropout."""
+
+
+class LossConfig(Section):
+    """The training objective: a contrastive loss with in-batch negatives, and what keeps the vectors sparse."""
+
+    type: Literal["splade", "csr"]
+    """splade for both SPLADE architectures, csr for csr."""
+    document_regularizer_weight: Weight | None = None
+    """SPLADE: weight of the FLOPS loss on documents. Larger is sparser."""
+    query_regularizer_weight: Weight | None = None
+    """SPLADE: the same on queries; more than 0 for `splade`, usually 0 for `inference-free-splade`."""
+    scale: Rate | None = None
+    """Similarities are multiplied by this before the softmax; 1 for dot products (SPLADE), 20 for cosine (csr)."""
+    cached: bool = False
+    """SPLADE: GradCache: large batches in the memory of mini_batch_size, for about 1.5 times the time."""
+    mini_batch_size: Positive = 32
+    """Texts per pass when cached."""
+    beta: Weight = 0.1
+    """csr: weight of the auxiliary reconstruction loss."""
+    gamma: Weight = 1.0
+    """csr: weight of the contrastive loss."""
+
+
+class HubSource(Section):
+    """One data set on the Hugging Face hub, or a local copy of it."""
+
+    enabled: bool = True
+    """Use this source."""
+    source: str
+    """Hub repository, or a local folder with a copy of it."""
+    revision: str
+    """Commit, tag, branch or ref. The commit it stands for is recorded in run.json."""
+    max_samples: Positive | None = None
+    """Use a random sample of this many rows."""
+
+
+class FamilySource(HubSource):
+    """A data set that trains as a set of its own."""
+
+    eval_rows: Count = 500
+    """Rows held out for the evaluation loss, where the source has no split for it."""
+
+
+class ScandiQaConfig(Section):
+    """Question answering in Norwegian, Danish and Swedish: five sources that train as one set."""
+
+    enabled: bool = True
+    """Use this family."""
+    eval_rows: Count = 500
+    """Rows held out for the evaluation loss."""
+    norquad: HubSource | None = None
+    """ltg/norquad: question, context."""
+    noropenbookqa: HubSource | None = None
+    """ltg/noropenbookqa: question_stem, fact; a row without a fact is left out."""
+    scandiqa: HubSource | None = None
+    """alexandrainst/scandi-qa (no, da, sv): question, context."""
+    supervised_da: HubSource | None = None
+    """jealk/supervised-da: query, pos."""
+    paws_x: HubSource | None = None
+    """NbAiLab/norwegian-paws-x (nb, nn): paraphrases, and near-miss sentences as negatives."""
+
+
+class ColumnMapping(Section):
+    """Which columns of a source are the texts. All others are left out."""
+
+    anchor: str
+    """Column with the query."""
+    positive: str
+    """Column with a passage that answers it."""
+    negative: str | None = None
+    """Column with a passage that does not; rows where it is empty become pairs."""
+
+
+class LocalSource(Section):
+    """A data set of your own: a folder in BEIR layout, .jsonl or .parquet files, or any hub repository."""
+
+    enabled: bool = True
+    """Use this set."""
+    source: str
+    """Folder in BEIR layout, a file, a glob (*.jsonl, *.parquet), or a hub repository."""
+    revision: str | None = None
+    """Commit, tag, branch or ref; needed when the source is a hub repository."""
+    subset: str | None = None
+    """Name of the hub repository's subset, if it has several."""
+    split: str = "train"
+    """Split trained on: queries.<split>.jsonl and qrels.<split>.tsv of a BEIR folder, or a hub split."""
+    eval_split: str | None = None
+    """Split for the evaluation loss and, in BEIR layout, the search score. BEIR folders with a dev split use `dev`."""
+    columns: ColumnMapping | None = None
+    """Needed for everything but BEIR folders whose columns are not already anchor, positive[, negative]."""
+    language: str | None = None
+    """Language of the texts, or the name of a column that says it, for the counts per language in the plan."""
+    max_samples: Positive | None = None
+    """Use a random sample of this many rows."""
+    eval_rows: Count = 200
+    """Rows held out for the evaluation loss, where there is no eval_split."""
+
+
+class QuickstartSource(Section):
+    """The data that comes with this project: three small sets in the shapes of the real ones."""
+
+    enabled: bool = True
+    """Use it."""
+
+
+class DatasetsConfig(BaseModel):
+    """What is trained on. Every other name is a data set of your own (`source: …`)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
+    __pydantic_extra__: dict[str, LocalSource]
+
+    sampling_strategy: Literal["round_robin", "proportional"] = "round_robin"
+    """round_robin: every set equally often; proportional: by its number of rows."""
+    epoch: Literal["smallest", "largest"] = "smallest"
+    """round_robin: an epoch ends when the smallest set has been seen once, or when the largest has."""
+    nli: FamilySource | None = None
+    """Fremtind/all-nli-norwegian: anchor, positive, negative."""
+    scandi_qa: ScandiQaConfig | None = None
+    """Five question-answering sources as one set."""
+    ddsc: FamilySource | None = None
+    """DDSC/nordic-embedding-training-data: query, positive, and a negative in about 40 % of the rows."""
+    quickstart: QuickstartSource | None = None
+    """The embedded data."""
+
+    @property
+    def local(self) -> dict[str, LocalSource]:
+        """The user's own data sets by name."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class EvaluationConfig(Section):
+    """What the model is measured with before, during and after training."""
+
+    nanobeir_datasets: list[str] | None = None
+    """NanoBEIR tasks (null: all 13; []: none), used when the hub is reachable."""
+    nanobeir_languages: list[Literal["no", "sv"]] = ["no", "sv"]
+    """Languages of NanoBEIR; there is no Danish one."""
+    search: list[str] = []
+    """Folders in BEIR layout with a dev split to search in, besides those among the data sets."""
+    track_sparsity: bool = True
+    """Log active dims, never-active dims and FLOPS, and watch for collapse."""
+    log_decoded_samples: Count = 6
+    """Probe sentences (at most 6: two each in Norwegian, Danish, Swedish) whose top terms go to TensorBoard."""
+
+
+class ModelCardConfig(Section):
+    """What the model card says of the model."""
+
+    model_name: str | None = None
+    """Display name."""
+    language: list[str] = ["no", "da", "sv"]
+    """Language codes."""
+    license: str = "apache-2.0"
+    """Licence identifier."""
+    tags: list[str] = []
+    """More tags."""
+
+
+class HardwareConfig(Section):
+    """Where training runs."""
+
+    device: Literal["auto", "cpu", "mps", "cuda"] = "auto"
+    """auto: cuda if there is one, else mps, else cpu; the choice is printed."""
+    tf32: bool = False
+    """TensorFloat-32 matrix products (CUDA, Ampere and later)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+
+
+class HubConfig(Section):
+    """Uploading during training. Off unless a user's own config says so."""
+
+    push: bool = False
+    """Push every checkpoint to `repo`."""
+    repo: str | None = None
+    """Repository to push to."""
+    private: bool = True
+    """Create the repository private."""
+
+
+class Config(Section):
+    """One training run."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    loss: LossConfig
+    datasets: DatasetsConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    model_card: ModelCardConfig = ModelCardConfig()
+    hardware: HardwareConfig = HardwareConfig()
+    hub: HubConfig = HubConfig()

@@ -1,0 +1,173 @@
+"""Loads the data sets of a config: clean rows, triplets apart from pairs, held-out rows, and the batch order."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict
+
+from trainer.beir import SearchSet, has_split, is_beir, read_search_set
+from trainer.config import Config, ConfigError
+from trainer.data.batches import MixedBatches, Mixture, NoDuplicateBatches
+from trainer.data.rows import Rows, fingerprint
+from trainer.data.sources import LoadedSource, sample, sources_of
+from trainer.hub import HubUnreachable
+
+__all__ = ["MixedBatches", "Mixture", "NoDuplicateBatches", "SearchSet", "SetSummary", "TrainingData", "load_data"]
+
+
+@dataclass
+class SetSummary:
+    """What is known of one data set before training: the plan prints it, the manifest keeps it."""
+
+    name: str
+    rows: int
+    triplets: int
+    pairs: int
+    eval_rows: int
+    batches: int
+    languages: dict[str, int]
+    left_out: dict[str, int]
+    revisions: dict[str, str | None]
+    fingerprint: str
+    rows_seen: int = 0
+    rows_drawn: int = 0
+
+    def as_dict(self) -> dict:
+        """For the manifest."""
+        return asdict(self)
+
+
+@dataclass
+class TrainingData:
+    """Everything training reads. `train` and `eval` map `<name>`, or `<name>-triplets` and `<name>-pairs`, to rows."""
+
+    train: DatasetDict
+    eval: DatasetDict
+    halves: dict[str, list[str]]
+    summaries: dict[str, SetSummary]
+    search: list[SearchSet] = field(default_factory=list)
+
+    def mixture(self, config: Config, batch_size: int, *, drop_last: bool = False) -> Mixture:
+        """The order in which batches of the sets are drawn."""
+
+        def batches(rows: int) -> int:
+            full, rest = divmod(rows, batch_size)
+            return full if drop_last and full else full + bool(rest)
+
+        groups = [[batches(len(self.train[half])) for half in halves] for halves in self.halves.values()]
+        datasets = config.datasets
+        return Mixture(groups, datasets.sampling_strategy, datasets.epoch, config.training.seed)
+
+    def count_rows(self, mixture: Mixture, batches: int) -> None:
+        """Note in the summaries how many rows the first batches of a run draw, and how many different ones."""
+        for (name, halves), counts in zip(self.halves.items(), mixture.drawn(batches), strict=True):
+            summary = self.summaries[name]
+            summary.rows_drawn = summary.rows_seen = 0
+            for number, half in enumerate(halves):
+                rows, size = len(self.train[half]), mixture.groups[list(self.halves).index(name)][number]
+                for batch in range(size):
+                    in_batch = rows // size + (batch < rows % size)
+                    summary.rows_drawn += in_batch * counts[number, batch]
+                    summary.rows_seen += in_batch * (counts[number, batch] > 0)
+
+    def texts(self, *roles: str) -> list[str]:
+        """Every different training text in the given columns, in a fixed order."""
+        found: dict[str, None] = {}
+        for dataset in self.train.values():
+            for role in roles:
+                if role in dataset.column_names:
+                    found.update(dict.fromkeys(dataset.with_format("arrow")[:][role].to_pylist()))
+        return list(found)
+
+
+def load_data(config: Config, missing: dict[str, HubUnreachable] | None = None) -> TrainingData:
+    """Every enabled data set, ready to train on. Raises ConfigError, one line, when a source cannot be used.
+
+    With `missing`, sets that need the hub are noted there and left out: for the plan, never for training.
+    """
+    data = TrainingData(DatasetDict(), DatasetDict(), {}, {})
+    for name, load in sources_of(config.datasets).items():
+        try:
+            _add_set(data, name, load(), config)
+        except HubUnreachable as error:
+            if missing is None:
+                raise
+            missing[name] = error
+    for folder in config.evaluation.search:
+        data.search.append(_search_folder(folder))
+    return data
+
+
+def _search_folder(folder: str) -> SearchSet:
+    from pathlib import Path
+
+    path = Path(folder).expanduser()
+    if not is_beir(path) or not has_split(path, "dev"):
+        raise ConfigError(f"evaluation.search: {folder} is not a folder in BEIR layout with a dev split")
+    return read_search_set(path, "dev", path.name)
+
+
+def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config) -> None:
+    """Split one source into training and held-out rows, and both into triplets and pairs."""
+    seed = config.training.seed
+    rows, held_out = source.rows, source.eval_rows
+    if not len(rows):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in source.rows.left_out.items())
+        raise ConfigError(f"datasets.{name}: no rows to train on{f' ({reasons})' if reasons else ''}")
+    if source.max_samples:
+        rows = sample(rows, source.max_samples, seed)
+    if held_out is None:
+        rows, held_out = _hold_out(rows, source.hold_out, seed)
+    halves = _split(name, rows.table)
+    data.halves[name] = list(halves)
+    data.train.update({half: Dataset(table) for half, table in halves.items()})
+    if held_out is not None and len(held_out):
+        data.eval.update({half: Dataset(table) for half, table in _split(name, held_out.table).items()})
+    if source.search:
+        data.search.append(source.search)
+    triplets = (
+        rows.table["negative"].length() - rows.table["negative"].null_count
+        if "negative" in rows.table.column_names
+        else 0
+    )
+    batch_size = config.training.per_device_train_batch_size
+    data.summaries[name] = SetSummary(
+        name=name,
+        rows=len(rows),
+        triplets=triplets,
+        pairs=len(rows) - triplets,
+        eval_rows=len(held_out) if held_out is not None else 0,
+        batches=sum(-(-table.num_rows // batch_size) for table in halves.values()),
+        languages=dict(rows.languages.most_common()),
+        left_out=dict(rows.left_out),
+        revisions=source.revisions,
+        fingerprint=fingerprint(rows.table),
+    )
+
+
+def _hold_out(rows: Rows, size: int, seed: int) -> tuple[Rows, Rows | None]:
+    """A random tenth of the rows, at most `size`, for the evaluation loss."""
+    size = min(size, len(rows) // 10)
+    if size == 0:
+        return rows, None
+    order = np.random.default_rng([seed, 1]).permutation(len(rows))
+    train, held_out = np.sort(order[size:]), np.sort(order[:size])
+    left_out = rows.left_out + Counter({"held out for the evaluation loss": size})
+    return Rows(rows.table.take(pa.array(train)), rows.languages, left_out), Rows(rows.table.take(pa.array(held_out)))
+
+
+def _split(name: str, table: pa.Table) -> dict[str, pa.Table]:
+    """Triplets and pairs of one set; a set that has only one kind keeps its name."""
+    table = table.combine_chunks()
+    if "negative" not in table.column_names or table["negative"].null_count == table.num_rows:
+        return {name: table.select(["anchor", "positive"])}
+    if table["negative"].null_count == 0:
+        return {name: table}
+    has_negative = pc.is_valid(table["negative"])
+    return {
+        f"{name}-triplets": table.filter(has_negative),
+        f"{name}-pairs": table.filter(pc.invert(has_negative)).select(["anchor", "positive"]),
+    }

@@ -1,0 +1,201 @@
+"""Which rows form which batch: no text twice in a batch, no row twice in a pass, every set its share.
+
+Everything here is a function of the seed and a batch's number, so a resumed run continues with the very next batch.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from sentence_transformers.base.sampler import DefaultBatchSampler, MultiDatasetDefaultBatchSampler
+
+# Random exchange partners tried for a row that collides with its batch before it sits out the pass.
+MAX_SWAPS = 200
+
+
+def text_ids(dataset) -> np.ndarray:
+    """[rows, columns] integer ids; two cells have the same id exactly when they hold the same text."""
+    table = dataset.with_format("arrow")[:]
+    columns = [table[name] for name in table.column_names if pa.types.is_string(table[name].type)]
+    chunks = [chunk for column in columns for chunk in column.chunks]
+    encoded = pc.dictionary_encode(pa.chunked_array(chunks, pa.string()))
+    ids = np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in encoded.chunks])
+    return ids.reshape(len(columns), table.num_rows).T
+
+
+class NoDuplicateBatches(DefaultBatchSampler):
+    """Batches of one data set in which no text occurs twice.
+
+    With in-batch negatives, a text that is one row's positive and another row's positive or negative would be trained
+    as a negative of a query it answers. A pass shuffles the rows, cuts them into batches of equal size (the last is not
+    a small rest), and exchanges rows that collide with rows of other batches; a row for which no partner is found in
+    MAX_SWAPS tries sits out this pass. Start-up hashes each text once; a pass costs a sort.
+    """
+
+    def __init__(self, dataset, batch_size: int, drop_last: bool = False, seed: int = 0, **kwargs):
+        super().__init__(dataset, batch_size=batch_size, drop_last=drop_last, seed=seed, **kwargs)
+        self.rows = len(dataset)
+        self.ids = text_ids(dataset)
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.rows, self.batch_size)
+        return full if self.drop_last and full else full + bool(rest)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches(self.epoch):
+            yield batch.tolist()
+
+    def sizes(self) -> np.ndarray:
+        """Rows of each batch of a pass, before any row sits out."""
+        count = len(self)
+        rows = min(self.rows, count * self.batch_size) if self.drop_last else self.rows
+        return np.array([rows // count + (i < rows % count) for i in range(count)])
+
+    def batches(self, pass_number: int) -> list[np.ndarray]:
+        """Row numbers of every batch of a pass."""
+        rng = np.random.default_rng([self.seed, pass_number])
+        sizes = self.sizes()
+        order = rng.permutation(self.rows)[: sizes.sum()]
+        batch_of = np.repeat(np.arange(len(sizes)), sizes)
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        repair = _Repair(self.ids, order, batch_of, starts, rng)
+        out = np.array([slot for slot in self._collisions(order, batch_of) if not repair.swap(slot)], dtype=int)
+        keep = np.ones(len(order), dtype=bool)
+        keep[out] = False
+        return [order[a:b][keep[a:b]] for a, b in itertools.pairwise(starts)]
+
+    def _collisions(self, order: np.ndarray, batch_of: np.ndarray) -> list[int]:
+        """Slots whose row shares a text with an earlier row of the same batch."""
+        columns = self.ids.shape[1]
+        slot = np.repeat(np.arange(len(order)), columns)
+        key = batch_of[slot] * (self.ids.max() + 1) + self.ids[order].ravel()
+        by_key = np.lexsort((slot, key))
+        same = (key[by_key][1:] == key[by_key][:-1]) & (slot[by_key][1:] != slot[by_key][:-1])
+        return sorted(set(slot[by_key][1:][same].tolist()))
+
+
+class _Repair:
+    """Exchanges rows between batches of one pass until no batch holds a text twice."""
+
+    def __init__(self, ids, order, batch_of, starts, rng):
+        self.ids, self.order, self.batch_of, self.starts, self.rng = ids, order, batch_of, starts, rng
+        self.held: dict[int, Counter] = {}
+
+    def _texts(self, slot: int) -> set[int]:
+        return set(self.ids[self.order[slot]].tolist())
+
+    def _in_batch(self, batch: int) -> Counter:
+        if batch not in self.held:
+            slots = range(self.starts[batch], self.starts[batch + 1])
+            self.held[batch] = Counter(text for slot in slots for text in self._texts(slot))
+        return self.held[batch]
+
+    def _fits(self, texts: set[int], batch: int, leaving: set[int]) -> bool:
+        held = self._in_batch(batch)
+        return all(held[text] - (text in leaving) == 0 for text in texts)
+
+    def swap(self, slot: int) -> bool:
+        """Exchange the row in `slot` with a row of another batch; False when none was found and it must sit out."""
+        batch = self.batch_of[slot]
+        mine = self._texts(slot)
+        if self._fits(mine, batch, leaving=mine) and all(self._in_batch(batch)[text] == 1 for text in mine):
+            return True  # an earlier exchange already resolved it
+        for other in self.rng.integers(0, len(self.order), MAX_SWAPS):
+            other_batch = self.batch_of[other]
+            theirs = self._texts(other)
+            if other_batch == batch or not self._fits(mine, other_batch, leaving=theirs):
+                continue
+            if not self._fits(theirs, batch, leaving=mine):
+                continue
+            self._in_batch(batch).subtract(mine)
+            self._in_batch(batch).update(theirs)
+            self._in_batch(other_batch).subtract(theirs)
+            self._in_batch(other_batch).update(mine)
+            self.order[slot], self.order[other] = self.order[other], self.order[slot]
+            return True
+        self._in_batch(batch).subtract(mine)
+        return False
+
+
+class Mixture:
+    """In which order the batches of several data sets are drawn.
+
+    `groups` holds, per data set, the numbers of batches of its halves (triplets and pairs): halves share their set's
+    turns in proportion to their size. Batch k of a set belongs to its pass k // size, so a set smaller than the epoch is
+    shuffled anew for every pass, and a larger one goes on in the next epoch where it stopped.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], strategy: str, epoch_rule: str, seed: int):
+        self.groups, self.strategy, self.seed = [list(group) for group in groups], strategy, seed
+        self.sizes = [sum(group) for group in self.groups]
+        self.turns = min(self.sizes) if epoch_rule == "smallest" else max(self.sizes)
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        return sum(self.sizes) if self.strategy == "proportional" else self.turns * len(self.groups)
+
+    def draws(self, epoch: int) -> Iterator[tuple[int, int, int, int]]:
+        """(group, half, pass, batch within the pass) of each batch of an epoch."""
+        if self.strategy == "proportional":
+            order = np.repeat(np.arange(len(self.groups)), self.sizes)
+            np.random.default_rng([self.seed, epoch]).shuffle(order)
+            taken = [epoch * size for size in self.sizes]
+        else:
+            order = np.tile(np.arange(len(self.groups)), self.turns)
+            taken = [epoch * self.turns] * len(self.groups)
+        for group in order.tolist():
+            yield (group, *self._locate(group, taken[group]))
+            taken[group] += 1
+
+    def _locate(self, group: int, number: int) -> tuple[int, int, int]:
+        """(half, pass, batch within the half's pass) of batch `number` of a group."""
+        pass_number, place = divmod(number, self.sizes[group])
+        if (group, pass_number) not in self._orders:
+            self._orders = {key: order for key, order in self._orders.items() if key[0] != group}
+            halves = np.repeat(np.arange(len(self.groups[group])), self.groups[group])
+            np.random.default_rng([self.seed, group, pass_number]).shuffle(halves)
+            within = np.zeros(len(halves), dtype=int)
+            for half in range(len(self.groups[group])):
+                within[halves == half] = np.arange((halves == half).sum())
+            self._orders[group, pass_number] = np.stack([halves, within], axis=1)
+        half, batch = self._orders[group, pass_number][place].tolist()
+        return half, pass_number, batch
+
+    def drawn(self, batches: int) -> list[Counter]:
+        """Per group, how often each (half, batch) is drawn in the first `batches` batches of a run."""
+        counts = [Counter() for _ in self.groups]
+        epoch = 0
+        while batches > 0:
+            for group, half, _, batch in self.draws(epoch):
+                counts[group][half, batch] += 1
+                batches -= 1
+                if batches == 0:
+                    break
+            epoch += 1
+        return counts
+
+
+class MixedBatches(MultiDatasetDefaultBatchSampler):
+    """Draws batches from several NoDuplicateBatches in the order of a Mixture."""
+
+    def __init__(self, dataset, batch_samplers, mixture: Mixture, seed: int = 0, **kwargs):
+        super().__init__(dataset, batch_samplers=batch_samplers, seed=seed, **kwargs)
+        self.mixture = mixture
+        firsts = np.cumsum([0, *(len(group) for group in mixture.groups)])
+        self.first_half = firsts.tolist()
+
+    def __len__(self) -> int:
+        return len(self.mixture)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        offsets = np.cumsum([0, *(len(part) for part in self.dataset.datasets)])
+        passes: dict[int, tuple[int, list[np.ndarray]]] = {}
+        for group, half, pass_number, batch in self.mixture.draws(self.epoch):
+            index = self.first_half[group] + half
+            if passes.get(index, (None,))[0] != pass_number:
+                passes[index] = (pass_number, self.batch_samplers[index].batches(pass_number))
+            yield (passes[index][1][batch] + offsets[index]).tolist()

@@ -1,0 +1,251 @@
+"""Where the rows come from: the three families, the embedded quickstart data, and the user's own sets."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trainer.beir import SearchSet, has_split, is_beir, read_search_set
+from trainer.config import ConfigError, is_local
+from trainer.config.schema import DatasetsConfig, FamilySource, HubSource, LocalSource, ScandiQaConfig
+from trainer.data.rows import Columns, Rows, join, read_files, rows_from_table
+from trainer.hub import Snapshot, fetch
+
+QUICKSTART = Path(__file__).parent / "quickstart"
+QA: Columns = {"anchor": "question", "positive": "context"}
+TRIPLET: Columns = {"anchor": "anchor", "positive": "positive", "negative": "negative"}
+DDSC: Columns = TRIPLET | {"anchor": "query"}
+QUICKSTART_SETS = {"nli": TRIPLET, "scandi_qa": QA, "ddsc": DDSC}
+
+
+@dataclass
+class LoadedSource:
+    """One data set as it came: rows to train on, rows for the evaluation loss (None: hold some out), and searches."""
+
+    rows: Rows
+    eval_rows: Rows | None = None
+    hold_out: int = 0
+    max_samples: int | None = None
+    search: SearchSet | None = None
+    revisions: dict[str, str | None] = field(default_factory=dict)
+
+
+def read_split(snapshot: Snapshot, subset: str | None, split: str, key: str) -> pa.Table:
+    """One split of a data set repository (or of a local copy), as a table."""
+    pattern = f"{subset or 'default'}/{split}/*.parquet"
+    files = sorted(snapshot.folder.glob(pattern)) if snapshot.folder.is_dir() else []
+    if files:  # the layout of the hub's refs/convert/parquet, which script-based data sets need
+        return pa.concat_tables([pa.parquet.read_table(file) for file in files], promote_options="permissive")
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(str(snapshot.folder), subset, split=split)
+    except Exception as error:  # the library raises a dozen types here, some of them its own
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{key}: {snapshot.source} has no readable split '{split}'{f' of {subset}' if subset else ''}: {reason}"
+        ) from None
+    return rows.with_format("arrow")[:]
+
+
+def _read(
+    source: HubSource, key: str, why: str, columns: Columns, subset: str | None, split: str, language: str
+) -> Rows:
+    snapshot = fetch(source.source, source.revision, kind="dataset", why=why, key=key)
+    return rows_from_table(read_split(snapshot, subset, split, key), columns, language, where=source.source)
+
+
+def _commit(source: HubSource, key: str, why: str) -> dict[str, str | None]:
+    return {source.source: fetch(source.source, source.revision, kind="dataset", why=why, key=key).commit}
+
+
+# ------------------------------------------------------------------------------------------- families
+def load_nli(source: FamilySource) -> LoadedSource:
+    """Fremtind/all-nli-norwegian: a sentence, one it entails, one it contradicts."""
+    key, why = "datasets.nli.source", "the Norwegian NLI data"
+    rows = _read(source, key, why, TRIPLET, None, "train", "no")
+    dev = _read(source, key, why, TRIPLET, None, "dev", "no")
+    dev = Rows(dev.table.slice(0, source.eval_rows), dev.languages)
+    return LoadedSource(rows, dev, max_samples=source.max_samples, revisions=_commit(source, key, why))
+
+
+def load_ddsc(source: FamilySource) -> LoadedSource:
+    """DDSC/nordic-embedding-training-data: about 60 % of the rows have no negative, and are kept as pairs."""
+    key, why = "datasets.ddsc.source", "the Nordic retrieval data"
+    rows = _read(source, key, why, DDSC, None, "train", "language")
+    return LoadedSource(
+        rows, hold_out=source.eval_rows, max_samples=source.max_samples, revisions=_commit(source, key, why)
+    )
+
+
+def load_scandi_qa(config: ScandiQaConfig) -> LoadedSource:
+    """Five question-answering sources as one set; each has a switch of its own."""
+    parts: list[Rows] = []
+    revisions: dict[str, str | None] = {}
+    for name, load in SCANDI_QA.items():
+        source: HubSource | None = getattr(config, name)
+        if source is None or not source.enabled:
+            continue
+        key, why = f"datasets.scandi_qa.{name}.source", f"scandi_qa's {name}"
+        rows = load(source, key, why)
+        if source.max_samples:
+            rows = sample(rows, source.max_samples, seed=0)
+        parts.append(rows)
+        revisions |= _commit(source, key, why)
+    if not parts:
+        raise ConfigError("datasets.scandi_qa: every one of its sources is switched off; set scandi_qa.enabled: false")
+    return LoadedSource(join(parts), hold_out=config.eval_rows, revisions=revisions)
+
+
+def _load_norquad(source: HubSource, key: str, why: str) -> Rows:
+    return _read(source, key, why, QA, None, "train", "no")
+
+
+def _load_noropenbookqa(source: HubSource, key: str, why: str) -> Rows:
+    """A question whose fact is empty gives no row: the question itself is never its own positive."""
+    return _read(source, key, why, {"anchor": "question_stem", "positive": "fact"}, "nb", "train", "no")
+
+
+def _load_scandiqa(source: HubSource, key: str, why: str) -> Rows:
+    return join([_read(source, key, why, QA, language, "train", language) for language in ("no", "da", "sv")])
+
+
+def _load_supervised_da(source: HubSource, key: str, why: str) -> Rows:
+    return _read(source, key, why, {"anchor": "query", "positive": "pos"}, None, "train", "da")
+
+
+def _load_paws_x(source: HubSource, key: str, why: str) -> Rows:
+    """Label 1 is a paraphrase, hence a pair; label 0 is a near miss, hence the negative of the same first sentence."""
+    snapshot = fetch(source.source, source.revision, kind="dataset", why=why, key=key)
+    tables = [
+        read_split(snapshot, subset, "train", key).select(["sentence1", "sentence2", "label"])
+        for subset in ("nb", "nn")
+    ]
+    table = pa.concat_tables(tables, promote_options="permissive")
+    is_pair = pc.equal(table["label"].cast(pa.int64()), 1)
+    pairs, misses = table.filter(is_pair), table.filter(pc.invert(is_pair))
+    negatives = dict(zip(misses["sentence1"].to_pylist(), misses["sentence2"].to_pylist(), strict=True))
+    anchors = pairs["sentence1"].to_pylist()
+    triplets = pa.table(
+        {
+            "anchor": pa.array(anchors, pa.string()),
+            "positive": pairs["sentence2"].cast(pa.string()),
+            "negative": pa.array([negatives.get(anchor) for anchor in anchors], pa.string()),
+        }
+    )
+    rows = rows_from_table(triplets, TRIPLET, "no", where=source.source)
+    unused = len(misses) - len(negatives.keys() & set(anchors))
+    rows.left_out["near misses without a paraphrase of the same sentence"] += unused
+    return rows
+
+
+# ------------------------------------------------------------------------------------------- own and embedded
+def load_quickstart(name: str) -> LoadedSource:
+    """One of the embedded sets, in the shape of the real one. The first brings the search set, which no set contains."""
+    columns = QUICKSTART_SETS[name]
+    rows = read_files(str(QUICKSTART / f"{name}.jsonl"), columns, "language", "datasets.quickstart")
+    search = read_search_set(QUICKSTART / "search", "dev", "quickstart") if name == "nli" else None
+    return LoadedSource(rows, hold_out=500, search=search)
+
+
+def load_local(name: str, source: LocalSource) -> LoadedSource:
+    """A data set of the user's own: BEIR layout, files, or a hub repository with `columns`."""
+    key = f"datasets.{name}.source"
+    folder = Path(source.source).expanduser()
+    common = {"hold_out": source.eval_rows, "max_samples": source.max_samples}
+    if is_local(source.source) and is_beir(folder):
+        return _load_beir(name, source, folder)
+    columns = None
+    if source.columns:
+        columns = {role: column for role, column in source.columns.model_dump().items() if column is not None}
+    if is_local(source.source) and not folder.is_dir():
+        return LoadedSource(read_files(source.source, columns, source.language, key), **common)
+    why = f"your data set '{name}'"
+    snapshot = fetch(source.source, source.revision, kind="dataset", why=why, key=key)
+    if columns is None:
+        raise ConfigError(
+            f"{key}: {source.source} is not in BEIR layout (no corpus.jsonl). Name a file or glob (*.jsonl, *.parquet), "
+            f"or give datasets.{name}.columns"
+        )
+
+    def rows(split: str) -> Rows:
+        table = read_split(snapshot, source.subset, split, key)
+        return rows_from_table(table, columns, source.language, where=source.source)
+
+    dev = rows(source.eval_split) if source.eval_split else None
+    return LoadedSource(rows(source.split), dev, revisions={source.source: snapshot.commit}, **common)
+
+
+def _load_beir(name: str, source: LocalSource, folder: Path) -> LoadedSource:
+    key = f"datasets.{name}.split"
+    if not has_split(folder, source.split):
+        raise ConfigError(f"{key}: {folder} has no qrels.{source.split}.tsv")
+    split = source.eval_split or ("dev" if has_split(folder, "dev") else None)
+    if split and not has_split(folder, split):
+        raise ConfigError(f"datasets.{name}.eval_split: {folder} has no qrels.{split}.tsv")
+    search = read_search_set(folder, split, name) if split else None
+    return LoadedSource(
+        pairs_of(read_search_set(folder, source.split, name), source.language),
+        pairs_of(search, source.language) if search else None,
+        hold_out=source.eval_rows,
+        max_samples=source.max_samples,
+        search=search,
+    )
+
+
+def pairs_of(found: SearchSet, language: str | None) -> Rows:
+    """One row per query and relevant passage."""
+    pairs = [(query, passage) for query in found.queries for passage in sorted(found.relevant[query])]
+    usable = [(found.queries[q], found.corpus[p]) for q, p in pairs if found.queries[q].strip() and found.corpus[p]]
+    table = pa.table(
+        {
+            "anchor": pa.array([query for query, _ in usable], pa.string()),
+            "positive": pa.array([passage for _, passage in usable], pa.string()),
+        }
+    )
+    left_out = Counter({"without text": len(pairs) - len(usable)}) if len(usable) < len(pairs) else Counter()
+    return Rows(table, Counter({language or "?": len(usable)}), left_out)
+
+
+def sample(rows: Rows, size: int, seed: int) -> Rows:
+    """A random sample, in random order; the rest is counted as left out."""
+    import numpy as np
+
+    if len(rows) <= size:
+        return rows
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:size]
+    left_out = rows.left_out + Counter({"over max_samples": len(rows) - size})
+    share = size / len(rows)
+    languages = Counter({language: round(count * share) for language, count in rows.languages.items()})
+    return Rows(rows.table.take(pa.array(chosen)), languages, left_out)
+
+
+SCANDI_QA: dict[str, Callable[[HubSource, str, str], Rows]] = {
+    "norquad": _load_norquad,
+    "noropenbookqa": _load_noropenbookqa,
+    "scandiqa": _load_scandiqa,
+    "supervised_da": _load_supervised_da,
+    "paws_x": _load_paws_x,
+}
+
+
+def sources_of(config: DatasetsConfig) -> dict[str, Callable[[], LoadedSource]]:
+    """How to load every enabled data set, by name. One that fails stops the run: the mix never changes silently."""
+    loaders: dict[str, Callable[[], LoadedSource]] = {}
+    if config.nli and config.nli.enabled:
+        loaders["nli"] = partial(load_nli, config.nli)
+    if config.scandi_qa and config.scandi_qa.enabled:
+        loaders["scandi_qa"] = partial(load_scandi_qa, config.scandi_qa)
+    if config.ddsc and config.ddsc.enabled:
+        loaders["ddsc"] = partial(load_ddsc, config.ddsc)
+    if config.quickstart and config.quickstart.enabled:
+        for name in QUICKSTART_SETS:
+            loaders[f"quickstart_{name}"] = partial(load_quickstart, name)
+    for name, source in config.local.items():
+        if source.enabled:
+            loaders[name] = partial(load_local, name, source)
+    return loaders

@@ -1,0 +1,85 @@
+"""What the model is measured with during training: searches in held-out passages, NanoBEIR when the hub is reachable."""
+
+from collections.abc import Callable
+from statistics import fmean
+
+from sentence_transformers import SparseEncoder
+from sentence_transformers.evaluation import SentenceEvaluator
+from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator, SparseNanoBEIREvaluator
+
+from trainer.beir import SearchSet
+from trainer.config import Config
+from trainer.hub import why_unreachable
+
+NANOBEIR = "lightonai/NanoBEIR-{}"
+
+# Our names for the library's metrics.
+METRICS = {
+    "ndcg@10": "ndcg@10",
+    "mrr@10": "mrr@10",
+    "recall@10": "recall@10",
+    "query_active_dims": "query_active_dims",
+    "document_active_dims": "corpus_active_dims",
+    "flops": "avg_flops",
+}
+# The mean nDCG@10 over all searches; it picks the best checkpoint.
+SCORE = "search_ndcg@10"
+
+
+class SearchEvaluator(SentenceEvaluator):
+    """Runs several searches and averages their nDCG@10.
+
+    Not SequentialEvaluator: that one averages each evaluator's first metric, which is accuracy@1, and the metrics of two
+    languages of NanoBEIR have the same names.
+    """
+
+    def __init__(self, parts: dict[str, SentenceEvaluator]):
+        super().__init__()
+        self.parts = parts
+        self.primary_metric = SCORE
+
+    def __call__(
+        self, model: SparseEncoder, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """`<search>_<metric>` for every search and metric, and SCORE."""
+        results: dict[str, float] = {}
+        for name, part in self.parts.items():
+            metrics = part(model, None, epoch, steps)
+            prefix = part.primary_metric.rpartition("_")[0]
+            for ours, theirs in METRICS.items():
+                key = f"{prefix}_{theirs}"
+                # sparsity is not a matter of the similarity function, so its names lack that part
+                results[f"{name}_{ours}"] = metrics[key if key in metrics else f"{prefix.rpartition('_')[0]}_{theirs}"]
+        results[SCORE] = fmean(results[f"{name}_ndcg@10"] for name in self.parts)
+        return results
+
+
+def build_evaluator(config: Config, search: list[SearchSet], say: Callable[[str], None]) -> SearchEvaluator | None:
+    """One evaluator over every search; None where there is nothing to search."""
+    batch_size = config.training.per_device_eval_batch_size
+    parts: dict[str, SentenceEvaluator] = {
+        found.name: SparseInformationRetrievalEvaluator(
+            queries=found.queries,
+            corpus=found.corpus,
+            relevant_docs=found.relevant,
+            name=found.name,
+            batch_size=batch_size,
+            ndcg_at_k=[10],
+            mrr_at_k=[10],
+            accuracy_at_k=[1],
+            precision_recall_at_k=[10],
+            map_at_k=[100],
+            write_csv=False,
+        )
+        for found in search
+    }
+    wanted = config.evaluation.nanobeir_datasets
+    for language in config.evaluation.nanobeir_languages if wanted != [] else []:
+        repository = NANOBEIR.format(language)
+        if (reason := why_unreachable(repository)) is not None:
+            say(f"NanoBEIR ({language}) is left out: {reason}")
+            continue
+        parts[f"NanoBEIR-{language}"] = SparseNanoBEIREvaluator(
+            dataset_names=wanted, dataset_id=repository, batch_size=batch_size, write_csv=False
+        )
+    return SearchEvaluator(parts) if parts else None

@@ -1,0 +1,46 @@
+"""SparseEncoderTrainer with our batches, a stop on a non-finite loss, and a best checkpoint that is really loaded."""
+
+import torch
+from sentence_transformers.sparse_encoder import SparseEncoderTrainer
+
+from trainer.callbacks import NonFiniteLoss, Throughput
+from trainer.data import MixedBatches, Mixture, NoDuplicateBatches
+
+
+class SparseTrainer(SparseEncoderTrainer):
+    """The library's trainer; what differs is below."""
+
+    def __init__(
+        self, *args, halves: dict[str, list[str]], sampling: tuple[str, str], throughput: Throughput, **kwargs
+    ):
+        """halves: per data set the names of its rows in train_dataset; sampling: (strategy, what ends an epoch)."""
+        self.halves, self.sampling, self.throughput = halves, sampling, throughput
+        super().__init__(*args, **kwargs)
+
+    def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
+        """Batches of one data set in which no text occurs twice."""
+        return NoDuplicateBatches(dataset, batch_size, drop_last=drop_last, seed=seed)
+
+    def get_multi_dataset_batch_sampler(self, dataset, batch_samplers, generator=None, seed=0):
+        """Batches of all data sets, triplets and pairs of one set sharing its turns."""
+        counts = iter(len(sampler) for sampler in batch_samplers)
+        groups = [[next(counts) for _ in names] for names in self.halves.values()]
+        return MixedBatches(dataset, batch_samplers, Mixture(groups, *self.sampling, seed), seed=seed)
+
+    def collect_features(self, inputs):
+        """The batch's columns, counted."""
+        features, labels = super().collect_features(inputs)
+        if self.model.training:
+            self.throughput.add(features)
+        return features, labels
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """Raises NonFiniteLoss before the optimizer can spoil the weights."""
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(self.state.global_step + 1, loss.item())
+        return loss
+
+    def _load_best_model(self) -> None:
+        # The library logs a failure here and goes on with the last weights as if they were the best.
+        self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -1,0 +1,240 @@
+"""Builds the three architectures from a base model: inference-free SPLADE, SPLADE, and CSR."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers.sparse_encoder import SparseEncoderModelCardData
+from sentence_transformers.sparse_encoder.modules import (
+    Router,
+    SparseAutoEncoder,
+    SparseStaticEmbedding,
+    SpladePooling,
+    Transformer,
+)
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from trainer.config import FROM_SCRATCH, Config, ConfigError
+from trainer.config.schema import FromScratchConfig
+from trainer.hub import fetch
+from trainer.models.heads import check_not_dense, silence_special_tokens
+from trainer.models.scratch import build_from_scratch
+
+__all__ = ["build_model", "load_model", "static_embedding", "train_only_what_the_config_says", "vocabulary_of"]
+
+# Documents the IDF is counted on. At 100,000 the relative error of a word in 1 % of the documents is 3 %; tokenising a
+# million takes minutes.
+MAX_IDF_DOCUMENTS = 100_000
+PROBE_TEXTS = 8
+
+
+def build_model(config: Config, queries: list[str], documents: list[str], device: str) -> SparseEncoder:
+    """The untrained encoder. Raises ConfigError when the base model cannot be had or cannot become sparse.
+
+    `queries` and `documents` are the training texts: a model from scratch is built from them, query weights start at the
+    documents' IDF, and a few documents are the probe that a base model which can never be sparse fails.
+    """
+    name = config.model.base_model
+    with tempfile.TemporaryDirectory() as folder:
+        if name == FROM_SCRATCH:
+            build_from_scratch(config.model.from_scratch or FromScratchConfig(), queries + documents, Path(folder))
+            source = Path(folder)
+        else:
+            source = fetch_base_model(config)
+        modules = ARCHITECTURES[config.model.architecture](config, source, documents)
+    card = config.model_card
+    model = SparseEncoder(
+        modules=modules,
+        trust_remote_code=config.model.trust_remote_code,
+        device=device,
+        similarity_fn_name="cosine" if config.model.architecture == "csr" else "dot",
+        model_card_data=SparseEncoderModelCardData(
+            language=card.language, license=card.license, model_name=card.model_name, tags=_tags(card.tags)
+        ),
+    )
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.model.config._name_or_path = name  # a temporary folder or a cache path says nothing to a reader
+    if config.model.architecture != "csr":
+        check_not_dense(model, documents[:PROBE_TEXTS], name)
+    train_only_what_the_config_says(model, config)
+    return model
+
+
+def load_model(folder: Path, config: Config, device: str) -> SparseEncoder:
+    """The encoder saved in a checkpoint, ready to go on training."""
+    model = SparseEncoder(str(folder), trust_remote_code=config.model.trust_remote_code, device=device)
+    train_only_what_the_config_says(model, config)
+    return model
+
+
+def fetch_base_model(config: Config) -> Path:
+    """The base model's files in a local folder. Raises ConfigError when it brings code that the config does not trust."""
+    name = config.model.base_model
+    snapshot = fetch(
+        name, config.model.revision, kind="model", why="the base model", key="model.base_model", patterns=MODEL_FILES
+    )
+    settings = snapshot.folder / "config.json"
+    if not config.model.trust_remote_code and settings.is_file() and "auto_map" in json.loads(settings.read_text()):
+        pin = f" and model.revision: {snapshot.commit}" if snapshot.commit else ""
+        raise ConfigError(
+            f"model.base_model: {name} comes with Python code of its own. Read it in {snapshot.folder}; to run it, set "
+            f"model.trust_remote_code: true{pin}"
+        )
+    return snapshot.folder
+
+
+# Weights once (safetensors, or the older .bin), the tokenizer, the code; no ONNX, TensorFlow or Flax copies.
+MODEL_FILES = [
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.safetensors",
+    "*/*.safetensors",
+    "pytorch_model*.bin",
+    "*.py",
+    "*/*.json",
+]
+
+
+def static_embedding(model: SparseEncoder) -> SparseStaticEmbedding | None:
+    """The query weights of inference-free SPLADE."""
+    return next((module for module in model.modules() if isinstance(module, SparseStaticEmbedding)), None)
+
+
+def vocabulary_of(model: SparseEncoder) -> int:
+    """Dimensions of the vectors."""
+    for module in model.modules():
+        if isinstance(module, SparseAutoEncoder):
+            return module.hidden_dim
+    transformer = next(module for module in model.modules() if isinstance(module, Transformer))
+    return transformer.model.get_output_embeddings().out_features
+
+
+def train_only_what_the_config_says(model: SparseEncoder, config: Config) -> None:
+    """Freeze CSR's dense model unless csr_train_base, and the query weights if freeze_static_embedding."""
+    if config.model.architecture == "csr" and not config.model.csr_train_base:
+        for module in model.children():
+            if not isinstance(module, SparseAutoEncoder):
+                module.requires_grad_(False)
+                for part in module.modules():
+                    if isinstance(part, nn.Dropout):
+                        part.p = 0.0  # a frozen model's vectors are data: no noise in them
+    if (embedding := static_embedding(model)) is not None:
+        embedding.weight.requires_grad_(not config.model.freeze_static_embedding)
+
+
+# ------------------------------------------------------------------------------------------- architectures
+def build_inference_free_splade(config: Config, source: Path, documents: list[str]) -> list[nn.Module]:
+    """Queries: a weight per token. Documents: masked language model and SpladePooling (arXiv 2411.04403)."""
+    transformer, pooling = build_splade(config, source, documents)
+    tokenizer = transformer.tokenizer
+    dimensions = transformer.model.get_output_embeddings().out_features
+    if dimensions != len(tokenizer):  # padded vocabularies: the saved query weights have one entry per token
+        transformer.model.resize_token_embeddings(len(tokenizer))
+    weights = START_WEIGHTS[config.model.query_init](tokenizer, documents)
+    weights[tokenizer.all_special_ids] = 0.0
+    query = SparseStaticEmbedding(tokenizer, weight=weights, frozen=config.model.freeze_static_embedding)
+    return [Router.for_query_document(query_modules=[query], document_modules=[transformer, pooling])]
+
+
+def build_splade(config: Config, source: Path, documents: list[str]) -> list[nn.Module]:
+    """Queries and documents both through masked language model and SpladePooling (arXiv 2109.10086)."""
+    transformer = load_transformer(config, source)
+    silence_special_tokens(transformer, config.model.base_model)
+    return [transformer, SpladePooling(config.model.pooling_strategy, config.model.activation_function)]
+
+
+def build_csr(config: Config, source: Path, documents: list[str]) -> list[nn.Module]:
+    """The dense model's own modules, and a sparse autoencoder on top (arXiv 2503.01776)."""
+    try:
+        dense = SentenceTransformer(
+            str(source), trust_remote_code=config.model.trust_remote_code, device="cpu", model_kwargs=_float32()
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(_cannot_load(config, error)) from None
+    dense.max_seq_length = config.training.max_seq_length
+    _require_pad_token(dense.tokenizer, config.model.base_model)
+    autoencoder = SparseAutoEncoder(
+        input_dim=dense.get_embedding_dimension(),
+        hidden_dim=config.model.csr_hidden_dim,
+        k=config.model.csr_k,
+        k_aux=config.model.csr_k_aux,
+    )
+    return [*dense.children(), autoencoder]
+
+
+def load_transformer(config: Config, source: Path) -> Transformer:
+    """The base model with its masked-language-model head, in float32."""
+    trust = {"trust_remote_code": config.model.trust_remote_code}
+    try:
+        transformer = Transformer(
+            str(source),
+            transformer_task="fill-mask",
+            max_seq_length=config.training.max_seq_length,
+            model_kwargs=trust | _float32(),
+            processor_kwargs=trust,
+            config_kwargs=trust,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(_cannot_load(config, error)) from None
+    _require_pad_token(transformer.tokenizer, config.model.base_model)
+    transformer.max_seq_length = config.training.max_seq_length
+    return transformer
+
+
+def _float32() -> dict[str, torch.dtype]:
+    """transformers 5 loads weights in the precision they were saved in; optimizers need float32 copies of them."""
+    return {"dtype": torch.float32}
+
+
+def _cannot_load(config: Config, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return f"model.base_model: {config.model.base_model} cannot be loaded: {reason}"
+
+
+def _require_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    if tokenizer.pad_token is None:
+        raise ConfigError(
+            f"model.base_model: the tokenizer of {name} has no pad token, so texts cannot be batched. "
+            'Add one to its tokenizer_config.json ("pad_token": "<pad>")'
+        )
+
+
+def _tags(tags: list[str]) -> list[str]:
+    return ["sentence-transformers", "sparse-encoder", "sparse", *tags]
+
+
+# ------------------------------------------------------------------------------------------- query weights
+def weights_of_ones(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.Tensor:
+    """Every word of a query counts the same."""
+    return torch.ones(len(tokenizer))
+
+
+def weights_of_idf(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.Tensor:
+    """ln(1 + (N - n + 0.5) / (n + 0.5)) of the training documents, as in BM25; shape [vocabulary]."""
+    documents = documents[:: -(-len(documents) // MAX_IDF_DOCUMENTS)]
+    counts = np.zeros(len(tokenizer))
+    for start in range(0, len(documents), 1000):
+        batch = tokenizer(documents[start : start + 1000], add_special_tokens=False, verbose=False)["input_ids"]
+        for ids in batch:
+            counts[np.unique(np.asarray(ids, dtype=int))] += 1
+    idf = np.log1p((len(documents) - counts + 0.5) / (counts + 0.5))
+    return torch.tensor(idf, dtype=torch.float32)
+
+
+START_WEIGHTS: dict[str, Callable[[PreTrainedTokenizerBase, list[str]], torch.Tensor]] = {
+    "ones": weights_of_ones,
+    "idf": weights_of_idf,
+}
+
+ARCHITECTURES: dict[str, Callable[[Config, Path, list[str]], list[nn.Module]]] = {
+    "inference-free-splade": build_inference_free_splade,
+    "splade": build_splade,
+    "csr": build_csr,
+}

@@ -1,0 +1,175 @@
+"""The plan of a run, in words: what will be trained on what, for how long, with how much memory, and where it goes."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sentence_transformers import SparseEncoder
+from torch import nn
+
+from trainer.arguments import query_rate_mapping
+from trainer.config import FROM_SCRATCH, Config, ConfigError, LoadedConfig
+from trainer.data import TrainingData, load_data
+from trainer.device import choose_device
+from trainer.hub import HubUnreachable
+from trainer.losses import build_loss
+from trainer.models import build_model, vocabulary_of
+from trainer.run import MODELS
+from trainer.sparsity import BatchStatistics
+
+# Copies of the [texts, length, vocabulary] logits alive at the peak of a stock SPLADE step: forward and backward of a
+# batch of 16 × 256 with a vocabulary of 50,000 took 3,249 MiB on a CPU, and one copy is 781 MiB.
+LOGIT_COPIES = 4
+# Bytes of activations per token, layer and unit of hidden size, in 16 bits: arXiv 2205.05198, table 2, less the attention
+# matrix, which torch's scaled_dot_product_attention does not keep.
+ACTIVATION_BYTES = 34
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a run is."""
+
+    steps: int
+    batches: int  # over all processes and accumulation
+    epochs: float
+
+
+def schedule_of(config: Config, data: TrainingData, world_size: int = 1) -> Schedule:
+    """Steps as transformers' Trainer counts them, and the batches they draw."""
+    training = config.training
+    mixture = data.mixture(config, training.per_device_train_batch_size, drop_last=world_size > 1)
+    per_process = len(mixture) // world_size
+    per_epoch = max(math.ceil(per_process / training.gradient_accumulation_steps), 1)
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
+    full, rest = divmod(steps, per_epoch)
+    batches = full * len(mixture) + min(rest * training.gradient_accumulation_steps * world_size, len(mixture))
+    data.count_rows(mixture, batches)
+    return Schedule(steps, batches, steps / per_epoch)
+
+
+def data_lines(config: Config, data: TrainingData, schedule: Schedule) -> Iterator[str]:
+    """Rows per set and language, what was left out, and the share of each set that will be seen."""
+    for summary in data.summaries.values():
+        kinds = [
+            f"{count:,} {kind}" for kind, count in (("triplets", summary.triplets), ("pairs", summary.pairs)) if count
+        ]
+        languages = ", ".join(f"{language} {count:,}" for language, count in summary.languages.items())
+        seen = f"{summary.rows_seen / summary.rows:.0%} seen"
+        passes = summary.rows_drawn / summary.rows
+        yield (
+            f"data      {summary.name}: {summary.rows:,} rows ({' + '.join(kinds)}; {languages}), {seen}"
+            + (f", {passes:.1f} times" if passes > 1 else "")
+        )
+        for source, commit in summary.revisions.items():
+            yield f"            from {source}" + (f" at {commit}" if commit else " (local copy)")
+        for reason, count in summary.left_out.items():
+            yield f"            {count:,} rows not trained on: {reason}"
+    for found in data.search:
+        yield f"search    {found.name}: {len(found.queries):,} queries over {len(found.corpus):,} passages"
+    datasets = config.datasets
+    how = datasets.sampling_strategy.replace("_", " ")
+    if datasets.sampling_strategy == "round_robin":
+        how += f", an epoch ends with the {datasets.epoch} set"
+    training = config.training
+    batch = f"{training.per_device_train_batch_size} rows"
+    if training.gradient_accumulation_steps > 1:
+        batch += f" × {training.gradient_accumulation_steps} accumulated"
+    yield f"steps     {schedule.steps:,} of {batch} ({schedule.epochs:.3g} epochs; {how})"
+
+
+def model_lines(config: Config, model: SparseEncoder, loss: nn.Module) -> Iterator[str]:
+    """Parameters per learning rate, and estimated memory."""
+    rates = query_rate_mapping(config, loss)
+    query = {name.removeprefix("^").removesuffix("$").replace("\\", "") for name in rates}
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"query": [], "rest": [], "frozen": []}
+    for name, parameter in model.named_parameters():
+        full = f"model.{name}"
+        groups["frozen" if not parameter.requires_grad else "query" if full in query else "rest"].append(
+            (name, parameter)
+        )
+
+    def count(group: str) -> str:
+        return f"{sum(parameter.numel() for _, parameter in groups[group]):,} parameters"
+
+    yield f"rates     {config.training.learning_rate:g}: {count('rest')} in {len(groups['rest'])} tensors"
+    if groups["query"]:
+        names = ", ".join(name for name, _ in groups["query"])
+        yield f"          {config.training.query_learning_rate:g}: {count('query')}: {names}"
+    if groups["frozen"]:
+        yield f"          not trained: {count('frozen')} in {len(groups['frozen'])} tensors"
+    yield from memory_lines(config, model)
+
+
+def model_line(config: Config) -> str:
+    """Architecture and base model."""
+    base, revision = config.model.base_model, config.model.revision
+    origin = "built from scratch" if base == FROM_SCRATCH else f"from {base}" + (f" at {revision}" if revision else "")
+    return f"model     {config.model.architecture} {origin}"
+
+
+def memory_lines(config: Config, model: SparseEncoder) -> Iterator[str]:
+    """Estimated memory of the head and of the layers' activations for the texts of one step."""
+    shape = model_shape(model)
+    if shape is None:
+        yield "memory    not estimated: the base model does not say its hidden size and layers"
+        return
+    hidden, layers = shape
+    training = config.training
+    columns = 2 if config.model.architecture == "inference-free-splade" else 3  # triplets; static queries cost nothing
+    texts = training.per_device_train_batch_size * columns
+    if config.loss.cached:
+        texts = min(texts, config.loss.mini_batch_size * columns)
+    tokens = texts * training.max_seq_length
+    size = 2 if training.bf16 or training.fp16 else 4
+    activations = tokens * layers * hidden * ACTIVATION_BYTES * size // 2
+    if config.hardware.gradient_checkpointing:
+        activations = tokens * layers * hidden * size
+    parts = [f"activations {activations / 2**30:.1f} GiB"]
+    if config.loss.type == "splade":
+        head = LOGIT_COPIES * tokens * vocabulary_of(model) * size
+        parts.insert(0, f"head {head / 2**30:.1f} GiB")
+    yield f"memory    at most about {', '.join(parts)}, for {texts} texts of {training.max_seq_length} tokens per step"
+
+
+def model_shape(model: SparseEncoder) -> tuple[int, int] | None:
+    """Hidden size and number of layers of the transformer."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        hidden, layers = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
+        if hidden and layers:
+            return hidden, layers
+    return None
+
+
+def plan(loaded: LoadedConfig) -> Iterator[str]:
+    """Every line of the plan. What cannot be said without the hub is said to need it. Nothing is trained or uploaded."""
+    config = loaded.config
+    yield f"config    {loaded.file} is valid"
+    yield f"output    {MODELS / loaded.name}" + (f", pushed to {config.hub.repo}" if config.hub.push else "")
+    try:
+        device, reason = choose_device(config)
+        yield f"device    {device} ({reason})"
+    except ConfigError as error:
+        device = "cpu"
+        yield f"device    {error.format_message()}"
+    missing: dict[str, HubUnreachable] = {}
+    data = load_data(config, missing)
+    for name in missing:
+        yield f"data      {name}: needs the hub"
+    if not missing:
+        yield from data_lines(config, data, schedule_of(config, data))
+    else:
+        yield "steps     needs the hub: the number of rows is not known"
+    base = config.model.base_model
+    yield model_line(config)
+    if base == FROM_SCRATCH and missing:
+        yield "rates     needs the hub: the model is built from the training texts"
+        return
+    try:
+        model = build_model(config, data.texts("anchor"), data.texts("positive", "negative"), "cpu")
+    except HubUnreachable:
+        yield f"rates     needs the hub: {base}"
+        yield f"memory    needs the hub: {base}"
+        return
+    yield f"          {vocabulary_of(model):,} dimensions, {sum(p.numel() for p in model.parameters()):,} parameters"
+    yield from model_lines(config, model, build_loss(config, model, BatchStatistics()))

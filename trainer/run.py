@@ -1,0 +1,138 @@
+"""The run folder models/<name>/: everything of one training run, and the manifest that says how it came about."""
+
+import importlib.metadata
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from trainer.config import ConfigError, LoadedConfig, render
+
+MODELS = Path("models")
+PACKAGES = (
+    "torch",
+    "sentence-transformers",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "tokenizers",
+    "numpy",
+    "pyarrow",
+)
+
+
+class Run:
+    """One run folder. run.json is written first, and replaced atomically at every change."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.manifest: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """The run's name, and the folder's."""
+        return self.folder.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training state, one folder per saved step."""
+        return self.folder / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """TensorBoard's event files."""
+        return self.folder / "logs"
+
+    @property
+    def final(self) -> Path:
+        """The trained model."""
+        return self.folder / "final"
+
+    @property
+    def id(self) -> str:
+        """Tells this run's checkpoints from those of another."""
+        return self.manifest["id"]
+
+    @classmethod
+    def create(cls, loaded: LoadedConfig, name: str | None = None) -> "Run":
+        """A new run folder. Raises ConfigError when there is one already: nothing trained is overwritten."""
+        run = cls(MODELS / (name or loaded.name))
+        again = f"{loaded.file}" if loaded.file.parent.name != "configs" else loaded.name
+        if (run.folder / "run.json").exists() and not cls.open(loaded, name).is_empty():
+            raise ConfigError(
+                f"{run.folder} exists. To continue it: make resume CONFIG={again}. "
+                f"To train anew: remove the folder, or copy the config under a new name."
+            )
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            run.manifest = {
+                "id": uuid.uuid4().hex,
+                "name": run.name,
+                "status": "starting",
+                "started": _now(),
+                "command": shlex.join(["python", "-m", "trainer", *sys.argv[1:]]),
+                "config_file": str(loaded.file),
+                "git_commit": git_commit(),
+                "python": sys.version.split()[0],
+                "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
+            }
+            run.update()
+            _write_atomically(run.folder / "config.yaml", render(loaded))
+        except OSError as error:
+            raise ConfigError(f"{run.folder} cannot be written: {error.strerror}") from None
+        return run
+
+    @classmethod
+    def open(cls, loaded: LoadedConfig, name: str | None = None) -> "Run":
+        """An existing run folder, to continue."""
+        run = cls(MODELS / (name or loaded.name))
+        file = run.folder / "run.json"
+        if not file.exists():
+            raise ConfigError(f"{run.folder} holds no run to resume. Start one: make train CONFIG={loaded.name}")
+        try:
+            run.manifest = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{file} cannot be read: {error}. Remove the folder to train anew") from None
+        return run
+
+    def is_empty(self) -> bool:
+        """Whether the run ended before its first step, so that a new one loses nothing."""
+        ended = self.manifest.get("status") in ("failed", "interrupted")
+        return ended and not self.final.exists() and not any(self.checkpoints.glob("checkpoint-*"))
+
+    def update(self, **values: Any) -> None:
+        """Set values in the manifest and write it; other readers see the old file or the new one, never half of one."""
+        self.manifest.update(values, updated=_now())
+        _write_atomically(self.folder / "run.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with '+changes' when files differ from it; None outside a git checkout."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        return f"{commit}+changes" if changed.strip() else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _write_atomically(file: Path, text: str) -> None:
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
