@@ -31,8 +31,9 @@ def build_arguments(
         greater_is_better=best_metric is not None and not best_metric.endswith("loss"),
         use_cpu=device == "cpu",
         tf32=True if config.hardware.tf32 else None,
-        gradient_checkpointing=config.hardware.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.hardware.gradient_checkpointing else None,
+        # transformers' new name for gradient checkpointing; the re-entrant kind breaks DDP
+        activation_checkpointing=config.hardware.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if config.hardware.gradient_checkpointing else None,
         router_mapping=ROUTES if config.model.architecture == "inference-free-splade" else {},
         learning_rate_mapping=query_rate_mapping(config, loss),
         push_to_hub=config.hub.push,

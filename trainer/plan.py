@@ -77,7 +77,7 @@ def data_lines(config: Config, data: TrainingData, schedule: Schedule) -> Iterat
     yield f"steps     {schedule.steps:,} of {batch} ({schedule.epochs:.3g} epochs; {how})"
 
 
-def model_lines(config: Config, model: SparseEncoder, loss: nn.Module) -> Iterator[str]:
+def model_lines(config: Config, data: TrainingData, model: SparseEncoder, loss: nn.Module) -> Iterator[str]:
     """Parameters per learning rate, and estimated memory."""
     rates = query_rate_mapping(config, loss)
     query = {name.removeprefix("^").removesuffix("$").replace("\\", "") for name in rates}
@@ -97,7 +97,7 @@ def model_lines(config: Config, model: SparseEncoder, loss: nn.Module) -> Iterat
         yield f"          {config.training.query_learning_rate:g}: {count('query')}: {names}"
     if groups["frozen"]:
         yield f"          not trained: {count('frozen')} in {len(groups['frozen'])} tensors"
-    yield from memory_lines(config, model)
+    yield from memory_lines(config, data, model)
 
 
 def model_line(config: Config) -> str:
@@ -107,7 +107,7 @@ def model_line(config: Config) -> str:
     return f"model     {config.model.architecture} {origin}"
 
 
-def memory_lines(config: Config, model: SparseEncoder) -> Iterator[str]:
+def memory_lines(config: Config, data: TrainingData, model: SparseEncoder) -> Iterator[str]:
     """Estimated memory of the head and of the layers' activations for the texts of one step."""
     shape = model_shape(model)
     if shape is None:
@@ -115,7 +115,9 @@ def memory_lines(config: Config, model: SparseEncoder) -> Iterator[str]:
         return
     hidden, layers = shape
     training = config.training
-    columns = 2 if config.model.architecture == "inference-free-splade" else 3  # triplets; static queries cost nothing
+    columns = max((len(rows.column_names) for rows in data.train.values()), default=3)
+    if config.model.architecture == "inference-free-splade":
+        columns -= 1  # static queries cost nothing
     texts = training.per_device_train_batch_size * columns
     if config.loss.cached:
         texts = min(texts, config.loss.mini_batch_size * columns)
@@ -172,4 +174,4 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
         yield f"memory    needs the hub: {base}"
         return
     yield f"          {vocabulary_of(model):,} dimensions, {sum(p.numel() for p in model.parameters()):,} parameters"
-    yield from model_lines(config, model, build_loss(config, model, BatchStatistics()))
+    yield from model_lines(config, data, model, build_loss(config, model, BatchStatistics()))

@@ -73,7 +73,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
     # 3. Loss
     statistics = BatchStatistics(enabled=config.evaluation.track_sparsity)
     loss = build_loss(config, model, statistics)
-    for line in model_lines(config, model, loss):
+    for line in model_lines(config, data, model, loss):
         say(line)
 
     # 4. Arguments

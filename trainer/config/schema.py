@@ -34,6 +34,8 @@ class FromScratchConfig(Section):
     """Width of the feed-forward layers."""
     max_position_embeddings: Positive = 512
     """Longest text in tokens that the model can read."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of activations dropped in training."""
     init: Literal["lexical", "normal"] = "lexical"
     """lexical: every token starts by activating itself, so the model begins as a word matcher; normal: BERT's random
     weights."""

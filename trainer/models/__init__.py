@@ -54,7 +54,11 @@ def build_model(config: Config, queries: list[str], documents: list[str], device
         device=device,
         similarity_fn_name="cosine" if config.model.architecture == "csr" else "dot",
         model_card_data=SparseEncoderModelCardData(
-            language=card.language, license=card.license, model_name=card.model_name, tags=_tags(card.tags)
+            language=card.language,
+            license=card.license,
+            model_name=card.model_name,
+            tags=_tags(card.tags),
+            generate_widget_examples=False,  # rows of the training data do not belong in a public card
         ),
     )
     for module in model.modules():

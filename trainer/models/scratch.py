@@ -11,6 +11,8 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 from trainer.config.schema import FromScratchConfig
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+NORMALIZER = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
+PRE_TOKENIZER = pre_tokenizers.BertPreTokenizer()
 
 # Logit a word must overcome to be active at the start. A token's own logit is about 0.6 × sqrt(hidden_size) (7 at 128),
 # that of an unrelated word has a standard deviation of about 1, so over 400 tokens its maximum is about 3.
@@ -28,6 +30,8 @@ def build_from_scratch(config: FromScratchConfig, texts: list[str], folder: Path
             num_attention_heads=config.num_attention_heads,
             intermediate_size=config.intermediate_size,
             max_position_embeddings=config.max_position_embeddings,
+            hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
@@ -38,14 +42,10 @@ def build_from_scratch(config: FromScratchConfig, texts: list[str], folder: Path
 
 
 def train_tokenizer(config: FromScratchConfig, texts: list[str]) -> PreTrainedTokenizerFast:
-    """A lower-casing WordPiece tokenizer that keeps å, ä, æ, ø and ö apart."""
-    wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
-    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    """A lower-casing WordPiece tokenizer that keeps å, ä, æ, ø and ö apart; the same texts always give the same one."""
+    wordpiece = Tokenizer(models.WordPiece(train_vocabulary(config.vocab_size, texts), unk_token="[UNK]"))
+    wordpiece.normalizer, wordpiece.pre_tokenizer = NORMALIZER, PRE_TOKENIZER
     wordpiece.decoder = decoders.WordPiece()
-    wordpiece.train_from_iterator(
-        texts, WordPieceTrainer(vocab_size=config.vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=False)
-    )
     cls, sep = SPECIAL_TOKENS.index("[CLS]"), SPECIAL_TOKENS.index("[SEP]")
     wordpiece.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
@@ -59,6 +59,21 @@ def train_tokenizer(config: FromScratchConfig, texts: list[str]) -> PreTrainedTo
         mask_token="[MASK]",
         model_max_length=config.max_position_embeddings,
     )
+
+
+def train_vocabulary(size: int, texts: list[str]) -> dict[str, int]:
+    """Word pieces and their ids.
+
+    The library numbers `##x` pieces in the order of a hash map, which differs from run to run, and breaks ties by number.
+    Naming them all beforehand, as special tokens of a tokenizer that is then thrown away, settles the order.
+    """
+    words = (word for text in texts for word, _ in PRE_TOKENIZER.pre_tokenize_str(NORMALIZER.normalize_str(text)))
+    pieces = [f"##{character}" for character in sorted({character for word in words for character in word})]
+    wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    wordpiece.normalizer, wordpiece.pre_tokenizer = NORMALIZER, PRE_TOKENIZER
+    trainer = WordPieceTrainer(vocab_size=size, special_tokens=[*SPECIAL_TOKENS, *pieces], show_progress=False)
+    wordpiece.train_from_iterator(texts, trainer)
+    return wordpiece.get_vocab()
 
 
 @torch.no_grad()

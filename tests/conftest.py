@@ -1,0 +1,80 @@
+"""Shared pieces: a config of seconds, and one trained run per session that tests copy."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # the suite must pass without a network, and fail fast where it would need one
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TINY = """
+model:
+  base_model: from-scratch
+  architecture: inference-free-splade
+  from_scratch: {vocab_size: 800, hidden_size: 64, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 64}
+training:
+  max_steps: 6
+  per_device_train_batch_size: 8
+  per_device_eval_batch_size: 64
+  learning_rate: 1e-3
+  query_learning_rate: 1e-2
+  max_seq_length: 32
+  eval_steps: 2
+  save_steps: 2
+  save_total_limit: 3
+  logging_steps: 1
+loss: {type: splade, document_regularizer_weight: 1e-3}
+datasets:
+  quickstart: {}
+evaluation: {nanobeir_datasets: []}
+hardware: {device: cpu}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A config file of a run of seconds, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY)
+    return file
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """The folder of one finished tiny run."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(TINY)
+    result = run_trainer(folder, "train", "tiny.yaml")
+    assert result.returncode == 0, result.stderr
+    (folder / "output.txt").write_text(result.stdout)
+    return folder
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path, monkeypatch):
+    """A copy of the finished tiny run, in the working directory."""
+    shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_trainer(folder: Path, *arguments: str, **kwargs) -> subprocess.CompletedProcess:
+    """python -m trainer in a process of its own, working in `folder`."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | kwargs.pop("env", {})
+    return subprocess.run(
+        [sys.executable, "-m", "trainer", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **kwargs,
+    )

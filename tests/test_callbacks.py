@@ -1,0 +1,105 @@
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState
+
+from trainer.callbacks import SIGNS, Watchdog
+from trainer.sparsity import BatchStatistics
+
+
+def vectors(rows, vocabulary, active):
+    """[rows, vocabulary] with the given dims active in every row."""
+    found = torch.zeros(rows, vocabulary)
+    found[:, active] = 1.0
+    return found
+
+
+def healthy(rows=40, vocabulary=200):
+    """Every document has five dims of its own, every query one."""
+    documents, queries = torch.zeros(rows, vocabulary), torch.zeros(rows, vocabulary)
+    for row in range(rows):
+        documents[row, torch.arange(5) + 5 * (row % 40)] = 1.0
+        queries[row, 5 * row % vocabulary] = 1.0
+    return queries, documents
+
+
+def warnings_of(queries, documents, step=50, steps=100):
+    statistics, said = BatchStatistics(), []
+    statistics.add([queries, documents])
+    watchdog = Watchdog(statistics, said.append)
+    state = TrainerState(global_step=step, max_steps=steps)
+    watchdog.on_log(None, state, TrainerControl(), logs={"loss": 1.0})
+    return [warning["sign"] for warning in watchdog.warnings], said
+
+
+def test_healthy_vectors_raise_no_warning():
+    assert warnings_of(*healthy()) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("sign", "says"),
+    [
+        ("dense documents", "documents are dense: 100 active dims on average, 50% of the vocabulary"),
+        ("empty queries", "a query has zero active dims"),
+        ("a dim in every document", "dimension 7 is active in 100% of the documents"),
+        ("documents alike", "documents look alike: their mean cosine is 0.9"),
+    ],
+)
+def test_each_sign_of_collapse_is_named_with_its_step(sign, says):
+    queries, documents = healthy()
+    if sign == "dense documents":
+        documents = (torch.rand(40, 200, generator=torch.Generator().manual_seed(0)).argsort(1) < 100).float()
+    elif sign == "empty queries":
+        queries[3] = 0
+    elif sign == "a dim in every document":
+        documents[:, 7] = 0.01
+    else:
+        documents += 0.02 * vectors(40, 200, slice(0, 30))
+        documents[:, :3] += 4.0
+    signs, said = warnings_of(queries, documents)
+    assert sign in signs
+    line = next(line for line in said if says in line)
+    assert line.startswith("Warning: step 50: ")
+
+
+def test_a_sign_is_printed_once_and_its_last_step_kept():
+    queries, documents = healthy()
+    queries[0] = 0
+    statistics, said = BatchStatistics(), []
+    watchdog = Watchdog(statistics, said.append)
+    for step in (40, 50, 60):
+        statistics.add([queries, documents])
+        watchdog.on_log(None, TrainerState(global_step=step, max_steps=100), None, logs={"loss": 1.0})
+    assert len(said) == 1
+    assert [(w["step"], w["last_step"]) for w in watchdog.warnings] == [(40, 60)]
+
+
+def test_dense_documents_are_no_news_while_the_weight_is_warmed_up():
+    queries, _ = healthy()
+    assert warnings_of(queries, torch.ones(40, 200), step=30) == ([], [])
+    assert warnings_of(queries, torch.ones(40, 200), step=40)[0]
+
+
+def test_all_four_signs_are_watched():
+    assert {sign.name for sign in SIGNS} == {"dense documents", "empty queries", "a dim in every document", "documents alike"}
+
+
+def test_statistics_equal_a_hand_worked_case():
+    queries = torch.tensor([[1.0, 0, 0, 0], [0, 2.0, 0, 0]])
+    positives = torch.tensor([[1.0, 1.0, 0, 0], [1.0, 0, 0, 0]])
+    negatives = torch.tensor([[0, 0, 0, 0], [1.0, 1.0, 1.0, 0]])
+    statistics = BatchStatistics()
+    statistics.add([queries, positives, negatives])
+    found = statistics.summary()
+    assert found["query"]["active_dims_mean"] == 1
+    assert found["document"]["active_dims_mean"] == (2 + 1 + 0 + 3) / 4
+    assert found["document"]["never_active_share"] == 1 / 4
+    assert found["document"]["busiest_dim_share"] == 3 / 4
+    assert found["document"]["busiest_dim"] == 0
+    # dims active in a query, times in a document: 1/2 · 3/4 + 1/2 · 2/4
+    assert found["both"]["flops"] == pytest.approx(1 / 2 * 3 / 4 + 1 / 2 * 2 / 4)
+    # mean document (3/4, 2/4, 1/4, 0), mean query (1/2, 1, 0, 0)
+    assert found["both"]["document_flops_loss"] == pytest.approx((9 + 4 + 1) / 16)
+    assert found["both"]["query_flops_loss"] == pytest.approx(1 / 4 + 1)
+    assert found["both"]["document_cosine_mean"] == pytest.approx(1 / 2**0.5)
+    statistics.reset()
+    assert statistics.summary() == {}

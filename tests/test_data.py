@@ -1,0 +1,332 @@
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import TINY
+from trainer.beir import read_search_set
+from trainer.config import ConfigError, load_config
+from trainer.data import load_data
+from trainer.data.rows import fingerprint
+from trainer.data.sources import QUICKSTART
+
+
+def write_lines(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return file
+
+
+def write_parquet(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), file)
+
+
+def load(tmp_path, datasets, *overrides):
+    file = tmp_path / "data.yaml"
+    file.write_text(TINY.replace("  quickstart: {}", datasets))
+    return load_data(load_config(file, overrides).config)
+
+
+def error_of(tmp_path, datasets):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, datasets)
+    message = caught.value.format_message()
+    assert "\n" not in message
+    return message
+
+
+def rows_of(dataset):
+    return [tuple(row.values()) for row in dataset]
+
+
+# ---------------------------------------------------------------------------------- the user's own files
+def test_json_lines_become_anchor_and_positive_and_every_other_column_goes(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [{"q": f"q{i}", "doc": f"d{i}", "instruction": "x", "score": i} for i in range(5)])
+    data = load(tmp_path, f"  mine: {{source: {tmp_path}/*.jsonl, columns: {{anchor: q, positive: doc}}}}")
+    assert data.train["mine"].column_names == ["anchor", "positive"]
+    assert rows_of(data.train["mine"]) == [(f"q{i}", f"d{i}") for i in range(5)]
+
+
+def test_a_glob_reads_every_file_and_parquet_and_json_lines_give_the_same_rows(tmp_path):
+    rows = [{"anchor": f"q{i}", "positive": f"d{i}", "negative": f"n{i}"} for i in range(6)]
+    write_parquet(tmp_path / "p/a.parquet", rows[:3])
+    write_parquet(tmp_path / "p/b.parquet", rows[3:])
+    write_lines(tmp_path / "j/a.jsonl", rows)
+    one = load(tmp_path, f"  mine: {{source: {tmp_path}/p/*.parquet, eval_rows: 0}}")
+    two = load(tmp_path, f"  mine: {{source: {tmp_path}/j/a.jsonl, eval_rows: 0}}")
+    assert rows_of(one.train["mine"]) == rows_of(two.train["mine"]) == [tuple(row.values()) for row in rows]
+    assert one.summaries["mine"].fingerprint == two.summaries["mine"].fingerprint
+
+
+def test_rows_without_a_negative_are_kept_as_pairs_beside_the_triplets(tmp_path):
+    rows = [{"anchor": f"q{i}", "positive": f"d{i}", "negative": f"n{i}" if i % 5 < 2 else None} for i in range(20)]
+    rows[7]["negative"] = "  "
+    data = load(tmp_path, f"  mine: {{source: {write_lines(tmp_path / 'a.jsonl', rows)}, eval_rows: 0}}")
+    assert data.halves == {"mine": ["mine-triplets", "mine-pairs"]}
+    assert data.train["mine-triplets"].column_names == ["anchor", "positive", "negative"]
+    assert data.train["mine-pairs"].column_names == ["anchor", "positive"]
+    assert (len(data.train["mine-triplets"]), len(data.train["mine-pairs"])) == (8, 12)
+    assert None not in data.train["mine-triplets"]["negative"]
+
+
+def test_rows_without_text_are_left_out_and_counted(tmp_path):
+    rows = [{"anchor": "q", "positive": "d"}, {"anchor": "", "positive": "d2"}, {"anchor": "q3", "positive": None}]
+    data = load(tmp_path, f"  mine: {{source: {write_lines(tmp_path / 'a.jsonl', rows)}}}")
+    assert rows_of(data.train["mine"]) == [("q", "d")]
+    assert data.summaries["mine"].left_out == {"without text": 2}
+
+
+def test_the_same_rows_are_held_out_every_time_and_never_trained_on(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [{"anchor": f"q{i}", "positive": f"d{i}"} for i in range(50)])
+    data = load(tmp_path, f"  mine: {{source: {source}, eval_rows: 10}}")
+    again = load(tmp_path, f"  mine: {{source: {source}, eval_rows: 10}}")
+    held_out = set(data.eval["mine"]["anchor"])
+    assert len(held_out) == 5  # a tenth, since 10 would be more
+    assert held_out.isdisjoint(data.train["mine"]["anchor"])
+    assert held_out == set(again.eval["mine"]["anchor"])
+    assert len(data.train["mine"]) == 45
+
+
+def test_max_samples_takes_a_random_sample_and_the_plan_says_so(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [{"anchor": f"q{i}", "positive": f"d{i}"} for i in range(100)])
+    data = load(tmp_path, f"  mine: {{source: {source}, max_samples: 30, eval_rows: 0}}")
+    assert len(data.train["mine"]) == 30
+    assert data.train["mine"]["anchor"] != [f"q{i}" for i in range(30)]
+    assert data.summaries["mine"].left_out == {"over max_samples": 70}
+
+
+def test_rows_are_counted_per_language(tmp_path):
+    rows = [{"anchor": f"q{i}", "positive": f"d{i}", "lang": "da" if i < 3 else "sv"} for i in range(5)]
+    source = write_lines(tmp_path / "a.jsonl", rows)
+    assert load(tmp_path, f"  mine: {{source: {source}, language: lang}}").summaries["mine"].languages == {"da": 3, "sv": 2}
+    assert load(tmp_path, f"  mine: {{source: {source}, language: 'no'}}").summaries["mine"].languages == {"no": 5}
+
+
+def test_a_fingerprint_changes_with_any_text_and_does_not_depend_on_chunks():
+    table = pa.table({"anchor": ["a", "b"], "positive": ["c", None]})
+    chunked = pa.concat_tables([table.slice(0, 1), table.slice(1)])
+    assert fingerprint(table) == fingerprint(chunked)
+    assert fingerprint(table) != fingerprint(pa.table({"anchor": ["a", "b"], "positive": ["c", ""]}))
+    assert fingerprint(table) != fingerprint(pa.table({"anchor": ["ab", ""], "positive": ["c", None]}))
+
+
+# ---------------------------------------------------------------------------------- BEIR layout
+def beir(folder, corpus, queries, qrels, split="train"):
+    write_lines(folder / "corpus.jsonl", corpus)
+    write_lines(folder / f"queries.{split}.jsonl", queries)
+    (folder / f"qrels.{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"{line}\n" for line in qrels))
+    return folder
+
+
+CORPUS = [{"_id": "d1", "title": "Mjøsa", "text": "En innsjø."}, {"_id": "d2", "text": "En elv."}]
+QUERIES = [{"_id": "q1", "text": "hvilken innsjø"}, {"_id": "q2", "text": "hvilken elv"}]
+
+
+def test_a_beir_folder_trains_on_its_train_split_and_is_searched_on_its_dev_split(tmp_path):
+    folder = beir(tmp_path / "set", CORPUS, QUERIES, ["q1\td1\t1", "q2\td2\t0", "q2\td1\t2"])
+    beir(folder, CORPUS, QUERIES, ["q2\td2\t1"], split="dev")
+    data = load(tmp_path, f"  mine: {{source: {folder}}}")
+    assert rows_of(data.train["mine"]) == [("hvilken innsjø", "Mjøsa En innsjø."), ("hvilken elv", "Mjøsa En innsjø.")]
+    assert rows_of(data.eval["mine"]) == [("hvilken elv", "En elv.")]
+    assert data.search[0].relevant == {"q2": {"d2"}}
+
+
+@pytest.mark.parametrize(
+    ("qrels", "says"),
+    [
+        (["q1\td9\t1"], "qrels.train.tsv:2: passage 'd9' is not in corpus.jsonl"),
+        (["q1\td1\t1", "q9\td1\t1"], "qrels.train.tsv:3: query 'q9' is not in queries.train.jsonl"),
+        (["q1 d1 1"], "qrels.train.tsv:2: expected query-id, corpus-id and a whole number"),
+        (["q1\td1\t0"], "no relevant passage for any query"),
+    ],
+)
+def test_a_bad_relevance_file_is_named_with_its_line(tmp_path, qrels, says):
+    folder = beir(tmp_path / "set", CORPUS, QUERIES, qrels)
+    assert says in error_of(tmp_path, f"  mine: {{source: {folder}}}")
+
+
+# ---------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"anchor": "q", "positive": 7}\n', "a.jsonl:1: column 'positive' holds 7, not text"),
+        ('{"anchor": "q", "positive": "d"}\n{"anchor": ["x"], "positive": "d"}\n', "a.jsonl:2: column 'anchor' holds"),
+        ('{"anchor": "q"}\n', "a.jsonl:1: there is no column 'positive'. The line has: anchor"),
+        ('{"anchor": "q", \n', "a.jsonl:1: not JSON"),
+        ("[1]\n", "a.jsonl:1: a line must be an object"),
+        ("", "a.jsonl: no rows"),
+        ('{"anchor": "", "positive": "d"}\n', "datasets.mine: no rows to train on (1 without text)"),
+        (b"\xff\xfe{}", "not text in UTF-8"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_with_line_and_column(tmp_path, content, says):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert says in error_of(tmp_path, f"  mine: {{source: {file}}}")
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("./nothing.jsonl", "datasets.mine.source: no file matches ./nothing.jsonl"),
+        ("./*.jsonl", "datasets.mine.source: no file matches ./*.jsonl"),
+        ("./data.txt", "is neither .jsonl nor .parquet"),
+        ("./folder", "is not in BEIR layout"),
+    ],
+)
+def test_a_source_that_is_not_there_is_named(tmp_path, monkeypatch, source, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "data.txt").write_text("x")
+    assert says in error_of(tmp_path, f"  mine: {{source: '{source}'}}")
+
+
+def test_a_column_of_a_parquet_file_that_is_missing_or_no_text_is_named(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [{"q": "a", "d": 1}])
+    prefix = f"  mine: {{source: {tmp_path}/a.parquet, columns: "
+    assert "there is no column 'x'. It has: q, d" in error_of(tmp_path, prefix + "{anchor: x, positive: d}}")
+    assert "column 'd' holds int64, not text" in error_of(tmp_path, prefix + "{anchor: q, positive: d}}")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 but not really")
+    assert "cannot be read as parquet" in error_of(tmp_path, prefix + "{anchor: q, positive: d}}")
+
+
+def test_a_negative_column_that_is_asked_for_and_not_there_is_named(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [{"q": "a", "d": "b"}])
+    columns = "{anchor: q, positive: d, negative: hard}"
+    assert "there is no column 'hard'" in error_of(tmp_path, f"  mine: {{source: {source}, columns: {columns}}}")
+
+
+# ---------------------------------------------------------------------------------- the three families, from local copies
+@pytest.fixture
+def copies(tmp_path):
+    """Local copies of the hub's data sets, small, in their own columns and layouts."""
+    root = tmp_path / "copies"
+
+    def words(prefix, count, **more):
+        return [{column: f"{prefix} {text} {i}" for column, text in more.items()} for i in range(count)]
+
+    nli = words("nli", 30, anchor="a", positive="p", negative="n")
+    write_parquet(root / "nli/default/train/0.parquet", nli)
+    write_parquet(root / "nli/default/dev/0.parquet", words("dev", 6, anchor="a", positive="p", negative="n"))
+    write_parquet(root / "norquad/default/train/0.parquet", words("nq", 10, question="q", context="c", answers="x"))
+    facts = [row | {"fact": None if i % 2 else row["fact"]} for i, row in enumerate(words("ob", 10, question_stem="q", fact="f"))]
+    write_parquet(root / "noropenbookqa/nb/train/0.parquet", facts)
+    for language in ("no", "da", "sv"):
+        write_parquet(root / f"scandiqa/{language}/train/0.parquet", words(language, 10, question="q", context="c"))
+    supervised = [row | {"label": 1} for row in words("sd", 10, query="q", pos="p")]
+    write_parquet(root / "supervised_da/default/train/0.parquet", supervised)
+    for subset in ("nb", "nn"):
+        paws = [
+            {"sentence1": f"{subset} s{i}", "sentence2": f"{subset} same {i}", "label": 1} for i in range(6)
+        ] + [{"sentence1": f"{subset} s{i}", "sentence2": f"{subset} near {i}", "label": 0} for i in range(4, 8)]
+        write_parquet(root / f"paws_x/{subset}/train/0.parquet", paws)
+    ddsc = [
+        {
+            "query": f"dd q{i}",
+            "positive": f"dd p{i}",
+            "negative": f"dd n{i}" if i % 5 < 2 else None,
+            "instruction": "finn",
+            "task": "retrieval",
+            "language": ["no", "da", "da", "sv"][i % 4],
+            "prompt": "x",
+            "response": "y",
+        }
+        for i in range(40)
+    ]
+    write_parquet(root / "ddsc/default/train/0.parquet", ddsc)
+    return root
+
+
+def families(root, without=()):
+    lines = [
+        f"  nli: {{source: {root}/nli, revision: main}}",
+        "  scandi_qa:",
+        *(
+            f"    {name}: {{source: {root}/{name}, revision: main, enabled: {str(name not in without).lower()}}}"
+            for name in ("norquad", "noropenbookqa", "scandiqa", "supervised_da", "paws_x")
+        ),
+        f"  ddsc: {{source: {root}/ddsc, revision: main, eval_rows: 4}}",
+    ]
+    return "\n".join(lines)
+
+
+def test_the_three_families_become_anchor_positive_negative_and_nothing_else(tmp_path, copies):
+    data = load(tmp_path, families(copies))
+    assert data.halves == {
+        "nli": ["nli"],
+        "scandi_qa": ["scandi_qa-triplets", "scandi_qa-pairs"],
+        "ddsc": ["ddsc-triplets", "ddsc-pairs"],
+    }
+    for name, dataset in data.train.items():
+        columns = ["anchor", "positive"] if name.endswith("-pairs") else ["anchor", "positive", "negative"]
+        assert dataset.column_names == columns
+    assert data.summaries["nli"].rows == 30
+    assert set(data.eval["nli"]["anchor"]) == {f"dev a {i}" for i in range(6)}
+    ddsc = data.summaries["ddsc"]
+    assert (ddsc.rows, ddsc.triplets, ddsc.pairs, ddsc.eval_rows) == (36, ddsc.triplets, 36 - ddsc.triplets, 4)
+    assert set(ddsc.languages) == {"no", "da", "sv"}
+
+
+def test_each_source_of_scandi_qa_has_its_own_switch_and_none_invents_rows(tmp_path, copies):
+    data = load(tmp_path, families(copies), "datasets.scandi_qa.eval_rows=0")
+    # norquad 10, noropenbookqa 5 with a fact, scandiqa 30, supervised_da 10, paws 12 paraphrases
+    assert data.summaries["scandi_qa"].rows == 10 + 5 + 30 + 10 + 12
+    assert data.summaries["scandi_qa"].triplets == 4  # paws sentences 4 and 5, in nb and nn
+    assert data.summaries["scandi_qa"].left_out == {
+        "without text": 5,
+        "near misses without a paraphrase of the same sentence": 4,
+    }
+    fewer = load(tmp_path, families(copies, without=("paws_x", "scandiqa")), "datasets.scandi_qa.eval_rows=0")
+    assert fewer.summaries["scandi_qa"].rows == 10 + 5 + 10
+    assert fewer.halves["scandi_qa"] == ["scandi_qa"]
+
+
+def test_a_question_without_a_fact_never_becomes_its_own_positive(tmp_path, copies):
+    data = load(tmp_path, families(copies, without=("norquad", "scandiqa", "supervised_da", "paws_x")))
+    for row in data.train["scandi_qa"]:
+        assert row["positive"].startswith("ob f")
+
+
+def test_a_source_that_cannot_be_loaded_stops_the_run_instead_of_changing_the_mix(tmp_path, copies):
+    (copies / "paws_x/nn/train/0.parquet").unlink()
+    assert "datasets.scandi_qa.paws_x.source" in error_of(tmp_path, families(copies))
+
+
+def test_a_hub_repository_with_columns_reads_like_a_file(tmp_path, copies):
+    data = load(
+        tmp_path, f"  mine: {{source: {copies}/supervised_da, columns: {{anchor: query, positive: pos}}, eval_rows: 0}}"
+    )
+    assert rows_of(data.train["mine"])[0] == ("sd q 0", "sd p 0")
+
+
+def test_without_the_hub_one_line_says_which_repository_why_and_what_to_do(tmp_path):
+    message = error_of(tmp_path, "  nli: {source: Fremtind/all-nli-norwegian, revision: main}")
+    assert message.startswith("cannot download Fremtind/all-nli-norwegian (the Norwegian NLI data): ")
+    assert "hf download Fremtind/all-nli-norwegian --repo-type dataset --revision main" in message
+    assert message.endswith("set datasets.nli.source=DIR")
+
+
+# ---------------------------------------------------------------------------------- the embedded data
+def test_the_quickstart_data_has_the_shapes_of_the_real_sets(tmp_path):
+    data = load(tmp_path, "  quickstart: {}")
+    sets = data.summaries
+    assert list(sets) == ["quickstart_nli", "quickstart_scandi_qa", "quickstart_ddsc"]
+    assert sum(summary.rows for summary in sets.values()) >= 400
+    assert sets["quickstart_nli"].pairs == sets["quickstart_scandi_qa"].triplets == 0
+    assert sets["quickstart_ddsc"].triplets > 50 < sets["quickstart_ddsc"].pairs
+    assert set(sets["quickstart_scandi_qa"].languages) == {"nb", "nn", "da", "sv"}
+
+
+def test_the_quickstart_search_set_is_held_out_of_its_training_rows(tmp_path):
+    search = read_search_set(Path(QUICKSTART) / "search", "dev", "quickstart")
+    assert len(search.queries) >= 60
+    assert len(search.corpus) >= 250
+    data = load(tmp_path, "  quickstart: {}")
+    trained = {text for dataset in [*data.train.values(), *data.eval.values()] for row in dataset for text in row.values()}
+    assert trained.isdisjoint(search.queries.values())
+    assert trained.isdisjoint(search.corpus.values())
+    passages = {json.loads(line)["text"] for line in (QUICKSTART / "search/corpus.jsonl").read_text().splitlines()}
+    assert trained.isdisjoint(passages)

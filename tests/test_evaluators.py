@@ -1,0 +1,45 @@
+import pytest
+
+from tests.test_models import config_of, write_bert
+from trainer.beir import SearchSet
+from trainer.evaluators import SCORE, SearchEvaluator, build_evaluator
+
+
+class Part:
+    """Stands in for one of the library's evaluators; its first metric is not its primary one, as there."""
+
+    def __init__(self, name, ndcg):
+        self.primary_metric, self.name, self.ndcg = f"{name}_dot_ndcg@10", name, ndcg
+
+    def __call__(self, model, *arguments):
+        flat = {"dot_accuracy@1": 0.99, "dot_ndcg@10": self.ndcg, "dot_mrr@10": 0.2, "dot_recall@10": 0.3}
+        flat |= {"query_active_dims": 4.0, "corpus_active_dims": 50.0, "avg_flops": 1.5}
+        return {f"{self.name}_{key}": value for key, value in flat.items()}
+
+
+def test_the_score_is_the_mean_ndcg_and_not_the_first_metric():
+    results = SearchEvaluator({"one": Part("one", 0.4), "two": Part("two", 0.8)})(None)
+    assert results[SCORE] == pytest.approx(0.6)
+    assert results["two_document_active_dims"] == 50.0
+
+
+def test_two_languages_of_one_benchmark_keep_their_own_scores():
+    same = {"NanoBEIR-no": Part("NanoBEIR_mean", 0.4), "NanoBEIR-sv": Part("NanoBEIR_mean", 0.8)}
+    results = SearchEvaluator(same)(None)
+    assert (results["NanoBEIR-no_ndcg@10"], results["NanoBEIR-sv_ndcg@10"]) == (0.4, 0.8)
+
+
+def test_without_the_hub_nanobeir_is_left_out_with_the_reason_and_local_searches_stay(tmp_path):
+    config = config_of(tmp_path, write_bert(tmp_path / "base"), "splade", "evaluation.nanobeir_datasets=[msmarco]")
+    found = SearchSet("mine", {"q": "x"}, {"d": "y"}, {"q": {"d"}})
+    said = []
+    evaluator = build_evaluator(config, [found], said.append)
+    assert list(evaluator.parts) == ["mine"]
+    assert [line.split(":")[0] for line in said] == ["NanoBEIR (no) is left out", "NanoBEIR (sv) is left out"]
+    assert build_evaluator(config, [], said.append) is None
+
+
+def test_nothing_is_asked_of_the_hub_when_nanobeir_is_switched_off(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.evaluators.why_unreachable", lambda *a: pytest.fail("asked the hub"))
+    config = config_of(tmp_path, write_bert(tmp_path / "base"), "splade")
+    assert build_evaluator(config, [], print) is None

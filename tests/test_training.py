@@ -1,0 +1,385 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SparseEncoder
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.checkpoints import write_bert, write_dense
+from tests.conftest import ROOT, TINY, run_trainer
+from tests.test_models import config_of
+from trainer.checkpoints import fault_of, newest_complete
+from trainer.config import load_config
+from trainer.run import Run
+
+RUN = "models/tiny"
+SENTENCES = ["Mjøsa er Norges største innsjø.", "Älgen är skogens konung."]
+
+
+def manifest(folder, run=RUN):
+    return json.loads((folder / run / "run.json").read_text())
+
+
+def weights(folder):
+    """Every tensor of a saved model by file and name."""
+    return {
+        f"{file.relative_to(folder)}:{name}": tensor
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def assert_same_weights(one, two):
+    one, two = weights(one), weights(two)
+    assert one.keys() == two.keys()
+    assert len(one) > 5
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+# ---------------------------------------------------------------------------------- a finished run
+def test_a_run_ends_with_a_verdict_of_scores_dims_time_speed_and_memory(trained):
+    verdict = (trained / "output.txt").read_text().splitlines()[-1]
+    assert verdict.startswith("verdict   nDCG@10 0.")
+    for part in ("→", "active dims", "per query", "per document", "samples/s", "peak memory", "GiB"):
+        assert part in verdict
+
+
+def test_the_manifest_says_how_the_model_came_about(trained):
+    found = manifest(trained)
+    assert found["status"] == "finished"
+    assert found["steps"] == found["steps_done"] == 6
+    assert found["device"].startswith("cpu")
+    assert found["device_reason"] == "hardware.device says so"
+    assert found["seed"] == 42
+    assert found["command"].startswith("python -m trainer train tiny.yaml")
+    assert found["packages"]["sentence-transformers"]
+    nli = found["datasets"]["quickstart_nli"]
+    assert (nli["rows"], nli["eval_rows"]) == (162, 18)
+    # six steps of eight rows over three sets in turn: two batches of each; 162 rows make 21 batches of 7 or 8
+    assert nli["rows_seen"] in (14, 15, 16)
+    assert len(nli["fingerprint"]) == 32
+    assert found["before"]["search_ndcg@10"] > 0
+    assert found["samples_per_second"] > 0 < found["tokens_per_second"]
+    assert found["peak_memory_gib"] > 0.1
+
+
+def test_the_scores_in_the_manifest_are_those_of_the_saved_model(trained):
+    from evaluate.bm25 import mean_ndcg
+    from trainer.beir import read_search_set
+    from trainer.data.sources import QUICKSTART
+
+    model = SparseEncoder(str(trained / RUN / "final"), device="cpu")
+    search = read_search_set(QUICKSTART / "search", "dev", "quickstart")
+    queries = model.encode_query(list(search.queries.values()), convert_to_sparse_tensor=False, show_progress_bar=False)
+    documents = model.encode_document(list(search.corpus.values()), convert_to_sparse_tensor=False, show_progress_bar=False)
+    passages = list(search.corpus)
+    ranked = {
+        query: [passages[i] for i in row.topk(10).indices.tolist()]
+        for query, row in zip(search.queries, queries @ documents.T, strict=True)
+    }
+    after = manifest(trained)["after"]
+    assert after["search_ndcg@10"] == pytest.approx(mean_ndcg(ranked, search.relevant), abs=1e-4)
+    assert after["quickstart_document_active_dims"] == pytest.approx((documents > 0).sum(1).float().mean().item(), abs=1e-3)
+    assert after["quickstart_query_active_dims"] == pytest.approx((queries > 0).sum(1).float().mean().item(), abs=1e-3)
+
+
+def test_the_resolved_config_in_the_run_folder_can_be_trained_from(trained):
+    resolved = load_config(trained / RUN / "config.yaml")
+    assert resolved.config == load_config(trained / "tiny.yaml").config
+    result = run_trainer(trained, "train", f"{RUN}/config.yaml", "--name", "again")
+    assert result.returncode == 0, result.stderr
+    assert_same_weights(trained / RUN / "final", trained / "models/again/final")
+
+
+def test_the_final_model_is_the_best_checkpoint_not_the_last(trained_once):
+    state = json.loads((trained_once / RUN / "checkpoints/checkpoint-6/trainer_state.json").read_text())
+    scores = {row["step"]: row["eval_search_ndcg@10"] for row in state["log_history"] if "eval_search_ndcg@10" in row}
+    assert set(scores) == {2, 4, 6}
+    best = max(scores.values())
+    found = manifest(trained_once)
+    assert found["best_metric"] == {"name": "eval_search_ndcg@10", "value": best}
+    assert scores[int(found["best_checkpoint"].rpartition("-")[2])] == best
+    final, chosen = weights(trained_once / RUN / "final"), weights(trained_once / found["best_checkpoint"])
+    assert all(torch.equal(final[name], chosen[name]) for name in final)
+
+
+def test_a_model_that_gets_worse_ends_with_its_best_checkpoint(tiny):
+    overrides = ["training.learning_rate=0.1", "training.lr_scheduler_type=constant", "training.max_grad_norm=0"]
+    arguments = [part for pair in overrides for part in ("--set", pair)]
+    result = run_trainer(tiny.parent, "train", "tiny.yaml", *arguments)
+    assert result.returncode == 0, result.stderr
+    best = manifest(tiny.parent)["best_checkpoint"]
+    assert not best.endswith("checkpoint-6")
+    final, chosen, last = (weights(tiny.parent / part) for part in (f"{RUN}/final", best, f"{RUN}/checkpoints/checkpoint-6"))
+    assert all(torch.equal(final[name], chosen[name]) for name in final)
+    assert not all(torch.equal(final[name], last[name]) for name in final)
+
+
+STOCK = """
+import json, sys
+from sentence_transformers import SparseEncoder
+model = SparseEncoder(sys.argv[1], device="cpu")
+texts = json.loads(sys.argv[2])
+encode = dict(convert_to_sparse_tensor=False, show_progress_bar=False)
+print(json.dumps([model.encode_query(texts, **encode).tolist(), model.encode_document(texts, **encode).tolist()]))
+assert not any(name.split(".")[0] == "trainer" for name in sys.modules)
+"""
+
+
+def test_a_saved_model_gives_the_same_vectors_in_a_fresh_process_without_our_code(trained, tmp_path_factory):
+    folder = trained / RUN / "final"
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.copytree(folder, elsewhere / "model")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    found = subprocess.run(
+        [sys.executable, "-c", STOCK, "model", json.dumps(SENTENCES)],
+        cwd=elsewhere, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    queries, documents = json.loads(found.stdout.splitlines()[-1])
+    model = SparseEncoder(str(folder), device="cpu")
+    encode = {"convert_to_sparse_tensor": False, "show_progress_bar": False}
+    torch.testing.assert_close(torch.tensor(queries), model.encode_query(SENTENCES, **encode), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.tensor(documents), model.encode_document(SENTENCES, **encode), atol=1e-5, rtol=1e-5)
+
+
+def test_tensorboard_has_every_scalar_and_the_probe_sentences(trained):
+    events = EventAccumulator(str(trained / RUN / "logs"))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {
+        "loss/total",
+        "loss/base_loss",
+        "loss/document_regularizer_loss",
+        "regularizer/document_regularizer_weight",
+        "optimizer/learning_rate_model",
+        "optimizer/learning_rate_query",
+        "sparsity/query/active_dims_mean",
+        "sparsity/query/active_dims_p95",
+        "sparsity/document/active_dims_mean",
+        "sparsity/document/active_dims_p95",
+        "sparsity/document/never_active_share",
+        "sparsity/flops",
+        "speed/samples_per_second",
+        "speed/tokens_per_second",
+        "memory/peak (GiB)",
+        "eval/search_ndcg@10",
+        "eval/quickstart_ndcg@10",
+        "eval/quickstart_nli_loss",
+        "eval/quickstart_ddsc-triplets_loss",
+    } <= scalars
+    assert len(events.Scalars("loss/total")) == 6
+    text = events.Tensors(next(tag for tag in events.Tags()["tensors"] if "top terms" in tag))[-1]
+    panel = text.tensor_proto.string_val[0].decode()
+    assert "Galdhøpiggen" in panel
+    assert "Storebæltsbroen" in panel
+    assert "Älgjakten" in panel
+
+
+def test_query_weights_move_at_their_own_rate(trained):
+    events = EventAccumulator(str(trained / RUN / "logs"))
+    events.Reload()
+    model, query = (events.Scalars(f"optimizer/learning_rate_{part}") for part in ("model", "query"))
+    assert all(q.value == pytest.approx(10 * m.value) for m, q in zip(model, query, strict=True))
+
+
+# ---------------------------------------------------------------------------------- other architectures
+@pytest.mark.parametrize("architecture", ["splade", "csr"])
+def test_every_architecture_trains_saves_and_reloads(tmp_path, monkeypatch, architecture):
+    monkeypatch.chdir(tmp_path)
+    base = write_dense(tmp_path / "base") if architecture == "csr" else write_bert(tmp_path / "base")
+    config_of(tmp_path, base, architecture)
+    result = run_trainer(tmp_path, "train", "config.yaml", "--set", "training.max_steps=2")
+    assert result.returncode == 0, result.stderr
+    model = SparseEncoder(str(tmp_path / "models/config/final"), device="cpu")
+    vectors = model.encode_document(SENTENCES, convert_to_sparse_tensor=False, show_progress_bar=False)
+    assert vectors.shape == (2, 64 if architecture == "csr" else len(model.tokenizer))
+    assert (vectors > 0).any(1).all()
+
+
+def test_csr_leaves_the_dense_model_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = write_dense(tmp_path / "base")
+    config_of(tmp_path, base, "csr")
+    assert run_trainer(tmp_path, "train", "config.yaml", "--set", "training.max_steps=2").returncode == 0
+    before, after = weights(base), weights(tmp_path / "models/config/final")
+    kept = [name for name in before if name in after]
+    assert len(kept) > 5
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+
+
+def test_cached_loss_gives_the_loss_curve_of_the_plain_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    curves = []
+    # no dropout: its draws differ between one forward pass and several
+    for name, *overrides in (["plain"], ["cached", "loss.cached=true", "loss.mini_batch_size=3"]):
+        arguments = [part for pair in ("model.from_scratch.dropout=0.0", *overrides) for part in ("--set", pair)]
+        result = run_trainer(tmp_path, "train", "tiny.yaml", "--name", name, *arguments)
+        assert result.returncode == 0, result.stderr
+        events = EventAccumulator(str(tmp_path / f"models/{name}/logs"))
+        events.Reload()
+        curves.append([event.value for event in events.Scalars("loss/total")])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------- resume
+def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
+    run = folder / RUN
+    for part in ("checkpoints/checkpoint-4", "checkpoints/checkpoint-6", "final"):
+        shutil.rmtree(run / part)
+    result = run_trainer(folder, "train", "tiny.yaml", "--resume")
+    assert result.returncode == 0, result.stderr
+    assert "resuming from models/tiny/checkpoints/checkpoint-2" in result.stdout
+    assert_same_weights(run / "checkpoints/checkpoint-6", trained / RUN / "checkpoints/checkpoint-6")
+    assert_same_weights(run / "final", trained / RUN / "final")
+
+
+def test_resume_skips_truncated_and_foreign_checkpoints_and_takes_the_next_older(trained):
+    run = Run.open(load_config(trained / "tiny.yaml"))
+    checkpoints = run.checkpoints
+    said = []
+    assert newest_complete(checkpoints, run.id, said.append).name == "checkpoint-6"
+    os.truncate(checkpoints / "checkpoint-6/optimizer.pt", 100)
+    assert newest_complete(checkpoints, run.id, said.append).name == "checkpoint-4"
+    assert "checkpoint-6 is skipped: optimizer.pt has 100 bytes instead of" in said[-1]
+    shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-9")
+    seal = json.loads((checkpoints / "checkpoint-9/complete.json").read_text())
+    (checkpoints / "checkpoint-9/complete.json").write_text(json.dumps(seal | {"run": "another"}))
+    assert newest_complete(checkpoints, run.id, said.append).name == "checkpoint-4"
+    assert any("checkpoint-9 is skipped: it belongs to another run" in line for line in said)
+    (checkpoints / "checkpoint-4/complete.json").unlink()
+    assert fault_of(checkpoints / "checkpoint-4", run.id) == "it was not written to its end"
+    (checkpoints / "checkpoint-2/document_0_Transformer/model.safetensors").unlink()
+    assert newest_complete(checkpoints, run.id, said.append) is None
+
+
+def test_training_over_an_existing_run_stops_and_says_what_to_type(trained):
+    result = run_trainer(trained, "train", "tiny.yaml")
+    assert result.returncode == 2
+    assert result.stderr.startswith("Error: models/tiny exists. To continue it: make resume CONFIG=tiny")
+    assert result.stderr.count("\n") == 1
+    assert manifest(trained)["status"] == "finished"
+
+
+def test_resuming_what_was_never_started_says_what_to_type(tiny):
+    result = run_trainer(tiny.parent, "train", "tiny.yaml", "--resume")
+    assert result.returncode == 2
+    assert "holds no run to resume" in result.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_saves_its_step_says_how_to_go_on_and_does(tiny, number, code):
+    folder = tiny.parent
+    (folder / "tiny.yaml").write_text(TINY.replace("max_steps: 6", "max_steps: 400").replace("_steps: 2", "_steps: 200"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", "train", "tiny.yaml"],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    logs = folder / RUN / "logs"
+    deadline = time.monotonic() + 120
+    while not list(logs.glob("*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.5)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "To go on: make resume CONFIG=tiny.yaml" in errors
+    found = manifest(folder)
+    assert found["status"] == "stopped"
+    assert 0 < found["steps_done"] < 400
+    assert fault_of(folder / RUN / f"checkpoints/checkpoint-{found['steps_done']}", found["id"]) is None
+
+
+# ---------------------------------------------------------------------------------- failures
+def run_python(folder, code):
+    """Train tiny.yaml in a process of its own after running `code`."""
+    tail = "import sys; sys.argv = ['trainer', 'train', 'tiny.yaml']; from trainer.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code + "\n" + tail],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+NAN_AT_STEP_4 = """
+from trainer.loop import SparseTrainer
+compute_loss = SparseTrainer.compute_loss
+def poisoned(self, *args, **kwargs):
+    loss = compute_loss(self, *args, **kwargs)
+    return loss * float("nan") if self.model.training and self.state.global_step == 3 else loss
+SparseTrainer.compute_loss = poisoned
+"""
+
+
+def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tiny):
+    result = run_python(tiny.parent, NAN_AT_STEP_4)
+    assert result.returncode == 2
+    assert "Error: the loss became NaN at step 4. The last checkpoint is as good as it was." in result.stderr
+    run = tiny.parent / RUN
+    found = manifest(tiny.parent)
+    assert found["status"] == "failed"
+    assert [path.name for path in (run / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert fault_of(run / "checkpoints/checkpoint-2", found["id"]) is None
+    assert all(torch.isfinite(tensor.float()).all() for tensor in weights(run / "checkpoints/checkpoint-2").values())
+
+
+FULL_AT_STEP_4 = """
+import errno, torch
+save = torch.save
+def full(value, file, *args, **kwargs):
+    if "checkpoint-4" in str(file):
+        open(file, "wb").write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return save(value, file, *args, **kwargs)
+torch.save = full
+"""
+
+
+def test_a_full_disk_is_one_line_and_the_half_written_checkpoint_is_skipped(tiny):
+    result = run_python(tiny.parent, FULL_AT_STEP_4)
+    assert result.returncode == 2
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("Error: the disk is full under models/tiny. Free some space, then go on: make resume CONFIG=tiny")
+    again = run_trainer(tiny.parent, "train", "tiny.yaml", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "checkpoint-4 is skipped: it was not written to its end" in again.stdout
+    assert "resuming from models/tiny/checkpoints/checkpoint-2" in again.stdout
+    assert manifest(tiny.parent)["status"] == "finished"
+
+
+def test_a_failure_before_the_first_step_leaves_nothing_in_the_way(tiny):
+    text = TINY.replace("  quickstart: {}", "  mine: {source: later.jsonl, eval_rows: 0}").replace("size: 8", "size: 2")
+    tiny.write_text(text)
+    assert "no file matches later.jsonl" in run_trainer(tiny.parent, "train", "tiny.yaml").stderr
+    rows = [{"anchor": f"hva er {i}", "positive": f"svaret er {i}"} for i in range(20)]
+    (tiny.parent / "later.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = run_trainer(tiny.parent, "train", "tiny.yaml")
+    assert result.returncode == 0, result.stderr
+    assert "the last checkpoint: there is nothing to evaluate with" in result.stdout
+
+
+def test_a_device_that_is_not_here_is_named():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    from trainer.config import ConfigError
+    from trainer.device import choose_device
+
+    config = load_config(ROOT / "configs/training_config_splade_h100.yaml").config
+    with pytest.raises(ConfigError, match="hardware.device is cuda, but torch .* finds no such device"):
+        choose_device(config)
+
+
+def test_the_verdict_names_no_score_where_nothing_was_searched():
+    from trainer.train import verdict
+
+    line = verdict({}, {}, None, 125.4, {"samples_per_second": 12.34}, 1.25)
+    assert line == "verdict   2 min 5 s, 12.3 samples/s, peak memory 1.2 GiB"
