@@ -13,7 +13,7 @@ TORCH   ?= $(shell if [ "$$(uname -s)" = Darwin ] || command -v nvidia-smi >/dev
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 PIP     := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary=:all:
-SETS    := $(foreach pair,$(SET),--set $(pair))
+SETS    := $(foreach pair,$(SET),--set '$(pair)')
 # An MPS kernel that does not exist yet runs on the CPU instead of raising.
 export PYTORCH_ENABLE_MPS_FALLBACK ?= 1
 

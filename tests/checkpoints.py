@@ -18,7 +18,12 @@ DOCUMENTS = [
     "Ein fjord er ein lang og djup arm av havet som går inn i landet.",
 ]
 SIZE = FromScratchConfig(
-    vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64
+    vocab_size=300,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=64,
 )
 
 

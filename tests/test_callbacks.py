@@ -79,8 +79,19 @@ def test_dense_documents_are_no_news_while_the_weight_is_warmed_up():
     assert warnings_of(queries, torch.ones(40, 200), step=40)[0]
 
 
+def test_a_query_that_finds_nothing_is_news_at_any_step():
+    queries, documents = healthy()
+    queries[3] = 0
+    assert warnings_of(queries, documents, step=1)[0] == ["empty queries"]
+
+
 def test_all_four_signs_are_watched():
-    assert {sign.name for sign in SIGNS} == {"dense documents", "empty queries", "a dim in every document", "documents alike"}
+    assert {sign.name for sign in SIGNS} == {
+        "dense documents",
+        "empty queries",
+        "a dim in every document",
+        "documents alike",
+    }
 
 
 def test_statistics_equal_a_hand_worked_case():

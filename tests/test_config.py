@@ -124,7 +124,9 @@ def test_a_parent_that_is_not_there_is_named_with_its_line(tmp_path):
 
 def test_any_key_can_be_overridden(tmp_path):
     file = write(tmp_path, TINY)
-    loaded = load_config(file, ["training.max_steps=50", "model_card.language=[no, da]", "datasets.mine.source=./x.jsonl"])
+    loaded = load_config(
+        file, ["training.max_steps=50", "model_card.language=[no, da]", "datasets.mine.source=./x.jsonl"]
+    )
     assert loaded.config.training.max_steps == 50
     assert loaded.config.model_card.language == ["no", "da"]
     assert loaded.config.datasets.local["mine"].source == "./x.jsonl"
@@ -135,7 +137,11 @@ def test_any_key_can_be_overridden(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("learning_rate: 1e-3", "learnin_rate: 1e-3", "unknown key 'training.learnin_rate'. Did you mean 'learning_rate'?"),
+        (
+            "learning_rate: 1e-3",
+            "learnin_rate: 1e-3",
+            "unknown key 'training.learnin_rate'. Did you mean 'learning_rate'?",
+        ),
         ("architecture: inference-free-splade", "architecture: spalde", "Did you mean 'splade'?"),
         ("max_steps: 6", "max_steps: six", "'training.max_steps' must be a whole number, not the text 'six'"),
         ("max_steps: 6", "max_steps: 6.5", "'training.max_steps' must be a whole number, not 6.5"),
@@ -151,7 +157,11 @@ def test_any_key_can_be_overridden(tmp_path):
         ("hidden_size: 64", "hidden_size: 63", "multiple of num_attention_heads"),
         ("base_model: from-scratch", "base_model: ltg/norbert3-xs", "needs 'model.revision'"),
         ("quickstart: {}", "quickstart: {enabled: false}", "no data set is enabled"),
-        ("quickstart: {}", "mine: {source: org/data, columns: {anchor: a, positive: b}}", "needs 'datasets.mine.revision'"),
+        (
+            "quickstart: {}",
+            "mine: {source: org/data, columns: {anchor: a, positive: b}}",
+            "needs 'datasets.mine.revision'",
+        ),
         ("quickstart: {}", "mine: {source: org/data, revision: main}", "needs 'datasets.mine.columns'"),
         ("hardware: {device: cpu}", "hardware: {device: cpu, tf32: true}", "'hardware.tf32' is for CUDA"),
         ("hardware: {device: cpu}", "hub: {push: true}", "'hub.push' needs 'hub.repo'"),
@@ -182,7 +192,8 @@ def test_regular_splade_needs_a_query_weight(tmp_path):
 def test_remote_code_needs_a_full_commit(tmp_path):
     for revision, allowed in (("main", False), ("386ba2d", False), ("386ba2dc5ae5f95fec86d580c5fc4af34d380126", True)):
         text = changed(
-            "  base_model: from-scratch", f"  base_model: ltg/norbert4-base\n  revision: {revision}\n  trust_remote_code: true"
+            "  base_model: from-scratch",
+            f"  base_model: ltg/norbert4-base\n  revision: {revision}\n  trust_remote_code: true",
         ).replace(next(line for line in TINY.splitlines() if "from_scratch" in line), "")
         if allowed:
             assert load_config(write(tmp_path, text)).config.model.trust_remote_code
@@ -211,7 +222,9 @@ def test_what_show_prints_is_the_same_config(tmp_path):
     assert "# default" in next(line for line in shown.splitlines() if "weight_decay" in line)
 
 
-@pytest.mark.parametrize("name", ["no", "true", "2e-5", "a: b", "#1", "", " x", "null", "- a", "[x]", "it's", "å\\n", "a\nb"])
+@pytest.mark.parametrize(
+    "name", ["no", "true", "2e-5", "a: b", "#1", "", " x", "null", "- a", "[x]", "it's", "å\\n", "a\nb"]
+)
 def test_show_quotes_a_text_that_yaml_would_read_otherwise(tmp_path, name):
     text = TINY + "model_card: {}\n"
     loaded = load_config(write(tmp_path, text))
@@ -222,7 +235,9 @@ def test_show_quotes_a_text_that_yaml_would_read_otherwise(tmp_path, name):
 
 
 # ---------------------------------------------------------------------------------- speed
-@pytest.mark.parametrize("arguments", [["--help"], ["show", "quickstart"], ["train", "quickstart", "--set", "training.x=1"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["show", "quickstart"], ["train", "quickstart", "--set", "training.x=1"]]
+)
 def test_help_show_and_errors_import_no_heavy_library(arguments):
     code = (
         "import sys, runpy; sys.argv = ['trainer', *sys.argv[1:]]\n"

@@ -5,12 +5,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
+from tests.test_shipped_configs import NAMES
 from trainer.beir import read_search_set
 from trainer.config import ConfigError, load_config
 from trainer.data import load_data
 from trainer.data.rows import fingerprint
 from trainer.data.sources import QUICKSTART
+from trainer.hub import HubUnreachable
+from trainer.models import fetch_base_model
 
 
 def write_lines(file, rows):
@@ -44,7 +47,9 @@ def rows_of(dataset):
 
 # ---------------------------------------------------------------------------------- the user's own files
 def test_json_lines_become_anchor_and_positive_and_every_other_column_goes(tmp_path):
-    write_lines(tmp_path / "a.jsonl", [{"q": f"q{i}", "doc": f"d{i}", "instruction": "x", "score": i} for i in range(5)])
+    write_lines(
+        tmp_path / "a.jsonl", [{"q": f"q{i}", "doc": f"d{i}", "instruction": "x", "score": i} for i in range(5)]
+    )
     data = load(tmp_path, f"  mine: {{source: {tmp_path}/*.jsonl, columns: {{anchor: q, positive: doc}}}}")
     assert data.train["mine"].column_names == ["anchor", "positive"]
     assert rows_of(data.train["mine"]) == [(f"q{i}", f"d{i}") for i in range(5)]
@@ -101,8 +106,21 @@ def test_max_samples_takes_a_random_sample_and_the_plan_says_so(tmp_path):
 def test_rows_are_counted_per_language(tmp_path):
     rows = [{"anchor": f"q{i}", "positive": f"d{i}", "lang": "da" if i < 3 else "sv"} for i in range(5)]
     source = write_lines(tmp_path / "a.jsonl", rows)
-    assert load(tmp_path, f"  mine: {{source: {source}, language: lang}}").summaries["mine"].languages == {"da": 3, "sv": 2}
+    assert load(tmp_path, f"  mine: {{source: {source}, language: lang}}").summaries["mine"].languages == {
+        "da": 3,
+        "sv": 2,
+    }
     assert load(tmp_path, f"  mine: {{source: {source}, language: 'no'}}").summaries["mine"].languages == {"no": 5}
+
+
+def test_languages_are_counted_after_sampling_and_holding_out(tmp_path):
+    rows = [{"anchor": f"q{i}", "positive": f"d{i}", "lang": i % 3} for i in range(100)]  # numbers are languages too
+    source = write_lines(tmp_path / "a.jsonl", rows)
+    summary = load(tmp_path, f"  mine: {{source: {source}, language: lang, max_samples: 50, eval_rows: 4}}").summaries[
+        "mine"
+    ]
+    assert set(summary.languages) == {"0", "1", "2"}
+    assert sum(summary.languages.values()) == summary.rows == 46
 
 
 def test_a_fingerprint_changes_with_any_text_and_does_not_depend_on_chunks():
@@ -141,6 +159,7 @@ def test_a_beir_folder_trains_on_its_train_split_and_is_searched_on_its_dev_spli
         (["q1\td1\t1", "q9\td1\t1"], "qrels.train.tsv:3: query 'q9' is not in queries.train.jsonl"),
         (["q1 d1 1"], "qrels.train.tsv:2: expected query-id, corpus-id and a whole number"),
         (["q1\td1\t0"], "no relevant passage for any query"),
+        (["q1\td1\t²"], "expected query-id, corpus-id and a whole number"),
     ],
 )
 def test_a_bad_relevance_file_is_named_with_its_line(tmp_path, qrels, says):
@@ -160,6 +179,7 @@ def test_a_bad_relevance_file_is_named_with_its_line(tmp_path, qrels, says):
         ("", "a.jsonl: no rows"),
         ('{"anchor": "", "positive": "d"}\n', "datasets.mine: no rows to train on (1 without text)"),
         (b"\xff\xfe{}", "not text in UTF-8"),
+        ('{"anchor": "\\ud83d", "positive": "d"}\n', "a.jsonl:1: column 'anchor' holds half a character"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named_with_line_and_column(tmp_path, content, says):
@@ -193,6 +213,30 @@ def test_a_column_of_a_parquet_file_that_is_missing_or_no_text_is_named(tmp_path
     assert "cannot be read as parquet" in error_of(tmp_path, prefix + "{anchor: q, positive: d}}")
 
 
+def test_parquet_files_that_differ_in_an_unused_column_are_read_together(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [{"anchor": "q1", "positive": "d1", "id": 1}])
+    write_parquet(tmp_path / "b.parquet", [{"anchor": "q2", "positive": "d2", "id": "two"}])
+    assert len(load(tmp_path, f"  mine: {{source: {tmp_path}/*.parquet}}").train["mine"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("eval_split: dev", "'datasets.mine.eval_split' has no effect on the source"),
+        ("revision: main", "'datasets.mine.revision' has no effect on the source"),
+        ("columns: {anchor: a, positive: a}", "'datasets.mine.columns' names one column twice"),
+    ],
+)
+def test_a_key_without_effect_is_refused(tmp_path, more, says):
+    source = write_lines(tmp_path / "a.jsonl", [{"anchor": "q", "positive": "d"}])
+    assert says in error_of(tmp_path, f"  mine: {{source: {source}, {more}}}")
+
+
+def test_a_set_cannot_take_the_name_of_an_embedded_one(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [{"anchor": "q", "positive": "d"}])
+    assert "is the name of an embedded set" in error_of(tmp_path, f"  quickstart_nli: {{source: {source}}}")
+
+
 def test_a_negative_column_that_is_asked_for_and_not_there_is_named(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [{"q": "a", "d": "b"}])
     columns = "{anchor: q, positive: d, negative: hard}"
@@ -212,16 +256,19 @@ def copies(tmp_path):
     write_parquet(root / "nli/default/train/0.parquet", nli)
     write_parquet(root / "nli/default/dev/0.parquet", words("dev", 6, anchor="a", positive="p", negative="n"))
     write_parquet(root / "norquad/default/train/0.parquet", words("nq", 10, question="q", context="c", answers="x"))
-    facts = [row | {"fact": None if i % 2 else row["fact"]} for i, row in enumerate(words("ob", 10, question_stem="q", fact="f"))]
+    facts = [
+        row | {"fact": None if i % 2 else row["fact"]}
+        for i, row in enumerate(words("ob", 10, question_stem="q", fact="f"))
+    ]
     write_parquet(root / "noropenbookqa/nb/train/0.parquet", facts)
     for language in ("no", "da", "sv"):
         write_parquet(root / f"scandiqa/{language}/train/0.parquet", words(language, 10, question="q", context="c"))
     supervised = [row | {"label": 1} for row in words("sd", 10, query="q", pos="p")]
     write_parquet(root / "supervised_da/default/train/0.parquet", supervised)
     for subset in ("nb", "nn"):
-        paws = [
-            {"sentence1": f"{subset} s{i}", "sentence2": f"{subset} same {i}", "label": 1} for i in range(6)
-        ] + [{"sentence1": f"{subset} s{i}", "sentence2": f"{subset} near {i}", "label": 0} for i in range(4, 8)]
+        paws = [{"sentence1": f"{subset} s{i}", "sentence2": f"{subset} same {i}", "label": 1} for i in range(6)] + [
+            {"sentence1": f"{subset} s{i}", "sentence2": f"{subset} near {i}", "label": 0} for i in range(4, 8)
+        ]
         write_parquet(root / f"paws_x/{subset}/train/0.parquet", paws)
     ddsc = [
         {
@@ -309,6 +356,19 @@ def test_without_the_hub_one_line_says_which_repository_why_and_what_to_do(tmp_p
     assert message.endswith("set datasets.nli.source=DIR")
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart"])
+def test_each_shipped_config_stops_at_its_first_download_with_one_line(name):
+    config = load_config(ROOT / f"configs/training_config_{name}.yaml").config
+    with pytest.raises(HubUnreachable, match=r"cannot download Fremtind/all-nli-norwegian \(the Norwegian NLI data\)"):
+        load_data(config)
+    with pytest.raises(HubUnreachable) as caught:
+        fetch_base_model(config)
+    message = caught.value.format_message()
+    assert message.startswith(f"cannot download {config.model.base_model} (the base model): ")
+    assert message.endswith("set model.base_model=DIR")
+    assert "\n" not in message
+
+
 # ---------------------------------------------------------------------------------- the embedded data
 def test_the_quickstart_data_has_the_shapes_of_the_real_sets(tmp_path):
     data = load(tmp_path, "  quickstart: {}")
@@ -325,7 +385,9 @@ def test_the_quickstart_search_set_is_held_out_of_its_training_rows(tmp_path):
     assert len(search.queries) >= 60
     assert len(search.corpus) >= 250
     data = load(tmp_path, "  quickstart: {}")
-    trained = {text for dataset in [*data.train.values(), *data.eval.values()] for row in dataset for text in row.values()}
+    trained = {
+        text for dataset in [*data.train.values(), *data.eval.values()] for row in dataset for text in row.values()
+    }
     assert trained.isdisjoint(search.queries.values())
     assert trained.isdisjoint(search.corpus.values())
     passages = {json.loads(line)["text"] for line in (QUICKSTART / "search/corpus.jsonl").read_text().splitlines()}

@@ -42,7 +42,9 @@ def test_the_readme_table_lists_every_config():
 
 def test_the_project_speaks_of_no_package_registry_and_no_machine_path():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    banned = re.compile("|".join(["py" + r"pi\.org", "python" + "hosted", "registry\\." + "npmjs", "/" + "work/", "/" + "opt/wheels"]))
+    banned = re.compile(
+        "|".join(["py" + r"pi\.org", "python" + "hosted", "registry\\." + "npmjs", "/" + "work/", "/" + "opt/wheels"])
+    )
     for name in files:
         if not name.endswith((".jsonl", ".png")):
             assert not banned.search((ROOT / name).read_text(encoding="utf-8")), name

@@ -6,7 +6,14 @@ from tests.conftest import ROOT
 ROWS = [
     {"trainer.config"},
     {"trainer.hub", "trainer.beir", "trainer.device", "trainer.run", "trainer.checkpoints", "trainer.sparsity"},
-    {"trainer.data", "trainer.models", "trainer.losses", "trainer.arguments", "trainer.callbacks", "trainer.evaluators"},
+    {
+        "trainer.data",
+        "trainer.models",
+        "trainer.losses",
+        "trainer.arguments",
+        "trainer.callbacks",
+        "trainer.evaluators",
+    },
     {"trainer.loop", "trainer.plan"},
     {"trainer.train"},
     {"trainer.cli"},
@@ -26,7 +33,11 @@ def imports(package):
     for file in (ROOT / package).rglob("*.py"):
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("trainer", "evaluate"):
+            if (
+                isinstance(node, ast.ImportFrom)
+                and node.module
+                and node.module.split(".")[0] in ("trainer", "evaluate")
+            ):
                 yield part_of(module), node.module
             elif isinstance(node, ast.Import):
                 for alias in node.names:

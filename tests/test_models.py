@@ -105,7 +105,9 @@ def test_special_tokens_are_never_active_in_queries_or_documents(tmp_path, archi
 
 def test_a_base_model_without_negative_logits_is_refused_with_the_reason(tmp_path):
     base = write_bert(tmp_path / "base", bias=50.0)
-    with pytest.raises(ConfigError, match="is dense at start: every logit of every token is positive on 4 training texts"):
+    with pytest.raises(
+        ConfigError, match="is dense at start: every logit of every token is positive on 4 training texts"
+    ):
         build(tmp_path, base, "splade")
 
 
@@ -169,7 +171,9 @@ def test_the_same_seed_builds_the_same_model_from_scratch(tmp_path):
 
 
 def test_the_tokenizer_from_scratch_keeps_nordic_letters_apart(tmp_path):
-    tokenizer = build_model(load_config(write_tiny(tmp_path)).config, ["far får fær før"] * 2, DOCUMENTS, "cpu").tokenizer
+    tokenizer = build_model(
+        load_config(write_tiny(tmp_path)).config, ["far får fær før"] * 2, DOCUMENTS, "cpu"
+    ).tokenizer
     assert len({tuple(tokenizer.tokenize(word)) for word in ("far", "får", "fær", "før")}) == 4
     assert tokenizer.tokenize("Får") == tokenizer.tokenize("får")
 

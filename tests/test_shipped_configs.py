@@ -102,7 +102,9 @@ def test_no_two_shipped_configs_share_a_run_folder():
 def test_a_copy_under_a_new_name_is_a_config_of_its_own(tmp_path):
     text = find_config("splade").read_text()
     copy = tmp_path / "training_config_mine.yaml"
-    copy.write_text(text.replace("ltg/norbert3-xs", "ltg/norbert3-small").replace("train_batch_size: 16", "train_batch_size: 4"))
+    copy.write_text(
+        text.replace("ltg/norbert3-xs", "ltg/norbert3-small").replace("train_batch_size: 16", "train_batch_size: 4")
+    )
     loaded = load_config(copy, ["datasets.ddsc.enabled=false"])
     assert (loaded.name, loaded.config.model.base_model) == ("mine", "ltg/norbert3-small")
     assert not loaded.config.datasets.ddsc.enabled
@@ -144,7 +146,11 @@ def test_every_key_of_the_schema_is_read_by_the_code():
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 read.add(node.value)  # getattr(config, "norquad"), the names of column roles
     # the training section goes to the library whole: test_every_training_key_reaches_the_library in test_arguments.py
-    keys = {(section, key) for section, key in [*schema_keys(Config), *schema_keys(LocalSource)] if section != "TrainingConfig"}
+    keys = {
+        (section, key)
+        for section, key in [*schema_keys(Config), *schema_keys(LocalSource)]
+        if section != "TrainingConfig"
+    }
     assert len(keys) > 60
     assert {key for _, key in keys} - read == set()
 

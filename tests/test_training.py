@@ -17,6 +17,7 @@ from tests.conftest import ROOT, TINY, run_trainer
 from tests.test_models import config_of
 from trainer.checkpoints import fault_of, newest_complete
 from trainer.config import load_config
+from trainer.data import load_data
 from trainer.run import Run
 
 RUN = "models/tiny"
@@ -79,7 +80,9 @@ def test_the_scores_in_the_manifest_are_those_of_the_saved_model(trained):
     model = SparseEncoder(str(trained / RUN / "final"), device="cpu")
     search = read_search_set(QUICKSTART / "search", "dev", "quickstart")
     queries = model.encode_query(list(search.queries.values()), convert_to_sparse_tensor=False, show_progress_bar=False)
-    documents = model.encode_document(list(search.corpus.values()), convert_to_sparse_tensor=False, show_progress_bar=False)
+    documents = model.encode_document(
+        list(search.corpus.values()), convert_to_sparse_tensor=False, show_progress_bar=False
+    )
     passages = list(search.corpus)
     ranked = {
         query: [passages[i] for i in row.topk(10).indices.tolist()]
@@ -87,7 +90,9 @@ def test_the_scores_in_the_manifest_are_those_of_the_saved_model(trained):
     }
     after = manifest(trained)["after"]
     assert after["search_ndcg@10"] == pytest.approx(mean_ndcg(ranked, search.relevant), abs=1e-4)
-    assert after["quickstart_document_active_dims"] == pytest.approx((documents > 0).sum(1).float().mean().item(), abs=1e-3)
+    assert after["quickstart_document_active_dims"] == pytest.approx(
+        (documents > 0).sum(1).float().mean().item(), abs=1e-3
+    )
     assert after["quickstart_query_active_dims"] == pytest.approx((queries > 0).sum(1).float().mean().item(), abs=1e-3)
 
 
@@ -118,7 +123,9 @@ def test_a_model_that_gets_worse_ends_with_its_best_checkpoint(tiny):
     assert result.returncode == 0, result.stderr
     best = manifest(tiny.parent)["best_checkpoint"]
     assert not best.endswith("checkpoint-6")
-    final, chosen, last = (weights(tiny.parent / part) for part in (f"{RUN}/final", best, f"{RUN}/checkpoints/checkpoint-6"))
+    final, chosen, last = (
+        weights(tiny.parent / part) for part in (f"{RUN}/final", best, f"{RUN}/checkpoints/checkpoint-6")
+    )
     assert all(torch.equal(final[name], chosen[name]) for name in final)
     assert not all(torch.equal(final[name], last[name]) for name in final)
 
@@ -147,7 +154,9 @@ def test_a_saved_model_gives_the_same_vectors_in_a_fresh_process_without_our_cod
     model = SparseEncoder(str(folder), device="cpu")
     encode = {"convert_to_sparse_tensor": False, "show_progress_bar": False}
     torch.testing.assert_close(torch.tensor(queries), model.encode_query(SENTENCES, **encode), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(torch.tensor(documents), model.encode_document(SENTENCES, **encode), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(documents), model.encode_document(SENTENCES, **encode), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_tensorboard_has_every_scalar_and_the_probe_sentences(trained):
@@ -280,7 +289,9 @@ def test_resuming_what_was_never_started_says_what_to_type(tiny):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_saves_its_step_says_how_to_go_on_and_does(tiny, number, code):
     folder = tiny.parent
-    (folder / "tiny.yaml").write_text(TINY.replace("max_steps: 6", "max_steps: 400").replace("_steps: 2", "_steps: 200"))
+    (folder / "tiny.yaml").write_text(
+        TINY.replace("max_steps: 6", "max_steps: 400").replace("_steps: 2", "_steps: 200")
+    )
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer", "train", "tiny.yaml"],
         cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -333,12 +344,11 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_last_good_checkpoin
 
 
 FULL_AT_STEP_4 = """
-import errno, torch
+import os, torch
 save = torch.save
 def full(value, file, *args, **kwargs):
-    if "checkpoint-4" in str(file):
-        open(file, "wb").write(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    if "checkpoint-4" in str(file) and "optimizer" in str(file):
+        os.symlink("/dev/full", file)  # every write to it fails as on a full disk
     return save(value, file, *args, **kwargs)
 torch.save = full
 """
@@ -348,7 +358,10 @@ def test_a_full_disk_is_one_line_and_the_half_written_checkpoint_is_skipped(tiny
     result = run_python(tiny.parent, FULL_AT_STEP_4)
     assert result.returncode == 2
     line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("Error: the disk is full under models/tiny. Free some space, then go on: make resume CONFIG=tiny")
+    assert line.startswith(
+        "Error: the disk is full under models/tiny. Free some space, then go on: make resume CONFIG=tiny"
+    )
+    (tiny.parent / RUN / "checkpoints/checkpoint-4/optimizer.pt").unlink()  # there is space again
     again = run_trainer(tiny.parent, "train", "tiny.yaml", "--resume")
     assert again.returncode == 0, again.stderr
     assert "checkpoint-4 is skipped: it was not written to its end" in again.stdout
@@ -364,7 +377,7 @@ def test_a_failure_before_the_first_step_leaves_nothing_in_the_way(tiny):
     (tiny.parent / "later.jsonl").write_text("\n".join(map(json.dumps, rows)))
     result = run_trainer(tiny.parent, "train", "tiny.yaml")
     assert result.returncode == 0, result.stderr
-    assert "the last checkpoint: there is nothing to evaluate with" in result.stdout
+    assert "the last step: there is nothing to evaluate with" in result.stdout
 
 
 def test_a_device_that_is_not_here_is_named():
@@ -374,12 +387,134 @@ def test_a_device_that_is_not_here_is_named():
     from trainer.device import choose_device
 
     config = load_config(ROOT / "configs/training_config_splade_h100.yaml").config
-    with pytest.raises(ConfigError, match="hardware.device is cuda, but torch .* finds no such device"):
+    with pytest.raises(ConfigError, match=r"hardware.device is cuda, but torch .* finds no such device"):
         choose_device(config)
 
 
 def test_the_verdict_names_no_score_where_nothing_was_searched():
     from trainer.train import verdict
 
-    line = verdict({}, {}, None, 125.4, {"samples_per_second": 12.34}, 1.25)
-    assert line == "verdict   2 min 5 s, 12.3 samples/s, peak memory 1.2 GiB"
+    manifest = {"train_seconds": 125.4, "samples_per_second": 12.34, "peak_memory_gib": 1.25}
+    assert verdict({}, {}, None, manifest) == "verdict   2 min 5 s, 12.3 samples/s, peak memory 1.2 GiB"
+
+
+def write_rows(folder, text="hva er"):
+    rows = [
+        {"anchor": f"{text} {i}", "positive": f"svaret er {i}", "negative": f"ikke {i}" if i % 2 else None}
+        for i in range(40)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    local = TINY.replace("  quickstart: {}", "  mine: {source: rows.jsonl, eval_rows: 4}")
+    (folder / "tiny.yaml").write_text(local)
+
+
+def test_without_a_search_set_the_checkpoint_with_the_lowest_evaluation_loss_wins(tiny):
+    write_rows(tiny.parent)
+    result = run_trainer(tiny.parent, "train", "tiny.yaml")
+    assert result.returncode == 0, result.stderr
+    assert "the checkpoint with the lowest evaluation loss: there is no search set" in result.stdout
+    state = json.loads((tiny.parent / RUN / "checkpoints/checkpoint-6/trainer_state.json").read_text())
+    losses = {}
+    for row in state["log_history"]:
+        for key, value in row.items():
+            if key.startswith("eval_mine"):
+                losses.setdefault(row["step"], {})[key] = value
+    # two sets of held-out rows, triplets and pairs: the mean by their rows
+    data = load_data(load_config(tiny).config)
+    rows = {f"eval_{name}_loss": len(dataset) for name, dataset in data.eval.items()}
+    means = {step: sum(found[key] * rows[key] for key in rows if key in found) / 4 for step, found in losses.items()}
+    best = manifest(tiny.parent)["best_metric"]
+    assert best["name"] == "eval_loss"
+    assert best["value"] == pytest.approx(min(means.values()), rel=1e-4)
+
+
+def test_accumulation_checkpointing_and_loader_workers_train_too(tiny):
+    overrides = ["training.gradient_accumulation_steps=2", "training.dataloader_num_workers=2", "training.max_steps=2"]
+    overrides += ["hardware.gradient_checkpointing=true", "training.dataloader_prefetch_factor=2"]
+    result = run_trainer(tiny.parent, "train", "tiny.yaml", *(part for pair in overrides for part in ("--set", pair)))
+    assert result.returncode == 0, result.stderr
+    found = manifest(tiny.parent)
+    assert found["steps_done"] == 2
+    assert sum(summary["rows_drawn"] for summary in found["datasets"].values()) in range(
+        28, 33
+    )  # four batches of 7 or 8
+    assert found["rows_trained"] in range(28, 33)
+
+
+# ---------------------------------------------------------------------------------- what a resumed run may change
+def test_resume_remembers_overrides_takes_over_changed_keys_and_says_so(trained):
+    started = run_trainer(trained, "train", "tiny.yaml", "--name", "b", "--set", "training.max_steps=2")
+    assert started.returncode == 0, started.stderr
+    (trained / "tiny.yaml").write_text(TINY.replace("logging_steps: 1", "logging_steps: 2"))
+    resumed = run_trainer(trained, "train", "tiny.yaml", "--name", "b", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "changed   training.logging_steps: 1 → 2" in resumed.stdout
+    assert "max_steps" not in resumed.stdout
+    found = manifest(trained, "models/b")
+    assert (found["steps"], found["status"]) == (2, "finished")
+
+
+def test_resume_refuses_another_model_or_other_rows(tiny):
+    folder = tiny.parent
+    write_rows(folder)
+    assert run_trainer(folder, "train", "tiny.yaml").returncode == 0
+    other = run_trainer(folder, "train", "tiny.yaml", "--resume", "--set", "model.query_init=ones")
+    assert other.returncode == 2
+    assert "'model.query_init' was idf when models/tiny was started, and is ones now" in other.stderr
+    write_rows(folder, text="hva var")
+    changed = run_trainer(folder, "train", "tiny.yaml", "--resume")
+    assert changed.returncode == 2
+    assert "the rows of data set 'mine' have changed since models/tiny was started" in changed.stderr
+
+
+def test_a_resume_across_an_epoch_ends_like_an_uninterrupted_run(tiny):
+    folder = tiny.parent
+    write_rows(folder)
+    epochs = ["--set", "training.num_train_epochs=2", "--set", "training.max_steps=-1"]
+    for name in ("whole", "parts"):
+        assert run_trainer(folder, "train", "tiny.yaml", "--name", name, *epochs).returncode == 0
+    steps = manifest(folder, "models/whole")["steps_done"]
+    run = folder / "models/parts"
+    kept = steps - 4  # in the first epoch
+    for path in run.glob("checkpoints/checkpoint-*"):
+        if int(path.name.rpartition("-")[2]) > kept:
+            shutil.rmtree(path)
+    shutil.rmtree(run / "final")
+    result = run_trainer(folder, "train", "tiny.yaml", "--name", "parts", "--resume")
+    assert result.returncode == 0, result.stderr
+    assert f"resuming from models/parts/checkpoints/checkpoint-{kept}" in result.stdout
+    last = f"checkpoints/checkpoint-{steps}"
+    assert_same_weights(run / last, folder / "models/whole" / last)
+    once, twice = manifest(folder, "models/whole"), manifest(folder, "models/parts")
+    assert twice["rows_trained"] > once["rows_trained"]  # what was trained again counts again
+    assert twice["train_seconds"] > 0
+
+
+def test_the_model_card_shows_no_row_of_the_training_data(trained):
+    card = (trained / RUN / "final/README.md").read_text()
+    assert "loss:SpladeLoss" in card
+    rows = [row for dataset in load_data(load_config(trained / "tiny.yaml").config).train.values() for row in dataset]
+    assert len(rows) > 400
+    assert not [text for row in rows for text in row.values() if text in card]
+
+
+# ---------------------------------------------------------------------------------- what this machine cannot do
+@pytest.mark.parametrize(
+    ("overrides", "environment", "says"),
+    [
+        (["training.bf16=true"], {}, "training.bf16: this CPU has no matrix units"),
+        (["training.fp16=true", "hardware.device=auto"], {}, "training.fp16 is for CUDA"),
+        (["hardware.tf32=true", "hardware.device=auto"], {}, "hardware.tf32 is for CUDA"),
+        ([], {"WORLD_SIZE": "2"}, "training over several processes is not supported yet"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_one_line(tiny, monkeypatch, overrides, environment, says):
+    from trainer.config import ConfigError
+    from trainer.device import choose_device
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match=says):
+        choose_device(load_config(tiny, overrides).config)

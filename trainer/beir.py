@@ -1,6 +1,7 @@
 """Reads JSON lines, and folders in BEIR layout: corpus.jsonl, queries.<split>.jsonl, qrels.<split>.tsv."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,10 @@ def text_of(row: dict, column: str, file: Path, number: int, *, needed: bool = T
     value = row[column]
     if value is not None and not isinstance(value, str):
         raise ConfigError(f"{file}:{number}: column '{column}' holds {json.dumps(value)[:40]}, not text")
+    if value and not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ConfigError(
+            f"{file}:{number}: column '{column}' holds half a character (a lone surrogate \\ud800-\\udfff)"
+        )
     return value
 
 
@@ -84,10 +89,12 @@ def read_search_set(folder: Path, split: str, name: str) -> SearchSet:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not text in UTF-8 (byte {error.start})") from None
     for number, line in enumerate(lines[1:], 2):
         query, _, rest = line.partition("\t")
         passage, _, score = rest.partition("\t")
-        if not score.strip().lstrip("-").isdigit():
+        if not re.fullmatch(r"\s*-?[0-9]+\s*", score):
             raise ConfigError(f"{file}:{number}: expected query-id, corpus-id and a whole number, between tabs")
         if query not in queries:
             raise ConfigError(f"{file}:{number}: query '{query}' is not in queries.{split}.jsonl")

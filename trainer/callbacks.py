@@ -70,7 +70,9 @@ class TensorBoardLog(TrainerCallback):
     def _open(self, state: TrainerState) -> SummaryWriter | None:
         if self.writer is None and state.is_world_process_zero:
             # a resumed run writes steps again that an earlier one wrote after its last checkpoint: drop those
-            self.writer = SummaryWriter(str(self.folder), purge_step=state.global_step or None)
+            self.writer = SummaryWriter(
+                str(self.folder), purge_step=state.global_step + 1 if state.global_step else None
+            )
         return self.writer
 
     def on_train_begin(self, args, state: TrainerState, control, **kwargs) -> None:
@@ -155,6 +157,7 @@ class Sign:
     name: str
     shows: Callable[[dict[str, dict[str, float]]], bool]
     message: str
+    from_start: bool = False  # whether it is a bad sign even while the regulariser's weight is warmed up
 
 
 SIGNS = (
@@ -169,6 +172,7 @@ SIGNS = (
         lambda s: s["query"]["active_dims_min"] == 0,
         "a query has zero active dims, so it finds nothing. Lower loss.query_regularizer_weight, or look for queries "
         "of unknown words only",
+        from_start=True,
     ),
     Sign(
         "a dim in every document",
@@ -187,11 +191,11 @@ SIGNS = (
 class Watchdog(TrainerCallback):
     """Warns of collapse, naming the step. Runs before TensorBoardLog, which resets the statistics.
 
-    Dense documents are normal while the regulariser's weight is warmed up (the library's quadratic schedule over the
-    first third of training), so the watchdog looks from then on.
+    Dense and similar documents are normal while the regulariser's weight is warmed up (the library's quadratic schedule
+    over the first third of training), so the watchdog looks for them from then on.
     """
 
-    WATCH_FROM = 1 / 3
+    WARM_FROM = 1 / 3
 
     def __init__(self, statistics: BatchStatistics, say: Callable[[str], None]):
         self.statistics, self.say = statistics, say
@@ -199,11 +203,10 @@ class Watchdog(TrainerCallback):
 
     def on_log(self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
         """Look at what was seen since the last log."""
-        if not logs or "loss" not in logs or state.global_step < self.WATCH_FROM * state.max_steps:
-            return
-        summary = self.statistics.summary()
+        summary = self.statistics.summary() if logs and "loss" in logs else {}
+        warm = state.global_step >= self.WARM_FROM * state.max_steps
         for sign in SIGNS if summary else ():
-            if not sign.shows(summary):
+            if not (warm or sign.from_start) or not sign.shows(summary):
                 continue
             known = next((w for w in self.warnings if w["sign"] == sign.name), None)
             if known:
@@ -234,7 +237,7 @@ class ProgressLines(TrainerCallback):
     SECONDS = 10.0
 
     def __init__(self, say: Callable[[str], None]):
-        self.say, self.last, self.loss = say, 0.0, float("nan")
+        self.say = say
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Start the clock."""
@@ -267,22 +270,39 @@ class CheckpointSeal(TrainerCallback):
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.run_id, state.global_step)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM outside the training steps, where there is nothing to save."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
 class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. Outside the steps, and the second time, at once."""
 
     def __init__(self):
         self.received: signal.Signals | None = None
+        self._in_steps = False
         self._before: dict[int, Any] = {}
 
+    def __enter__(self) -> "StopOnSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
     def _handle(self, number: int, frame: Any) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
+        if self.received is not None or not self._in_steps:
+            raise Interrupted(number)
         self.received = signal.Signals(number)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Listen."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._handle)
+        """From here on there is something to save."""
+        self._in_steps = True
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Save and stop after the step in which the signal came."""
@@ -290,14 +310,8 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Stop listening."""
-        self.restore()
-
-    def restore(self) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        """From here on everything is saved."""
+        self._in_steps = False
 
 
 class NonFiniteLoss(Exception):

@@ -1,14 +1,19 @@
 """python -m trainer: train, check, show. Heavy imports are inside the commands, so help and errors are quick."""
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 
 from trainer.config import ConfigError, LoadedConfig, find_config, json_schema, load_config, render
+
+if TYPE_CHECKING:
+    from trainer.run import Run
 
 
 def config_options(command: Callable) -> Callable:
@@ -34,45 +39,51 @@ def main() -> None:
 @click.option("-v", "--verbose", is_flag=True, help="Show what the libraries log.")
 def train(config: str, overrides: tuple[str, ...], resume: bool, name: str | None, verbose: bool) -> None:
     """Train CONFIG into models/<name>/."""
-    loaded = load_config(find_config(config), overrides)
+    file = find_config(config)
+    loaded = load_config(file, overrides)
     from trainer.run import Run
 
-    run = Run.open(loaded, name) if resume else Run.create(loaded, name)
-    set_up_libraries(verbose)
+    if resume:
+        run = Run.open(loaded, name)
+        loaded = load_config(file, (*run.manifest.get("overrides", ()), *overrides))
+        run.go_on_with(loaded, click.echo)
+    else:
+        run = Run.create(loaded, name, overrides)
+    set_up_libraries(verbose, loaded.config.training.dataloader_num_workers)
     again = (
         f"make resume CONFIG={config}" if name is None else f"python -m trainer train {config} --name {name} --resume"
     )
-    try:
-        _train(loaded, run, resume, again)
-    except BaseException as error:
-        if run.manifest.get("status") not in ("stopped", "finished"):
-            run.update(
-                status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=str(error)[:500]
-            )
-        raise
+    _train(loaded, run, resume, again)
 
 
-def _train(loaded: LoadedConfig, run, resume: bool, again: str) -> None:
-    """Train, and turn what can go wrong into one line each."""
+def _train(loaded: LoadedConfig, run: "Run", resume: bool, again: str) -> None:
+    """Train; note how it ended in the manifest, and turn what can go wrong into one line each."""
     from trainer.callbacks import NonFiniteLoss
     from trainer.train import Stopped, is_disk_full, train
+
+    def ended(status: str, error: BaseException) -> None:
+        with contextlib.suppress(OSError):  # a full disk: the error itself matters more than the note of it
+            run.update(status=status, error=str(error)[:500])
 
     try:
         train(loaded, run, resume=resume, say=click.echo)
     except Stopped as stopped:
+        ended("stopped", stopped)
         click.echo(f"Stopped at step {stopped.step}; everything up to it is saved. To go on: {again}", err=True)
         sys.exit(128 + stopped.signal_number)
-    except KeyboardInterrupt:
-        click.echo(f"Interrupted. To go on from the last checkpoint: {again}", err=True)
-        sys.exit(128 + signal.SIGINT)
+    except KeyboardInterrupt as interrupted:
+        ended("interrupted", interrupted)
+        click.echo(f"Interrupted; nothing saved is lost. To go on: {again}", err=True)
+        sys.exit(128 + getattr(interrupted, "number", signal.SIGINT))
     except NonFiniteLoss as error:
+        ended("failed", error)
         raise ConfigError(
-            f"{error}. The last checkpoint is as good as it was. Lower training.learning_rate and go on: {again}"
+            f"{error}. The last checkpoint is as good as it was. "
+            f'Go on with a lower rate: {again} SET="training.learning_rate={loaded.config.training.learning_rate / 2:g}"'
         ) from None
-    except ConfigError:
-        raise
     except Exception as error:
-        if not is_disk_full(error):
+        ended("failed", error)
+        if isinstance(error, ConfigError) or not is_disk_full(error, run.folder):
             raise
         raise ConfigError(f"the disk is full under {run.folder}. Free some space, then go on: {again}") from None
 
@@ -105,9 +116,10 @@ def schema() -> None:
     click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
-def set_up_libraries(verbose: bool) -> None:
-    """Quiet logs, no telemetry, no tokenizer threads beside the loader's processes."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+def set_up_libraries(verbose: bool, loader_workers: int = 0) -> None:
+    """Quiet logs and no telemetry."""
+    if loader_workers:  # a worker forked from a process whose tokenizer used threads would wait for them for ever
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")

@@ -1,5 +1,6 @@
 """Which device training runs on, and why."""
 
+import os
 import resource
 import sys
 
@@ -9,14 +10,30 @@ from trainer.config import Config, ConfigError
 
 
 def choose_device(config: Config) -> tuple[str, str]:
-    """The device's name and the reason for it. Raises ConfigError when the config asks for one that is not here."""
-    wanted = config.hardware.device
+    """The device's name and the reason for it. Raises ConfigError when the config asks for what this machine cannot do."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("training over several processes is not supported yet: start one process without torchrun")
+    device, reason = _choose(config.hardware.device)
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        raise ConfigError("training on several GPUs is not supported yet: set CUDA_VISIBLE_DEVICES=0")
+    if device == "cpu" and config.training.bf16 and not torch.cpu._is_amx_tile_supported():
+        raise ConfigError(
+            "training.bf16: this CPU has no matrix units for bfloat16, and a step would take 13 times as long as in "
+            'float32. Switch it off: SET="training.bf16=false"'
+        )
+    for key, wanted in (("training.fp16", config.training.fp16), ("hardware.tf32", config.hardware.tf32)):
+        if wanted and device != "cuda":
+            raise ConfigError(f"{key} is for CUDA, and training runs on {device} ({reason})")
+    return device, reason
+
+
+def _choose(wanted: str) -> tuple[str, str]:
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted != "auto":
         if not here[wanted]:
             raise ConfigError(
                 f"hardware.device is {wanted}, but torch {torch.__version__} finds no such device on this machine. "
-                'Run it on one that has it, or choose another: SET="hardware.device=cpu"'
+                'Run it on one that has it, or choose another: SET="hardware.device=cpu training.bf16=false"'
             )
         return wanted, "hardware.device says so"
     device = next(name for name in ("cuda", "mps", "cpu") if here[name])

@@ -41,6 +41,17 @@ class SparseTrainer(SparseEncoderTrainer):
             raise NonFiniteLoss(self.state.global_step + 1, loss.item())
         return loss
 
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """The library's metrics, and eval_loss: the mean over all sets by their rows, which it only has for one set."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is None and isinstance(self.eval_dataset, dict):
+            rows = {name: len(dataset) for name, dataset in self.eval_dataset.items()}
+            losses = [metrics[f"eval_{name}_loss"] * count for name, count in rows.items()]
+            metrics["eval_loss"] = sum(losses) / sum(rows.values())
+        return metrics
+
     def _load_best_model(self) -> None:
+        if self.state.global_step < self.state.max_steps:
+            return  # asked to stop: what matters is the checkpoint just written
         # The library logs a failure here and goes on with the last weights as if they were the best.
         self._load_from_checkpoint(self.state.best_model_checkpoint)

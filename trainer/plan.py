@@ -30,21 +30,21 @@ class Schedule:
     """How long a run is."""
 
     steps: int
-    batches: int  # over all processes and accumulation
     epochs: float
 
 
-def schedule_of(config: Config, data: TrainingData, world_size: int = 1) -> Schedule:
-    """Steps as transformers' Trainer counts them, and the batches they draw."""
+def schedule_of(config: Config, data: TrainingData, stopped_at: int | None = None) -> Schedule:
+    """Steps as transformers' Trainer counts them; notes in the data's summaries how many rows they draw.
+
+    stopped_at: count the rows up to this step instead.
+    """
     training = config.training
-    mixture = data.mixture(config, training.per_device_train_batch_size, drop_last=world_size > 1)
-    per_process = len(mixture) // world_size
-    per_epoch = max(math.ceil(per_process / training.gradient_accumulation_steps), 1)
+    mixture = data.mixture(config)
+    per_epoch = max(math.ceil(len(mixture) / training.gradient_accumulation_steps), 1)
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
-    full, rest = divmod(steps, per_epoch)
-    batches = full * len(mixture) + min(rest * training.gradient_accumulation_steps * world_size, len(mixture))
-    data.count_rows(mixture, batches)
-    return Schedule(steps, batches, steps / per_epoch)
+    full, rest = divmod(steps if stopped_at is None else stopped_at, per_epoch)
+    data.count_rows(mixture, full * len(mixture) + min(rest * training.gradient_accumulation_steps, len(mixture)))
+    return Schedule(steps, steps / per_epoch)
 
 
 def data_lines(config: Config, data: TrainingData, schedule: Schedule) -> Iterator[str]:
@@ -64,6 +64,8 @@ def data_lines(config: Config, data: TrainingData, schedule: Schedule) -> Iterat
             yield f"            from {source}" + (f" at {commit}" if commit else " (local copy)")
         for reason, count in summary.left_out.items():
             yield f"            {count:,} rows not trained on: {reason}"
+        if alone := data.rows_without_a_batch(config, summary.name):
+            yield f"            {alone:,} rows sit out each pass: too many share a text; lower per_device_train_batch_size"
     for found in data.search:
         yield f"search    {found.name}: {len(found.queries):,} queries over {len(found.corpus):,} passages"
     datasets = config.datasets

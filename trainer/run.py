@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config import ConfigError, LoadedConfig, render
+from trainer.config import ConfigError, LoadedConfig, load_config, render
 
 MODELS = Path("models")
 PACKAGES = (
@@ -59,7 +60,7 @@ class Run:
         return self.manifest["id"]
 
     @classmethod
-    def create(cls, loaded: LoadedConfig, name: str | None = None) -> "Run":
+    def create(cls, loaded: LoadedConfig, name: str | None = None, overrides: Sequence[str] = ()) -> "Run":
         """A new run folder. Raises ConfigError when there is one already: nothing trained is overwritten."""
         run = cls(MODELS / (name or loaded.name))
         again = f"{loaded.file}" if loaded.file.parent.name != "configs" else loaded.name
@@ -77,6 +78,7 @@ class Run:
                 "started": _now(),
                 "command": shlex.join(["python", "-m", "trainer", *sys.argv[1:]]),
                 "config_file": str(loaded.file),
+                "overrides": list(overrides),
                 "git_commit": git_commit(),
                 "python": sys.version.split()[0],
                 "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
@@ -100,6 +102,24 @@ class Run:
             raise ConfigError(f"{file} cannot be read: {error}. Remove the folder to train anew") from None
         return run
 
+    def go_on_with(self, loaded: LoadedConfig, say: Callable[[str], None]) -> None:
+        """Take over what was changed in the config since the run started, and say it.
+
+        Raises ConfigError when the model or the data changed: that would be another run.
+        """
+        started = load_config(self.folder / "config.yaml").config
+        for path, old, new in differences(started.model_dump(), loaded.config.model_dump()):
+            dotted = ".".join(path)
+            if path[0] in ("model", "datasets"):
+                raise ConfigError(
+                    f"{loaded.where(*path)}: '{dotted}' was {old} when {self.folder} was started, and is {new} now. "
+                    "That is another run: copy the config under a new name"
+                )
+            say(f"changed   {dotted}: {old} → {new}")
+        self.manifest.pop("error", None)
+        self.update(status="starting")
+        _write_atomically(self.folder / "config.yaml", render(loaded))
+
     def is_empty(self) -> bool:
         """Whether the run ended before its first step, so that a new one loses nothing."""
         ended = self.manifest.get("status") in ("failed", "interrupted")
@@ -109,6 +129,15 @@ class Run:
         """Set values in the manifest and write it; other readers see the old file or the new one, never half of one."""
         self.manifest.update(values, updated=_now())
         _write_atomically(self.folder / "run.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """(path, old value, new value) of every leaf that differs between two configs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from differences(old.get(key), new.get(key), (*path, key))
+    elif old != new:
+        yield path, old, new
 
 
 def git_commit() -> str | None:

@@ -4,13 +4,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.config.schema import FROM_SCRATCH, Config
+from trainer.config.schema import FROM_SCRATCH, Config, FromScratchConfig, LocalSource
 from trainer.config.tree import Path_
 
 Finding = tuple[Path_, str]
 
-# Where a data set's texts are already called anchor, positive[, negative] only by the loader that knows it.
-FILE_PATTERNS = ("*", "?", "[", ".jsonl", ".json", ".parquet")
+FILE_ENDINGS = (".jsonl", ".json", ".parquet")
+RESERVED_NAMES = ("quickstart_nli", "quickstart_scandi_qa", "quickstart_ddsc")
 
 
 def is_local(source: str) -> bool:
@@ -18,8 +18,7 @@ def is_local(source: str) -> bool:
     return (
         Path(source).exists()
         or source.startswith((".", "/", "~"))
-        or source.endswith(FILE_PATTERNS)
-        or "*" in source
+        or source.endswith(FILE_ENDINGS)
         or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)
     )
 
@@ -66,11 +65,12 @@ def _model(config: Config) -> Iterator[Finding]:
             f"'model.from_scratch.hidden_size' ({model.from_scratch.hidden_size}) must be a multiple of "
             f"num_attention_heads ({model.from_scratch.num_attention_heads})",
         )
-    if model.from_scratch and config.training.max_seq_length > model.from_scratch.max_position_embeddings:
+    positions = (model.from_scratch or FromScratchConfig()).max_position_embeddings
+    if model.base_model == FROM_SCRATCH and config.training.max_seq_length > positions:
         yield (
             ("training", "max_seq_length"),
             f"'training.max_seq_length' ({config.training.max_seq_length}) is more than "
-            f"model.from_scratch.max_position_embeddings ({model.from_scratch.max_position_embeddings})",
+            f"model.from_scratch.max_position_embeddings ({positions})",
         )
     if model.architecture == "csr":
         if 4 * model.csr_k > model.csr_hidden_dim:
@@ -159,15 +159,33 @@ def _datasets(config: Config) -> Iterator[Finding]:
     if not any(source and source.enabled for source in (*families, *datasets.local.values())):
         yield ("datasets",), "no data set is enabled under 'datasets'"
     for name, source in datasets.local.items():
-        path = ("datasets", name, "source")
         if not re.fullmatch(r"[A-Za-z0-9_]+", name):
             yield ("datasets", name), f"the data set's name '{name}' may hold letters, digits and _ only"
-        if source.enabled and not is_local(source.source):
-            if source.revision is None:
-                yield path, f"the repository {source.source} needs 'datasets.{name}.revision' (a commit is best)"
-            if source.columns is None:
-                yield (
-                    path,
-                    f"the repository {source.source} needs 'datasets.{name}.columns' "
-                    "({anchor: …, positive: …, negative: …})",
-                )
+        if name in RESERVED_NAMES:
+            yield ("datasets", name), f"'{name}' is the name of an embedded set. Choose another"
+        if source.enabled:
+            yield from _local(("datasets", name), source)
+
+
+def _local(path: Path_, source: LocalSource) -> Iterator[Finding]:
+    dotted = ".".join(map(str, path))
+    columns = source.columns
+    if columns and len({columns.anchor, columns.positive, columns.negative}) < 3:
+        yield (*path, "columns"), f"'{dotted}.columns' names one column twice"
+    if not is_local(source.source):
+        if source.revision is None:
+            yield (*path, "source"), f"the repository {source.source} needs '{dotted}.revision' (a commit is best)"
+        if columns is None:
+            yield (
+                (*path, "source"),
+                f"the repository {source.source} needs '{dotted}.columns' ({{anchor: …, positive: …, negative: …}})",
+            )
+        return
+    without_effect = {"revision": source.revision}
+    if not Path(source.source).is_dir():
+        without_effect |= {"subset": source.subset, "eval_split": source.eval_split}
+    elif (Path(source.source) / "corpus.jsonl").is_file():
+        without_effect |= {"subset": source.subset, "columns": columns}
+    for key, value in without_effect.items():
+        if value is not None:
+            yield (*path, key), f"'{dotted}.{key}' has no effect on the source {source.source}. Remove it."

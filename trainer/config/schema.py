@@ -9,6 +9,22 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 
+NanoBeirTask = Literal[
+    "climatefever",
+    "dbpedia",
+    "fever",
+    "fiqa2018",
+    "hotpotqa",
+    "msmarco",
+    "nfcorpus",
+    "nq",
+    "quoraretrieval",
+    "scidocs",
+    "arguana",
+    "scifact",
+    "touche2020",
+]
+
 # The word `base_model` takes when there is no base model to start from.
 FROM_SCRATCH = "from-scratch"
 
@@ -47,7 +63,7 @@ class ModelConfig(Section):
     base_model: str
     """A Hugging Face repository, a local folder, or `from-scratch`."""
     revision: str | None = None
-    """Commit, tag or branch of the repository. The commit it stands for is recorded in run.json and config.yaml."""
+    """Commit, tag or branch of the repository. The commit it stands for is recorded in run.json."""
     trust_remote_code: bool = False
     """Run Python code that comes with the base model. Needs `revision` to be a full commit hash, or a local folder."""
     architecture: Literal["inference-free-splade", "splade", "csr"]
@@ -125,7 +141,7 @@ class TrainingConfig(Section):
     """End with the best checkpoint, not the last."""
     logging_steps: Positive = 50
     """Steps between two lines in TensorBoard."""
-    seed: Count = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of everything random: weights, order of rows, dropout."""
 
 
@@ -260,7 +276,7 @@ class DatasetsConfig(BaseModel):
 class EvaluationConfig(Section):
     """What the model is measured with before, during and after training."""
 
-    nanobeir_datasets: list[str] | None = None
+    nanobeir_datasets: list[NanoBeirTask] | None = None
     """NanoBEIR tasks (null: all 13; []: none), used when the hub is reachable."""
     nanobeir_languages: list[Literal["no", "sv"]] = ["no", "sv"]
     """Languages of NanoBEIR; there is no Danish one."""

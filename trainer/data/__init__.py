@@ -1,6 +1,5 @@
 """Loads the data sets of a config: clean rows, triplets apart from pairs, held-out rows, and the batch order."""
 
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -11,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from trainer.beir import SearchSet, has_split, is_beir, read_search_set
 from trainer.config import Config, ConfigError
 from trainer.data.batches import MixedBatches, Mixture, NoDuplicateBatches
-from trainer.data.rows import Rows, fingerprint
+from trainer.data.rows import ROLES, Rows, fingerprint
 from trainer.data.sources import LoadedSource, sample, sources_of
 from trainer.hub import HubUnreachable
 
@@ -27,17 +26,12 @@ class SetSummary:
     triplets: int
     pairs: int
     eval_rows: int
-    batches: int
     languages: dict[str, int]
     left_out: dict[str, int]
     revisions: dict[str, str | None]
     fingerprint: str
     rows_seen: int = 0
     rows_drawn: int = 0
-
-    def as_dict(self) -> dict:
-        """For the manifest."""
-        return asdict(self)
 
 
 @dataclass
@@ -50,16 +44,29 @@ class TrainingData:
     summaries: dict[str, SetSummary]
     search: list[SearchSet] = field(default_factory=list)
 
-    def mixture(self, config: Config, batch_size: int, *, drop_last: bool = False) -> Mixture:
+    def add_search(self, found: SearchSet) -> None:
+        """One more search set; their names keep their scores apart."""
+        if any(found.name == other.name for other in self.search):
+            raise ConfigError(
+                f"evaluation.search: two search sets are called '{found.name}'. Rename one of the folders"
+            )
+        self.search.append(found)
+
+    def mixture(self, config: Config) -> Mixture:
         """The order in which batches of the sets are drawn."""
-
-        def batches(rows: int) -> int:
-            full, rest = divmod(rows, batch_size)
-            return full if drop_last and full else full + bool(rest)
-
-        groups = [[batches(len(self.train[half])) for half in halves] for halves in self.halves.values()]
+        size = config.training.per_device_train_batch_size
+        groups = [[-(-len(self.train[half]) // size) for half in halves] for halves in self.halves.values()]
         datasets = config.datasets
         return Mixture(groups, datasets.sampling_strategy, datasets.epoch, config.training.seed)
+
+    def rows_without_a_batch(self, config: Config, name: str) -> int:
+        """Rows of a set that sit out its first pass, because every batch already holds one of their texts."""
+        training = config.training
+        samplers = [
+            NoDuplicateBatches(self.train[half], training.per_device_train_batch_size, seed=training.seed)
+            for half in self.halves[name]
+        ]
+        return sum(sampler.rows - sum(map(len, sampler.batches(0))) for sampler in samplers)
 
     def count_rows(self, mixture: Mixture, batches: int) -> None:
         """Note in the summaries how many rows the first batches of a run draw, and how many different ones."""
@@ -72,6 +79,10 @@ class TrainingData:
                     in_batch = rows // size + (batch < rows % size)
                     summary.rows_drawn += in_batch * counts[number, batch]
                     summary.rows_seen += in_batch * (counts[number, batch] > 0)
+
+    def manifest(self) -> dict[str, dict]:
+        """What the manifest keeps of every set."""
+        return {name: asdict(summary) for name, summary in self.summaries.items()}
 
     def texts(self, *roles: str) -> list[str]:
         """Every different training text in the given columns, in a fixed order."""
@@ -97,7 +108,7 @@ def load_data(config: Config, missing: dict[str, HubUnreachable] | None = None) 
                 raise
             missing[name] = error
     for folder in config.evaluation.search:
-        data.search.append(_search_folder(folder))
+        data.add_search(_search_folder(folder))
     return data
 
 
@@ -127,21 +138,15 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
     if held_out is not None and len(held_out):
         data.eval.update({half: Dataset(table) for half, table in _split(name, held_out.table).items()})
     if source.search:
-        data.search.append(source.search)
-    triplets = (
-        rows.table["negative"].length() - rows.table["negative"].null_count
-        if "negative" in rows.table.column_names
-        else 0
-    )
-    batch_size = config.training.per_device_train_batch_size
+        data.add_search(source.search)
+    triplets = sum(table.num_rows for table in halves.values() if "negative" in table.column_names)
     data.summaries[name] = SetSummary(
         name=name,
         rows=len(rows),
         triplets=triplets,
         pairs=len(rows) - triplets,
         eval_rows=len(held_out) if held_out is not None else 0,
-        batches=sum(-(-table.num_rows // batch_size) for table in halves.values()),
-        languages=dict(rows.languages.most_common()),
+        languages=rows.languages,
         left_out=dict(rows.left_out),
         revisions=source.revisions,
         fingerprint=fingerprint(rows.table),
@@ -154,9 +159,8 @@ def _hold_out(rows: Rows, size: int, seed: int) -> tuple[Rows, Rows | None]:
     if size == 0:
         return rows, None
     order = np.random.default_rng([seed, 1]).permutation(len(rows))
-    train, held_out = np.sort(order[size:]), np.sort(order[:size])
-    left_out = rows.left_out + Counter({"held out for the evaluation loss": size})
-    return Rows(rows.table.take(pa.array(train)), rows.languages, left_out), Rows(rows.table.take(pa.array(held_out)))
+    held_out = rows.take(np.sort(order[:size]))
+    return rows.take(np.sort(order[size:]), **{"held out for the evaluation loss": size}), held_out
 
 
 def _split(name: str, table: pa.Table) -> dict[str, pa.Table]:
@@ -165,9 +169,9 @@ def _split(name: str, table: pa.Table) -> dict[str, pa.Table]:
     if "negative" not in table.column_names or table["negative"].null_count == table.num_rows:
         return {name: table.select(["anchor", "positive"])}
     if table["negative"].null_count == 0:
-        return {name: table}
+        return {name: table.select(ROLES)}
     has_negative = pc.is_valid(table["negative"])
     return {
-        f"{name}-triplets": table.filter(has_negative),
+        f"{name}-triplets": table.filter(has_negative).select(ROLES),
         f"{name}-pairs": table.filter(pc.invert(has_negative)).select(["anchor", "positive"]),
     }

@@ -83,6 +83,7 @@ class _Repair:
     def __init__(self, ids, order, batch_of, starts, rng):
         self.ids, self.order, self.batch_of, self.starts, self.rng = ids, order, batch_of, starts, rng
         self.held: dict[int, Counter] = {}
+        self.out: set[int] = set()
 
     def _texts(self, slot: int) -> set[int]:
         return set(self.ids[self.order[slot]].tolist())
@@ -101,12 +102,12 @@ class _Repair:
         """Exchange the row in `slot` with a row of another batch; False when none was found and it must sit out."""
         batch = self.batch_of[slot]
         mine = self._texts(slot)
-        if self._fits(mine, batch, leaving=mine) and all(self._in_batch(batch)[text] == 1 for text in mine):
+        if self._fits(mine, batch, leaving=mine):
             return True  # an earlier exchange already resolved it
         for other in self.rng.integers(0, len(self.order), MAX_SWAPS):
             other_batch = self.batch_of[other]
             theirs = self._texts(other)
-            if other_batch == batch or not self._fits(mine, other_batch, leaving=theirs):
+            if other_batch == batch or other in self.out or not self._fits(mine, other_batch, leaving=theirs):
                 continue
             if not self._fits(theirs, batch, leaving=mine):
                 continue
@@ -117,6 +118,7 @@ class _Repair:
             self.order[slot], self.order[other] = self.order[other], self.order[slot]
             return True
         self._in_batch(batch).subtract(mine)
+        self.out.add(slot)
         return False
 
 

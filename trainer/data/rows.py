@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -13,20 +14,29 @@ import pyarrow.parquet as pq
 from trainer.beir import read_json_lines, text_of
 from trainer.config import ConfigError
 
-ROLES = ("anchor", "positive", "negative")
+ROLES = ["anchor", "positive", "negative"]
 Columns = dict[str, str]  # role -> column name in the source
 
 
 @dataclass
 class Rows:
-    """Texts of one source: columns anchor, positive and perhaps negative (null where a row has none)."""
+    """Texts of one source: columns anchor, positive, perhaps negative (null where a row has none), and language."""
 
     table: pa.Table
-    languages: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return self.table.num_rows
+
+    @property
+    def languages(self) -> dict[str, int]:
+        """Rows per language, the most frequent first."""
+        counts = pc.value_counts(self.table["language"]).to_pylist()
+        return dict(Counter({row["values"]: row["counts"] for row in counts}).most_common())
+
+    def take(self, numbers: np.ndarray, **left_out: int) -> "Rows":
+        """The rows with these numbers; `left_out` adds to the counts of what is not trained on."""
+        return Rows(self.table.take(pa.array(numbers)), self.left_out + Counter(left_out))
 
 
 def read_files(pattern: str, columns: Columns | None, language: str | None, key: str) -> Rows:
@@ -38,49 +48,52 @@ def read_files(pattern: str, columns: Columns | None, language: str | None, key:
     parts = []
     for file in files:
         if file.suffix in (".jsonl", ".json"):
-            parts.append(_read_json_table(file, columns, language))
+            table = _read_json_table(file, columns, language)
         elif file.suffix == ".parquet":
-            try:
-                parts.append(pq.read_table(file))
-            except (OSError, pa.ArrowException) as error:
-                raise ConfigError(f"{file}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
+            table = read_parquet(file)
         else:
             raise ConfigError(f"{key}: {file} is neither .jsonl nor .parquet, and not a folder in BEIR layout")
-    table = pa.concat_tables(parts, promote_options="permissive")
-    return rows_from_table(table, columns, language, where=pattern)
+        parts.append(rows_from_table(table, columns, language, where=str(file)))
+    return join(parts)
+
+
+def read_parquet(file: Path) -> pa.Table:
+    """A parquet file's columns; raises ConfigError when it is not one."""
+    try:
+        return pq.read_table(file)
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigError(f"{file}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
 
 
 def _read_json_table(file: Path, columns: Columns, language: str | None) -> pa.Table:
     values: dict[str, list] = {column: [] for column in columns.values()}
-    if language:
-        values[language] = []
+    tags: list[str | None] = []
     seen: set[str] = set()
     for number, row in read_json_lines(file):
         seen.update(row)
         for role, column in columns.items():
             values[column].append(text_of(row, column, file, number, needed=role != "negative"))
-        if language:
-            values[language].append(row.get(language))
+        tag = row.get(language) if language else None
+        tags.append(None if tag is None else str(tag))
     if not seen:
         raise ConfigError(f"{file}: no rows")
     missing = [column for column in columns.values() if column not in seen and column != "negative"]
     if missing:
         raise ConfigError(f"{file}: there is no column '{missing[0]}'. It has: {', '.join(sorted(seen))}")
-    if language and language not in seen:
-        del values[language]
-    return pa.table({column: pa.array(texts, pa.string()) for column, texts in values.items()})
+    table = {column: pa.array(texts, pa.string()) for column, texts in values.items()}
+    return pa.table(table | ({language: pa.array(tags, pa.string())} if language in seen else {}))
 
 
 def rows_from_table(table: pa.Table, columns: Columns, language: str | None, *, where: str) -> Rows:
-    """Only the texts of a table, under the names anchor, positive[, negative].
+    """Only the texts of a table, under the names anchor, positive[, negative], and their language.
 
     Every other column goes: sentence-transformers would embed a stray column and train it as a negative. Rows without an
     anchor or a positive are left out and counted. `language` is a language, or the name of a column that says it.
     """
-    picked: dict[str, pa.ChunkedArray] = {}
+    picked: dict[str, pa.ChunkedArray | pa.Array] = {}
     for role, column in columns.items():
         if column not in table.column_names:
-            if role == "negative" and column == "negative":
+            if role == column == "negative":
                 continue
             raise ConfigError(f"{where}: there is no column '{column}'. It has: {', '.join(table.column_names)}")
         values = table[column]
@@ -90,35 +103,29 @@ def rows_from_table(table: pa.Table, columns: Columns, language: str | None, *, 
             raise ConfigError(f"{where}: column '{column}' holds {values.type}, not text")
         trimmed = pc.utf8_trim_whitespace(values)
         picked[role] = pc.if_else(pc.equal(pc.utf8_length(trimmed), 0), pa.scalar(None, pa.string()), trimmed)
-    if language in table.column_names:
-        tags = pc.fill_null(table[language].cast(pa.string()), "?")
-    else:
-        tags = pa.chunked_array([pa.repeat(pa.scalar(language or "?"), table.num_rows)])
-    usable = pc.and_(pc.is_valid(picked["anchor"]), pc.is_valid(picked["positive"]))
     if "negative" in picked and picked["negative"].null_count == table.num_rows:
         del picked["negative"]
-    result = pa.table(picked).filter(usable)
-    counts = Counter({row["values"]: row["counts"] for row in pc.value_counts(tags.filter(usable)).to_pylist()})
-    left_out = (
-        Counter({"without text": table.num_rows - result.num_rows}) if result.num_rows < table.num_rows else Counter()
-    )
-    return Rows(result, counts, left_out)
+    if language in table.column_names:
+        picked["language"] = pc.fill_null(table[language].cast(pa.string()), "?")
+    else:
+        picked["language"] = pa.repeat(pa.scalar(language or "?"), table.num_rows)
+    usable = pc.and_(pc.is_valid(picked["anchor"]), pc.is_valid(picked["positive"]))
+    rows = Rows(pa.table(picked).filter(usable))
+    if len(rows) < table.num_rows:
+        rows.left_out["without text"] = table.num_rows - len(rows)
+    return rows
 
 
 def join(parts: list[Rows]) -> Rows:
     """The rows of several sources as one set."""
     table = pa.concat_tables([part.table for part in parts], promote_options="default")
-    return Rows(
-        table,
-        sum((part.languages for part in parts), Counter()),
-        sum((part.left_out for part in parts), Counter()),
-    )
+    return Rows(table, sum((part.left_out for part in parts), Counter()))
 
 
 def fingerprint(table: pa.Table) -> str:
     """A hash of every text in order, the same on every machine."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in table.column_names:
+    for name in (role for role in ROLES if role in table.column_names):
         digest.update(f"\x1d{name}".encode())
         for chunk in table[name].chunks:
             digest.update("".join(f"\x1e{text}" if text is not None else "\x1f" for text in chunk.to_pylist()).encode())

@@ -1,18 +1,18 @@
 """Where the rows come from: the three families, the embedded quickstart data, and the user's own sets."""
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.beir import SearchSet, has_split, is_beir, read_search_set
 from trainer.config import ConfigError, is_local
 from trainer.config.schema import DatasetsConfig, FamilySource, HubSource, LocalSource, ScandiQaConfig
-from trainer.data.rows import Columns, Rows, join, read_files, rows_from_table
+from trainer.data.rows import Columns, Rows, join, read_files, read_parquet, rows_from_table
 from trainer.hub import Snapshot, fetch
 
 QUICKSTART = Path(__file__).parent / "quickstart"
@@ -39,7 +39,11 @@ def read_split(snapshot: Snapshot, subset: str | None, split: str, key: str) -> 
     pattern = f"{subset or 'default'}/{split}/*.parquet"
     files = sorted(snapshot.folder.glob(pattern)) if snapshot.folder.is_dir() else []
     if files:  # the layout of the hub's refs/convert/parquet, which script-based data sets need
-        return pa.concat_tables([pa.parquet.read_table(file) for file in files], promote_options="permissive")
+        tables = [read_parquet(file) for file in files]
+        try:
+            return pa.concat_tables(tables, promote_options="permissive")
+        except pa.ArrowException as error:
+            raise ConfigError(f"{key}: the files of {snapshot.source} do not fit together: {error}") from None
     import datasets
 
     try:
@@ -52,34 +56,44 @@ def read_split(snapshot: Snapshot, subset: str | None, split: str, key: str) -> 
     return rows.with_format("arrow")[:]
 
 
-def _read(
-    source: HubSource, key: str, why: str, columns: Columns, subset: str | None, split: str, language: str
-) -> Rows:
-    snapshot = fetch(source.source, source.revision, kind="dataset", why=why, key=key)
-    return rows_from_table(read_split(snapshot, subset, split, key), columns, language, where=source.source)
+@dataclass(frozen=True)
+class _Opened:
+    """A hub source whose files are here."""
+
+    source: HubSource
+    key: str
+    snapshot: Snapshot
+
+    def rows(self, columns: Columns, split: str, language: str, subset: str | None = None) -> Rows:
+        return rows_from_table(self.table(split, subset), columns, language, where=self.source.source)
+
+    def table(self, split: str, subset: str | None = None) -> pa.Table:
+        return read_split(self.snapshot, subset, split, self.key)
+
+    @property
+    def revisions(self) -> dict[str, str | None]:
+        return {self.source.source: self.snapshot.commit}
 
 
-def _commit(source: HubSource, key: str, why: str) -> dict[str, str | None]:
-    return {source.source: fetch(source.source, source.revision, kind="dataset", why=why, key=key).commit}
+def _open(source: HubSource, key: str, why: str) -> _Opened:
+    return _Opened(source, key, fetch(source.source, source.revision, kind="dataset", why=why, key=key))
 
 
 # ------------------------------------------------------------------------------------------- families
 def load_nli(source: FamilySource) -> LoadedSource:
     """Fremtind/all-nli-norwegian: a sentence, one it entails, one it contradicts."""
-    key, why = "datasets.nli.source", "the Norwegian NLI data"
-    rows = _read(source, key, why, TRIPLET, None, "train", "no")
-    dev = _read(source, key, why, TRIPLET, None, "dev", "no")
-    dev = Rows(dev.table.slice(0, source.eval_rows), dev.languages)
-    return LoadedSource(rows, dev, max_samples=source.max_samples, revisions=_commit(source, key, why))
+    opened = _open(source, "datasets.nli.source", "the Norwegian NLI data")
+    dev = opened.rows(TRIPLET, "dev", "no")
+    dev = Rows(dev.table.slice(0, source.eval_rows))
+    rows = opened.rows(TRIPLET, "train", "no")
+    return LoadedSource(rows, dev, max_samples=source.max_samples, revisions=opened.revisions)
 
 
 def load_ddsc(source: FamilySource) -> LoadedSource:
     """DDSC/nordic-embedding-training-data: about 60 % of the rows have no negative, and are kept as pairs."""
-    key, why = "datasets.ddsc.source", "the Nordic retrieval data"
-    rows = _read(source, key, why, DDSC, None, "train", "language")
-    return LoadedSource(
-        rows, hold_out=source.eval_rows, max_samples=source.max_samples, revisions=_commit(source, key, why)
-    )
+    opened = _open(source, "datasets.ddsc.source", "the Nordic retrieval data")
+    rows = opened.rows(DDSC, "train", "language")
+    return LoadedSource(rows, hold_out=source.eval_rows, max_samples=source.max_samples, revisions=opened.revisions)
 
 
 def load_scandi_qa(config: ScandiQaConfig) -> LoadedSource:
@@ -90,54 +104,53 @@ def load_scandi_qa(config: ScandiQaConfig) -> LoadedSource:
         source: HubSource | None = getattr(config, name)
         if source is None or not source.enabled:
             continue
-        key, why = f"datasets.scandi_qa.{name}.source", f"scandi_qa's {name}"
-        rows = load(source, key, why)
-        if source.max_samples:
-            rows = sample(rows, source.max_samples, seed=0)
-        parts.append(rows)
-        revisions |= _commit(source, key, why)
+        opened = _open(source, f"datasets.scandi_qa.{name}.source", f"scandi_qa's {name}")
+        rows = load(opened)
+        parts.append(sample(rows, source.max_samples, seed=0) if source.max_samples else rows)
+        revisions |= opened.revisions
     if not parts:
         raise ConfigError("datasets.scandi_qa: every one of its sources is switched off; set scandi_qa.enabled: false")
     return LoadedSource(join(parts), hold_out=config.eval_rows, revisions=revisions)
 
 
-def _load_norquad(source: HubSource, key: str, why: str) -> Rows:
-    return _read(source, key, why, QA, None, "train", "no")
+def _load_norquad(opened: _Opened) -> Rows:
+    return opened.rows(QA, "train", "no")
 
 
-def _load_noropenbookqa(source: HubSource, key: str, why: str) -> Rows:
+def _load_noropenbookqa(opened: _Opened) -> Rows:
     """A question whose fact is empty gives no row: the question itself is never its own positive."""
-    return _read(source, key, why, {"anchor": "question_stem", "positive": "fact"}, "nb", "train", "no")
+    return opened.rows({"anchor": "question_stem", "positive": "fact"}, "train", "nb", subset="nb")
 
 
-def _load_scandiqa(source: HubSource, key: str, why: str) -> Rows:
-    return join([_read(source, key, why, QA, language, "train", language) for language in ("no", "da", "sv")])
+def _load_scandiqa(opened: _Opened) -> Rows:
+    return join([opened.rows(QA, "train", language, subset=language) for language in ("no", "da", "sv")])
 
 
-def _load_supervised_da(source: HubSource, key: str, why: str) -> Rows:
-    return _read(source, key, why, {"anchor": "query", "positive": "pos"}, None, "train", "da")
+def _load_supervised_da(opened: _Opened) -> Rows:
+    return opened.rows({"anchor": "query", "positive": "pos"}, "train", "da")
 
 
-def _load_paws_x(source: HubSource, key: str, why: str) -> Rows:
+def _load_paws_x(opened: _Opened) -> Rows:
+    return join([_paws_rows(opened, subset) for subset in ("nb", "nn")])
+
+
+def _paws_rows(opened: _Opened, subset: str) -> Rows:
     """Label 1 is a paraphrase, hence a pair; label 0 is a near miss, hence the negative of the same first sentence."""
-    snapshot = fetch(source.source, source.revision, kind="dataset", why=why, key=key)
-    tables = [
-        read_split(snapshot, subset, "train", key).select(["sentence1", "sentence2", "label"])
-        for subset in ("nb", "nn")
-    ]
-    table = pa.concat_tables(tables, promote_options="permissive")
+    table = opened.table("train", subset)
+    if missing := {"sentence1", "sentence2", "label"} - set(table.column_names):
+        raise ConfigError(
+            f"{opened.key}: there is no column '{min(missing)}' in {subset}. It has: {', '.join(table.column_names)}"
+        )
     is_pair = pc.equal(table["label"].cast(pa.int64()), 1)
     pairs, misses = table.filter(is_pair), table.filter(pc.invert(is_pair))
     negatives = dict(zip(misses["sentence1"].to_pylist(), misses["sentence2"].to_pylist(), strict=True))
     anchors = pairs["sentence1"].to_pylist()
-    triplets = pa.table(
-        {
-            "anchor": pa.array(anchors, pa.string()),
-            "positive": pairs["sentence2"].cast(pa.string()),
-            "negative": pa.array([negatives.get(anchor) for anchor in anchors], pa.string()),
-        }
-    )
-    rows = rows_from_table(triplets, TRIPLET, "no", where=source.source)
+    triplets = {
+        "anchor": pa.array(anchors, pa.string()),
+        "positive": pairs["sentence2"].cast(pa.string()),
+        "negative": pa.array([negatives.get(anchor) for anchor in anchors], pa.string()),
+    }
+    rows = rows_from_table(pa.table(triplets), TRIPLET, subset, where=opened.source.source)
     unused = len(misses) - len(negatives.keys() & set(anchors))
     rows.left_out["near misses without a paraphrase of the same sentence"] += unused
     return rows
@@ -199,32 +212,25 @@ def _load_beir(name: str, source: LocalSource, folder: Path) -> LoadedSource:
 
 def pairs_of(found: SearchSet, language: str | None) -> Rows:
     """One row per query and relevant passage."""
-    pairs = [(query, passage) for query in found.queries for passage in sorted(found.relevant[query])]
-    usable = [(found.queries[q], found.corpus[p]) for q, p in pairs if found.queries[q].strip() and found.corpus[p]]
+    pairs = [(found.queries[query], found.corpus[p]) for query in found.queries for p in sorted(found.relevant[query])]
     table = pa.table(
         {
-            "anchor": pa.array([query for query, _ in usable], pa.string()),
-            "positive": pa.array([passage for _, passage in usable], pa.string()),
+            "anchor": pa.array([query for query, _ in pairs], pa.string()),
+            "positive": pa.array([passage for _, passage in pairs], pa.string()),
         }
     )
-    left_out = Counter({"without text": len(pairs) - len(usable)}) if len(usable) < len(pairs) else Counter()
-    return Rows(table, Counter({language or "?": len(usable)}), left_out)
+    return rows_from_table(table, {"anchor": "anchor", "positive": "positive"}, language, where=found.name)
 
 
 def sample(rows: Rows, size: int, seed: int) -> Rows:
     """A random sample, in random order; the rest is counted as left out."""
-    import numpy as np
-
     if len(rows) <= size:
         return rows
     chosen = np.random.default_rng(seed).permutation(len(rows))[:size]
-    left_out = rows.left_out + Counter({"over max_samples": len(rows) - size})
-    share = size / len(rows)
-    languages = Counter({language: round(count * share) for language, count in rows.languages.items()})
-    return Rows(rows.table.take(pa.array(chosen)), languages, left_out)
+    return rows.take(chosen, **{"over max_samples": len(rows) - size})
 
 
-SCANDI_QA: dict[str, Callable[[HubSource, str, str], Rows]] = {
+SCANDI_QA: dict[str, Callable[[_Opened], Rows]] = {
     "norquad": _load_norquad,
     "noropenbookqa": _load_noropenbookqa,
     "scandiqa": _load_scandiqa,

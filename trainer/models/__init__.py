@@ -1,14 +1,13 @@
 """Builds the three architectures from a base model: inference-free SPLADE, SPLADE, and CSR."""
 
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer, SparseEncoder
-from sentence_transformers.sparse_encoder import SparseEncoderModelCardData
 from sentence_transformers.sparse_encoder.modules import (
     Router,
     SparseAutoEncoder,
@@ -21,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.config import FROM_SCRATCH, Config, ConfigError
 from trainer.config.schema import FromScratchConfig
-from trainer.hub import fetch
+from trainer.hub import Snapshot, fetch
+from trainer.models.card import build_card
 from trainer.models.heads import check_not_dense, silence_special_tokens
 from trainer.models.scratch import build_from_scratch
 
@@ -41,25 +41,17 @@ def build_model(config: Config, queries: list[str], documents: list[str], device
     """
     name = config.model.base_model
     with tempfile.TemporaryDirectory() as folder:
-        if name == FROM_SCRATCH:
-            build_from_scratch(config.model.from_scratch or FromScratchConfig(), queries + documents, Path(folder))
-            source = Path(folder)
-        else:
-            source = fetch_base_model(config)
+        snapshot = fetch_base_model(config)
+        source = snapshot.folder if snapshot else Path(folder)
+        if snapshot is None:
+            build_from_scratch(config.model.from_scratch or FromScratchConfig(), queries + documents, source)
         modules = ARCHITECTURES[config.model.architecture](config, source, documents)
-    card = config.model_card
     model = SparseEncoder(
         modules=modules,
         trust_remote_code=config.model.trust_remote_code,
         device=device,
         similarity_fn_name="cosine" if config.model.architecture == "csr" else "dot",
-        model_card_data=SparseEncoderModelCardData(
-            language=card.language,
-            license=card.license,
-            model_name=card.model_name,
-            tags=_tags(card.tags),
-            generate_widget_examples=False,  # rows of the training data do not belong in a public card
-        ),
+        model_card_data=build_card(config),
     )
     for module in model.modules():
         if isinstance(module, Transformer):
@@ -72,25 +64,31 @@ def build_model(config: Config, queries: list[str], documents: list[str], device
 
 def load_model(folder: Path, config: Config, device: str) -> SparseEncoder:
     """The encoder saved in a checkpoint, ready to go on training."""
-    model = SparseEncoder(str(folder), trust_remote_code=config.model.trust_remote_code, device=device)
+    trust = config.model.trust_remote_code
+    model = SparseEncoder(str(folder), trust_remote_code=trust, device=device, model_card_data=build_card(config))
     train_only_what_the_config_says(model, config)
     return model
 
 
-def fetch_base_model(config: Config) -> Path:
-    """The base model's files in a local folder. Raises ConfigError when it brings code that the config does not trust."""
+def fetch_base_model(config: Config) -> Snapshot | None:
+    """The base model's files in a local folder; None for a model from scratch.
+
+    Raises ConfigError when it brings code that the config does not trust.
+    """
     name = config.model.base_model
+    if name == FROM_SCRATCH:
+        return None
     snapshot = fetch(
         name, config.model.revision, kind="model", why="the base model", key="model.base_model", patterns=MODEL_FILES
     )
     settings = snapshot.folder / "config.json"
-    if not config.model.trust_remote_code and settings.is_file() and "auto_map" in json.loads(settings.read_text()):
+    if not config.model.trust_remote_code and settings.is_file() and '"auto_map"' in settings.read_text():
         pin = f" and model.revision: {snapshot.commit}" if snapshot.commit else ""
         raise ConfigError(
             f"model.base_model: {name} comes with Python code of its own. Read it in {snapshot.folder}; to run it, set "
             f"model.trust_remote_code: true{pin}"
         )
-    return snapshot.folder
+    return snapshot
 
 
 # Weights once (safetensors, or the older .bin), the tokenizer, the code; no ONNX, TensorFlow or Flax copies.
@@ -160,10 +158,11 @@ def build_csr(config: Config, source: Path, documents: list[str]) -> list[nn.Mod
         dense = SentenceTransformer(
             str(source), trust_remote_code=config.model.trust_remote_code, device="cpu", model_kwargs=_float32()
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(_cannot_load(config, error)) from None
-    dense.max_seq_length = config.training.max_seq_length
     _require_pad_token(dense.tokenizer, config.model.base_model)
+    _require_length(dense[0], config)
+    dense.max_seq_length = config.training.max_seq_length
     autoencoder = SparseAutoEncoder(
         input_dim=dense.get_embedding_dimension(),
         hidden_dim=config.model.csr_hidden_dim,
@@ -185,11 +184,25 @@ def load_transformer(config: Config, source: Path) -> Transformer:
             processor_kwargs=trust,
             config_kwargs=trust,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(_cannot_load(config, error)) from None
     _require_pad_token(transformer.tokenizer, config.model.base_model)
+    _require_length(transformer, config)
     transformer.max_seq_length = config.training.max_seq_length
     return transformer
+
+
+def _require_length(transformer: Transformer, config: Config) -> None:
+    """Stop when texts may be longer than the base model's positions, which would fail in the middle of training."""
+    settings = transformer.model.config
+    positions = getattr(settings, "max_position_embeddings", None)
+    if positions and settings.model_type in ("roberta", "xlm-roberta", "camembert"):
+        positions -= settings.pad_token_id + 1  # these count positions from behind the padding's
+    if positions and config.training.max_seq_length > positions:
+        raise ConfigError(
+            f"training.max_seq_length: {config.training.max_seq_length} tokens are more than {config.model.base_model} "
+            f"can read ({positions})"
+        )
 
 
 def _float32() -> dict[str, torch.dtype]:
@@ -210,10 +223,6 @@ def _require_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         )
 
 
-def _tags(tags: list[str]) -> list[str]:
-    return ["sentence-transformers", "sparse-encoder", "sparse", *tags]
-
-
 # ------------------------------------------------------------------------------------------- query weights
 def weights_of_ones(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.Tensor:
     """Every word of a query counts the same."""
@@ -222,7 +231,7 @@ def weights_of_ones(tokenizer: PreTrainedTokenizerBase, documents: list[str]) ->
 
 def weights_of_idf(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.Tensor:
     """ln(1 + (N - n + 0.5) / (n + 0.5)) of the training documents, as in BM25; shape [vocabulary]."""
-    documents = documents[:: -(-len(documents) // MAX_IDF_DOCUMENTS)]
+    documents = documents[:: max(1, -(-len(documents) // MAX_IDF_DOCUMENTS))]
     counts = np.zeros(len(tokenizer))
     for start in range(0, len(documents), 1000):
         batch = tokenizer(documents[start : start + 1000], add_special_tokens=False, verbose=False)["input_ids"]

@@ -23,7 +23,7 @@ def decoder_of(transformer: Transformer, name: str) -> nn.Linear:
 
 
 @torch.no_grad()
-def silence_special_tokens(transformer: Transformer, name: str) -> list[int]:
+def silence_special_tokens(transformer: Transformer, name: str) -> None:
     """Make sure that [CLS], [SEP], <pad> and their like are never active: they say nothing about a text.
 
     Their bias is lowered in the saved weights, so it holds in every library the model is loaded with.
@@ -35,20 +35,19 @@ def silence_special_tokens(transformer: Transformer, name: str) -> list[int]:
         )
     special = sorted(token for token in transformer.tokenizer.all_special_ids if token < decoder.out_features)
     decoder.bias[special] = SILENT
-    return special
 
 
 @torch.no_grad()
-def check_not_dense(model: SparseEncoder, texts: list[str], name: str) -> float:
-    """Share of the vocabulary that is active in a text before training; stops when nothing can ever be cut.
+def check_not_dense(model: SparseEncoder, texts: list[str], name: str) -> None:
+    """Stop before training when every logit is positive: nothing can ever be cut.
 
     relu makes a vector sparse by cutting negative logits. A head without any (one that ends in a sigmoid, as NorBERT4's
     `30 * sigmoid(x / 7.5)` does) stays dense whatever the regulariser weight.
     """
+    if not texts:  # a plan without the data
+        return
     vectors = model.encode_document(texts, convert_to_sparse_tensor=False, show_progress_bar=False, batch_size=4)
-    active = (vectors > 0).float()
-    silent = len(_special_ids(model))
-    if int(active.sum(1).min()) >= vectors.shape[1] - silent:
+    if int((vectors > 0).sum(1).min()) >= vectors.shape[1] - len(_special_ids(model)):
         lowest = _lowest_logit(model, texts)
         if lowest > 0:
             raise ConfigError(
@@ -56,7 +55,6 @@ def check_not_dense(model: SparseEncoder, texts: list[str], name: str) -> float:
                 f"training texts (the lowest is {lowest:.3g}), so relu cuts nothing and training cannot make it sparse. "
                 "Its head ends in a bounded function such as a sigmoid soft cap; use a model whose logits can be negative"
             )
-    return active.mean().item()
 
 
 def _special_ids(model: SparseEncoder) -> list[int]:
