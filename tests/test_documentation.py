@@ -48,3 +48,10 @@ def test_the_project_speaks_of_no_package_registry_and_no_machine_path():
     for name in files:
         if not name.endswith((".jsonl", ".png")):
             assert not banned.search((ROOT / name).read_text(encoding="utf-8")), name
+
+
+def test_the_documents_have_no_blank_left_to_fill():
+    for name in ("README.md", "CHANGELOG.md", "configs/README.md"):
+        assert not re.findall(
+            r"\b(?:TODO|FIXME|XXX|[A-Z]+_[A-Z]+)\b", (ROOT / name).read_text().replace("HF_TOKEN", "")
+        ), name

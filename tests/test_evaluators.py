@@ -1,8 +1,13 @@
 import pytest
+from datasets import Dataset
+from sentence_transformers.sparse_encoder.evaluation import SparseNanoBEIREvaluator
 
-from tests.test_models import config_of, write_bert
+from evaluate.bm25 import mean_ndcg
+from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
+from tests.test_models import config_of
 from trainer.beir import SearchSet
 from trainer.evaluators import SCORE, SearchEvaluator, build_evaluator
+from trainer.models import build_model
 
 
 class Part:
@@ -37,6 +42,34 @@ def test_without_the_hub_nanobeir_is_left_out_with_the_reason_and_local_searches
     assert list(evaluator.parts) == ["mine"]
     assert [line.split(":")[0] for line in said] == ["NanoBEIR (no) is left out", "NanoBEIR (sv) is left out"]
     assert build_evaluator(config, [], said.append) is None
+
+
+def test_nanobeir_is_searched_when_the_hub_is_reachable(tmp_path, monkeypatch):
+    """The library's own evaluator, on a stand-in for its downloads."""
+    config = config_of(tmp_path, write_bert(tmp_path / "base"), "splade", "evaluation.nanobeir_datasets=[msmarco, nq]")
+    tables = {
+        "corpus": [{"_id": f"d{i}", "text": text} for i, text in enumerate(DOCUMENTS)],
+        "queries": [{"_id": f"q{i}", "text": text} for i, text in enumerate(QUERIES)],
+        "qrels": [{"query-id": f"q{i}", "corpus-id": f"d{(i + 1) % 4}"} for i in range(4)],
+    }
+    monkeypatch.setattr("trainer.evaluators.why_unreachable", lambda repository: None)
+    monkeypatch.setattr(
+        SparseNanoBEIREvaluator,
+        "_load_dataset_subset_split",
+        lambda self, subset, split, required_columns: Dataset.from_list(tables[subset]),
+    )
+    model = build_model(config, QUERIES, DOCUMENTS, "cpu")
+    results = build_evaluator(config, [], pytest.fail)(model)
+    encode = {"convert_to_sparse_tensor": False, "show_progress_bar": False}
+    documents = model.encode_document(DOCUMENTS, **encode)
+    ranks = (model.encode_query(QUERIES, **encode) @ documents.T).argsort(descending=True)
+    expected = mean_ndcg(
+        {f"q{i}": [f"d{j}" for j in row.tolist()] for i, row in enumerate(ranks)},
+        {f"q{i}": {f"d{(i + 1) % 4}"} for i in range(4)},
+    )
+    assert results["NanoBEIR-no_ndcg@10"] == results["NanoBEIR-sv_ndcg@10"] == pytest.approx(expected)
+    assert results[SCORE] == pytest.approx(expected)
+    assert results["NanoBEIR-sv_document_active_dims"] == pytest.approx((documents > 0).sum(1).float().mean().item())
 
 
 def test_nothing_is_asked_of_the_hub_when_nanobeir_is_switched_off(tmp_path, monkeypatch):

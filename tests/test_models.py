@@ -5,10 +5,12 @@ import torch
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.sparse_encoder.modules import Router, SparseAutoEncoder, SpladePooling
 
-from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense
+from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense, write_modernbert, write_roberta
 from tests.conftest import TINY
 from trainer.config import ConfigError, load_config, render
+from trainer.losses import build_loss
 from trainer.models import build_model, static_embedding
+from trainer.sparsity import BatchStatistics
 
 
 def config_of(folder, base, architecture, *overrides):
@@ -145,6 +147,59 @@ def test_csr_trains_the_dense_model_only_when_asked(tmp_path, dense, train_base)
     model = build(tmp_path, dense, "csr", f"model.csr_train_base={str(train_base).lower()}")
     trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == ({"0", "2"} if train_base else {"2"})
+
+
+# ---------------------------------------------------------------------------------- other families of base models
+FAMILIES = {"bert": write_bert, "roberta": write_roberta, "modernbert": write_modernbert}
+
+
+@pytest.mark.parametrize("architecture", ["inference-free-splade", "splade", "csr"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_takes_a_step_saves_and_reloads_in_every_architecture(tmp_path, family, architecture):
+    base = FAMILIES[family](tmp_path / "base")
+    config = config_of(tmp_path, base, architecture)
+    model = build_model(config, QUERIES, DOCUMENTS, "cpu")
+    loss = build_loss(config, model, BatchStatistics())
+    route = {"task": "query"}, {"task": "document"}
+    features = [model.preprocess(texts, **to) | to for texts, to in zip((QUERIES, DOCUMENTS), route, strict=True)]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    sum(loss(features).values()).backward()
+    optimizer.step()
+    assert any(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    model.eval()
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = SparseEncoder(str(tmp_path / "saved"), device="cpu")
+    for way in ("query", "document"):
+        vectors = dense_vectors(model, QUERIES + DOCUMENTS, way)
+        torch.testing.assert_close(dense_vectors(again, QUERIES + DOCUMENTS, way), vectors, atol=1e-5, rtol=1e-5)
+        if architecture != "csr":
+            assert (vectors[:, model.tokenizer.all_special_ids] == 0).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_word_of_a_query_has_the_dimension_it_has_in_a_document(tmp_path, family):
+    model = build(tmp_path, FAMILIES[family](tmp_path / "base"), "inference-free-splade", "model.query_init=ones")
+    model.save_pretrained(str(tmp_path / "saved"))
+    for encoder in (model, SparseEncoder(str(tmp_path / "saved"), device="cpu")):
+        first, later = dense_vectors(encoder, ["innsjø", "Norges innsjø"], "query")
+        assert first.any()
+        assert (later[first > 0] > 0).all()
+    # the opposite: the byte-level tokenizers as they come give the first word other tokens
+    tokenizer = model[0].sub_modules["document"][0].tokenizer
+    alone, within = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("innsjø", "Norges innsjø"))
+    assert (set(alone) <= set(within)) == (family == "bert")
+
+
+def test_texts_longer_than_the_base_model_can_read_are_refused(tmp_path):
+    for family, positions in (("bert", 64), ("roberta", 64), ("modernbert", 64)):
+        base = FAMILIES[family](tmp_path / family)
+        build(tmp_path, base, "splade", f"training.max_seq_length={positions}")
+        with pytest.raises(
+            ConfigError, match=rf"training.max_seq_length: 65 tokens are more than .* can read \({positions}\)"
+        ):
+            build(tmp_path, base, "splade", "training.max_seq_length=65")
 
 
 # ---------------------------------------------------------------------------------- from scratch

@@ -66,6 +66,7 @@ class TensorBoardLog(TrainerCallback):
         self.folder, self.statistics, self.throughput, self.device = folder, statistics, throughput, device
         self.probes = PROBES[:probes]
         self.writer: SummaryWriter | None = None
+        self.last_panel: int | None = None
 
     def _open(self, state: TrainerState) -> SummaryWriter | None:
         if self.writer is None and state.is_world_process_zero:
@@ -116,9 +117,10 @@ class TensorBoardLog(TrainerCallback):
     def on_evaluate(self, args, state: TrainerState, control, model: SparseEncoder | None = None, **kwargs) -> None:
         """Top terms of the probe sentences; time spent evaluating does not count as training time."""
         writer = self._open(state)
-        text = top_terms(model, self.probes) if writer and self.probes else None
-        if text is not None:
-            writer.add_text("top terms", text, state.global_step)
+        if writer and self.probes and self.last_panel != state.global_step:  # called once for every set
+            self.last_panel = state.global_step
+            if (text := top_terms(model, self.probes)) is not None:
+                writer.add_text("top terms", text, state.global_step)
         self.throughput.restart()
 
     def on_train_end(self, args, state: TrainerState, control, **kwargs) -> None:

@@ -45,8 +45,9 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, name: str | Non
 
     if resume:
         run = Run.open(loaded, name)
-        loaded = load_config(file, (*run.manifest.get("overrides", ()), *overrides))
-        run.go_on_with(loaded, click.echo)
+        overrides = (*run.manifest.get("overrides", ()), *overrides)
+        loaded = load_config(file, overrides)
+        run.go_on_with(loaded, overrides, click.echo)
     else:
         run = Run.create(loaded, name, overrides)
     set_up_libraries(verbose, loaded.config.training.dataloader_num_workers)
@@ -79,7 +80,7 @@ def _train(loaded: LoadedConfig, run: "Run", resume: bool, again: str) -> None:
         ended("failed", error)
         raise ConfigError(
             f"{error}. The last checkpoint is as good as it was. "
-            f'Go on with a lower rate: {again} SET="training.learning_rate={loaded.config.training.learning_rate / 2:g}"'
+            f"Set a lower training.learning_rate in {loaded.file}, then go on: {again}"
         ) from None
     except Exception as error:
         ended("failed", error)

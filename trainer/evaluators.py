@@ -76,10 +76,14 @@ def build_evaluator(config: Config, search: list[SearchSet], say: Callable[[str]
     wanted = config.evaluation.nanobeir_datasets
     for language in config.evaluation.nanobeir_languages if wanted != [] else []:
         repository = NANOBEIR.format(language)
-        if (reason := why_unreachable(repository)) is not None:
+        reason = why_unreachable(repository)
+        if reason is None:
+            try:
+                parts[f"NanoBEIR-{language}"] = SparseNanoBEIREvaluator(
+                    dataset_names=wanted, dataset_id=repository, batch_size=batch_size, write_csv=False
+                )
+            except ValueError as error:  # what the library raises when a part cannot be downloaded
+                reason = str(error)
+        if reason is not None:
             say(f"NanoBEIR ({language}) is left out: {reason}")
-            continue
-        parts[f"NanoBEIR-{language}"] = SparseNanoBEIREvaluator(
-            dataset_names=wanted, dataset_id=repository, batch_size=batch_size, write_csv=False
-        )
     return SearchEvaluator(parts) if parts else None

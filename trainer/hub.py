@@ -38,7 +38,8 @@ def fetch(
     if is_local(source):
         folder = Path(source).expanduser()
         if not folder.exists():
-            raise ConfigError(f"{key}: there is no file or folder {source} ({why})")
+            hint = "" if "/" in source else "; a hub repository is written owner/name"
+            raise ConfigError(f"{key}: there is no file or folder {source} ({why}){hint}")
         return Snapshot(source, folder, None)
 
     from huggingface_hub import errors, snapshot_download

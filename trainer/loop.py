@@ -2,6 +2,7 @@
 
 import torch
 from sentence_transformers.sparse_encoder import SparseEncoderTrainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from trainer.callbacks import NonFiniteLoss, Throughput
 from trainer.data import MixedBatches, Mixture, NoDuplicateBatches
@@ -16,6 +17,8 @@ class SparseTrainer(SparseEncoderTrainer):
         """halves: per data set the names of its rows in train_dataset; sampling: (strategy, what ends an epoch)."""
         self.halves, self.sampling, self.throughput = halves, sampling, throughput
         super().__init__(*args, **kwargs)
+        for default in (ProgressCallback, PrinterCallback):
+            self.remove_callback(default)  # ours stand in the callbacks argument
 
     def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
         """Batches of one data set in which no text occurs twice."""

@@ -102,8 +102,8 @@ class Run:
             raise ConfigError(f"{file} cannot be read: {error}. Remove the folder to train anew") from None
         return run
 
-    def go_on_with(self, loaded: LoadedConfig, say: Callable[[str], None]) -> None:
-        """Take over what was changed in the config since the run started, and say it.
+    def go_on_with(self, loaded: LoadedConfig, overrides: Sequence[str], say: Callable[[str], None]) -> None:
+        """Take over what was changed in the config (read with these overrides) since the run started, and say it.
 
         Raises ConfigError when the model or the data changed: that would be another run.
         """
@@ -117,7 +117,7 @@ class Run:
                 )
             say(f"changed   {dotted}: {old} → {new}")
         self.manifest.pop("error", None)
-        self.update(status="starting")
+        self.update(status="starting", overrides=list(overrides))
         _write_atomically(self.folder / "config.yaml", render(loaded))
 
     def is_empty(self) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 
 import transformers
 from sentence_transformers import SparseEncoder
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from trainer.arguments import build_arguments
 from trainer.callbacks import (
@@ -116,12 +115,10 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
                 watchdog,
                 TensorBoardLog(run.logs, statistics, throughput, device, config.evaluation.log_decoded_samples),
                 CheckpointSeal(run.id),
+                ProgressBar() if sys.stderr.isatty() else ProgressLines(say),
                 stop,
             ],
         )
-        for default in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(default)
-        trainer.add_callback(ProgressBar() if sys.stderr.isatty() else ProgressLines(say))
         ledger = Ledger(run, throughput, watchdog, device)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

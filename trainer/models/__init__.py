@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer, SparseEncoder
@@ -22,14 +21,12 @@ from trainer.config import FROM_SCRATCH, Config, ConfigError
 from trainer.config.schema import FromScratchConfig
 from trainer.hub import Snapshot, fetch
 from trainer.models.card import build_card
-from trainer.models.heads import check_not_dense, silence_special_tokens
+from trainer.models.heads import check_not_dense, decoder_of, silence_special_tokens
+from trainer.models.queries import START_WEIGHTS, query_tokenizer
 from trainer.models.scratch import build_from_scratch
 
 __all__ = ["build_model", "load_model", "static_embedding", "train_only_what_the_config_says", "vocabulary_of"]
 
-# Documents the IDF is counted on. At 100,000 the relative error of a word in 1 % of the documents is 3 %; tokenising a
-# million takes minutes.
-MAX_IDF_DOCUMENTS = 100_000
 PROBE_TEXTS = 8
 
 
@@ -136,12 +133,10 @@ def build_inference_free_splade(config: Config, source: Path, documents: list[st
     """Queries: a weight per token. Documents: masked language model and SpladePooling (arXiv 2411.04403)."""
     transformer, pooling = build_splade(config, source, documents)
     tokenizer = transformer.tokenizer
-    dimensions = transformer.model.get_output_embeddings().out_features
-    if dimensions != len(tokenizer):  # padded vocabularies: the saved query weights have one entry per token
-        transformer.model.resize_token_embeddings(len(tokenizer))
     weights = START_WEIGHTS[config.model.query_init](tokenizer, documents)
     weights[tokenizer.all_special_ids] = 0.0
-    query = SparseStaticEmbedding(tokenizer, weight=weights, frozen=config.model.freeze_static_embedding)
+    frozen = config.model.freeze_static_embedding
+    query = SparseStaticEmbedding(query_tokenizer(tokenizer), weight=weights, frozen=frozen)
     return [Router.for_query_document(query_modules=[query], document_modules=[transformer, pooling])]
 
 
@@ -188,6 +183,9 @@ def load_transformer(config: Config, source: Path) -> Transformer:
         raise ConfigError(_cannot_load(config, error)) from None
     _require_pad_token(transformer.tokenizer, config.model.base_model)
     _require_length(transformer, config)
+    # Vocabularies padded to a round number: the extra dimensions have no word, and query weights are saved one per token.
+    if decoder_of(transformer, config.model.base_model).out_features != len(transformer.tokenizer):
+        transformer.model.resize_token_embeddings(len(transformer.tokenizer))
     transformer.max_seq_length = config.training.max_seq_length
     return transformer
 
@@ -222,29 +220,6 @@ def _require_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             'Add one to its tokenizer_config.json ("pad_token": "<pad>")'
         )
 
-
-# ------------------------------------------------------------------------------------------- query weights
-def weights_of_ones(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.Tensor:
-    """Every word of a query counts the same."""
-    return torch.ones(len(tokenizer))
-
-
-def weights_of_idf(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.Tensor:
-    """ln(1 + (N - n + 0.5) / (n + 0.5)) of the training documents, as in BM25; shape [vocabulary]."""
-    documents = documents[:: max(1, -(-len(documents) // MAX_IDF_DOCUMENTS))]
-    counts = np.zeros(len(tokenizer))
-    for start in range(0, len(documents), 1000):
-        batch = tokenizer(documents[start : start + 1000], add_special_tokens=False, verbose=False)["input_ids"]
-        for ids in batch:
-            counts[np.unique(np.asarray(ids, dtype=int))] += 1
-    idf = np.log1p((len(documents) - counts + 0.5) / (counts + 0.5))
-    return torch.tensor(idf, dtype=torch.float32)
-
-
-START_WEIGHTS: dict[str, Callable[[PreTrainedTokenizerBase, list[str]], torch.Tensor]] = {
-    "ones": weights_of_ones,
-    "idf": weights_of_idf,
-}
 
 ARCHITECTURES: dict[str, Callable[[Config, Path, list[str]], list[nn.Module]]] = {
     "inference-free-splade": build_inference_free_splade,
