@@ -140,6 +140,13 @@ def learning_rates(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> 
     return rates
 
 
+def term_of(model: SparseEncoder | None, dimension: int) -> str:
+    """A dimension's number and, where dimensions are words, its word."""
+    if model is None or model.get_embedding_dimension() not in (None, len(model.tokenizer)):
+        return str(dimension)
+    return f"{dimension} ('{model.tokenizer.convert_ids_to_tokens(dimension)}')"
+
+
 def top_terms(model: SparseEncoder, texts: tuple[str, ...], count: int = 12) -> str | None:
     """A Markdown table of the heaviest terms of each text as a document; None when dimensions are not words (CSR)."""
     vectors = model.encode_document(list(texts), show_progress_bar=False)
@@ -179,7 +186,7 @@ SIGNS = (
     Sign(
         "a dim in every document",
         lambda s: s["document"]["busiest_dim_share"] > 0.95,
-        "dimension {document[busiest_dim]} is active in {document[busiest_dim_share]:.0%} of the documents, so it "
+        "dimension {document[busiest_term]} is active in {document[busiest_dim_share]:.0%} of the documents, so it "
         "tells nothing apart. Raise loss.document_regularizer_weight",
     ),
     Sign(
@@ -207,6 +214,8 @@ class Watchdog(TrainerCallback):
         """Look at what was seen since the last log."""
         summary = self.statistics.summary() if logs and "loss" in logs else {}
         warm = state.global_step >= self.WARM_FROM * state.max_steps
+        if summary:
+            summary["document"]["busiest_term"] = term_of(kwargs.get("model"), summary["document"]["busiest_dim"])
         for sign in SIGNS if summary else ():
             if not (warm or sign.from_start) or not sign.shows(summary):
                 continue
