@@ -185,6 +185,7 @@ def test_tensorboard_has_every_scalar_and_the_probe_sentences(trained):
         "eval/quickstart_ddsc-triplets_loss",
     } <= scalars
     assert len(events.Scalars("loss/total")) == 6
+    assert not [tag for tag in scalars if tag.startswith("eval/") and tag.endswith(("_runtime", "per_second"))]
     text = events.Tensors(next(tag for tag in events.Tags()["tensors"] if "top terms" in tag))[-1]
     panel = text.tensor_proto.string_val[0].decode()
     assert "Galdhøpiggen" in panel

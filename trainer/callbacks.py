@@ -87,7 +87,9 @@ class TensorBoardLog(TrainerCallback):
         if writer is None or not logs:
             return
         if any(key.startswith("eval_") for key in logs):
-            self._scalars("eval", {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}, state)
+            found = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
+            # how fast each set was evaluated would bury the scores
+            self._scalars("eval", {k: v for k, v in found.items() if not k.endswith(("_second", "_runtime"))}, state)
             return
         if "loss" not in logs:
             return
