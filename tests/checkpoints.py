@@ -59,8 +59,8 @@ def write_bert(folder: Path, bias: float = -1.0, pad_token: bool = True) -> Path
     return folder
 
 
-def byte_level_tokenizer(special: dict[str, str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: the space before a word is part of its token."""
+def byte_level_tokenizer(special: dict[str, str], first: str, last: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, with `first` and `last` around a text: the space before a word is part of its token."""
     bpe = Tokenizer(models.BPE(unk_token=special["unk_token"]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -70,11 +70,8 @@ def byte_level_tokenizer(special: dict[str, str]) -> PreTrainedTokenizerFast:
         QUERIES + DOCUMENTS,
         BpeTrainer(vocab_size=400, special_tokens=names, initial_alphabet=alphabet, show_progress=False),
     )
-    ends = [
-        (special["cls_token"], names.index(special["cls_token"])),
-        (special["sep_token"], names.index(special["sep_token"])),
-    ]
-    bpe.post_processor = processors.TemplateProcessing(single=f"{ends[0][0]} $A {ends[1][0]}", special_tokens=ends)
+    ends = [(token, names.index(token)) for token in (first, last)]
+    bpe.post_processor = processors.TemplateProcessing(single=f"{first} $A {last}", special_tokens=ends)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=64, **special)
 
 
@@ -88,7 +85,7 @@ def write_roberta(folder: Path) -> Path:
         "unk_token": "<unk>",
         "mask_token": "<mask>",
     }
-    tokenizer = byte_level_tokenizer(special)
+    tokenizer = byte_level_tokenizer(special, "<s>", "</s>")
     model = RobertaForMaskedLM(
         RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=66, pad_token_id=1, **SHAPE)
     )
@@ -105,7 +102,7 @@ def write_modernbert(folder: Path) -> Path:
         "unk_token": "[UNK]",
         "mask_token": "[MASK]",
     }
-    tokenizer = byte_level_tokenizer(special)
+    tokenizer = byte_level_tokenizer(special, "[CLS]", "[SEP]")
     ids = {"pad_token_id": 1, "cls_token_id": 0, "sep_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
     config = ModernBertConfig(
         vocab_size=len(tokenizer) + 13, max_position_embeddings=64, local_attention=16, **ids, **SHAPE

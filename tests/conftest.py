@@ -1,16 +1,20 @@
 """Shared pieces: a config of seconds, and one trained run per session that tests copy."""
 
+import atexit
 import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # the suite must pass without a network, and fail fast where it would need one
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Before any library reads them: the suite must pass without a network, and leave the user's cache alone.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="nordsparse-tests-")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,0 +1,217 @@
+"""A small stand-in for NorBERT4: its interface, its names, and every trait that keeps it from being a sparse encoder."""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.utils.checkpoint
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, MaskedLMOutput
+
+from .configuration_gptbert import GptBertConfig
+
+
+class CastedLinearIn(nn.Linear):
+    """A linear layer whose inputs are scaled, computed in the precision of its input."""
+
+    def __init__(self, in_features, out_features, bias):
+        super().__init__(in_features, out_features, bias=bias)
+        self.scale = nn.Parameter(torch.ones(in_features))
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.type_as(x)
+        return F.linear(x, (self.weight * (self.scale + 1.0)).type_as(x), bias)
+
+
+class Embedding(nn.Module):
+    """Normalised word embeddings."""
+
+    def __init__(self, config: GptBertConfig):
+        super().__init__()
+        self.word_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False, bias=False)
+
+    def forward(self, input_ids):
+        return self.word_norm(self.word_embedding(input_ids))
+
+
+class LMClassifier(nn.Module):
+    """The language-model head."""
+
+    def __init__(self, config: GptBertConfig, n_labels: int):
+        super().__init__()
+        self.projection = CastedLinearIn(config.hidden_size, config.hidden_size, bias=False)
+        self.post_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False)
+        self.emb2vocab = CastedLinearIn(config.hidden_size, n_labels, bias=True)
+
+    def forward(self, x):
+        x = F.gelu(self.projection(x))
+        return self.emb2vocab(self.post_norm(x.float()).type_as(x))
+
+
+class RotaryPositionalEmbeddings(nn.Module):
+    """Turns pairs of features by an angle that grows with the position."""
+
+    def __init__(self, config, theta: int):
+        super().__init__()
+        half = torch.arange(0, config.query_key_head_size, 2, dtype=torch.float32) / config.query_key_head_size
+        angles = torch.outer(torch.arange(config.max_sequence_length, dtype=torch.float32), theta**-half)
+        angles = torch.cat([angles, angles], dim=-1).unsqueeze(0)
+        self.register_buffer("cos_matrix", angles.cos(), persistent=False)
+        self.register_buffer("sin_matrix", angles.sin(), persistent=False)
+
+    def forward(self, x):
+        length, half = x.shape[2], x.shape[3] // 2
+        turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+        return x * self.cos_matrix[:, None, :length] + turned * self.sin_matrix[:, None, :length]
+
+
+class SelfAttention(nn.Module):
+    """Attention within a window, causal in a decoder."""
+
+    def __init__(self, config: GptBertConfig, layer_idx: int):
+        super().__init__()
+        self.heads, self.size = config.num_attention_heads, config.query_key_head_size
+        self.qkv = CastedLinearIn(config.hidden_size, 3 * self.heads * self.size, bias=False)
+        self.out_proj = CastedLinearIn(self.heads * self.size, config.hidden_size, bias=False)
+        is_global = (layer_idx + 1) % config.local_global_ratio == 0
+        self.rope_embedding = RotaryPositionalEmbeddings(config, 160_000 if is_global else 10_000)
+        self.is_causal = config.is_decoder
+        self.window_length = config.global_window_length if is_global else config.local_window_length
+
+    def forward(self, hidden_layer, mask):
+        batch, length, _ = hidden_layer.shape
+        query, key, value = self.qkv(hidden_layer).view(batch, length, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
+        query, key = self.rope_embedding(query), self.rope_embedding(key)
+        window = torch.ones(length, length, dtype=torch.bool, device=hidden_layer.device)
+        window = window.tril(0 if self.is_causal else self.window_length).triu(-self.window_length)
+        scores = query @ key.transpose(-1, -2) / math.sqrt(self.size)
+        hidden = ~(mask & window)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
+        return self.out_proj((weights.type_as(value) @ value).transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """Attention and a feed-forward network, each added to its input."""
+
+    def __init__(self, config: GptBertConfig, layer_idx: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False)
+        self.attention = SelfAttention(config, layer_idx)
+        self.up = CastedLinearIn(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = CastedLinearIn(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_layer, mask):
+        hidden_layer = hidden_layer + self.attention(self.norm(hidden_layer), mask)
+        return hidden_layer + self.down(F.gelu(self.up(self.norm(hidden_layer))))
+
+
+class Encoder(nn.Module):
+    """All layers."""
+
+    def __init__(self, config: GptBertConfig):
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(config, i) for i in range(config.num_layers)])
+
+    def forward(self, hidden_layer, mask, checkpoint_activations=False):
+        for layer in self.layers:
+            if checkpoint_activations:
+                hidden_layer = torch.utils.checkpoint.checkpoint(layer, hidden_layer, mask, use_reentrant=True)
+            else:
+                hidden_layer = layer(hidden_layer, mask)
+        return hidden_layer
+
+
+class GptBertPreTrainedModel(PreTrainedModel):
+    """Start values."""
+
+    config_class = GptBertConfig
+    supports_gradient_checkpointing = True
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.weight.data.normal_(0.0, 0.3)
+        if getattr(module, "bias", None) is not None:
+            module.bias.data.zero_()
+
+
+class GptBertModel(GptBertPreTrainedModel):
+    """The encoder."""
+
+    def __init__(self, config: GptBertConfig, add_mlm_layer=False, **kwargs):
+        super().__init__(config, **kwargs)
+        self.config = config
+        self.embedding = Embedding(config)
+        self.encoder = Encoder(config)
+        self.classifier = LMClassifier(config, config.vocab_size) if add_mlm_layer else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embedding.word_embedding
+
+    def set_input_embeddings(self, value):
+        self.embedding.word_embedding = value
+
+    def get_contextualized_embeddings(self, input_ids, attention_mask=None):
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        static_embeddings = self.embedding(input_ids)
+        original_dtype = static_embeddings.dtype
+        if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and static_embeddings.dtype == torch.float32:
+            static_embeddings = static_embeddings.bfloat16()
+        last_layer = self.encoder(
+            static_embeddings,
+            attention_mask.bool()[:, None, None, :],
+            checkpoint_activations=self.gradient_checkpointing and self.training,
+        )
+        return last_layer.to(original_dtype)
+
+    def forward(self, input_ids=None, attention_mask=None, return_dict=None, **kwargs):
+        return BaseModelOutput(last_hidden_state=self.get_contextualized_embeddings(input_ids, attention_mask))
+
+
+class GptBertForMaskedLM(GptBertModel):
+    """Predicts the token at each position from the output before it."""
+
+    _tied_weights_keys = ["classifier.emb2vocab.weight"]
+
+    def __init__(self, config: GptBertConfig, **kwargs):
+        super().__init__(config, add_mlm_layer=True, **kwargs)
+
+    def get_output_embeddings(self):
+        return self.classifier.emb2vocab.weight
+
+    def set_output_embeddings(self, new_embeddings):
+        self.classifier.emb2vocab.weight = new_embeddings
+
+    def forward(self, input_ids=None, attention_mask=None, return_dict=None, labels=None, **kwargs):
+        sequence_output = self.get_contextualized_embeddings(input_ids, attention_mask)
+        subword_prediction = self.classifier(sequence_output)
+        subword_prediction = 30 * torch.sigmoid(subword_prediction / 7.5)
+        bos_logits = torch.zeros_like(subword_prediction[:, :1])
+        bos_logits[:, :, self.config.bos_token_id] = 1.0
+        return MaskedLMOutput(logits=torch.cat([bos_logits, subword_prediction[:, :-1]], dim=1))
+
+
+class GptBertForCausalLM(GptBertModel):
+    """Predicts the next token."""
+
+    _tied_weights_keys = ["classifier.emb2vocab.weight"]
+
+    def __init__(self, config: GptBertConfig, **kwargs):
+        config.is_decoder = True
+        super().__init__(config, add_mlm_layer=True, **kwargs)
+
+    def get_output_embeddings(self):
+        return self.classifier.emb2vocab.weight
+
+    def set_output_embeddings(self, new_embeddings):
+        self.classifier.emb2vocab.weight = new_embeddings
+
+    def forward(self, input_ids=None, attention_mask=None, return_dict=None, labels=None, **kwargs):
+        sequence_output = self.get_contextualized_embeddings(input_ids, attention_mask)
+        subword_prediction = self.classifier(sequence_output)
+        subword_prediction = 30 * torch.sigmoid(subword_prediction / 7.5)
+        return CausalLMOutput(logits=subword_prediction)
