@@ -7,7 +7,7 @@ from trainer.arguments import OWN_KEYS, build_arguments, query_rate_mapping
 from trainer.config.schema import TrainingConfig
 from trainer.loop import SparseTrainer
 from trainer.losses import build_loss
-from trainer.models import build_model
+from trainer.models import build_model, fetch_base_model
 from trainer.run import Run
 from trainer.sparsity import BatchStatistics
 
@@ -19,7 +19,7 @@ def bert(tmp_path_factory):
 
 def built(tmp_path, bert, architecture, *overrides):
     config = config_of(tmp_path, bert, architecture, *overrides)
-    model = build_model(config, QUERIES, DOCUMENTS, "cpu")
+    model = build_model(config, fetch_base_model(config), QUERIES, DOCUMENTS, "cpu")
     loss = build_loss(config, model, BatchStatistics())
     arguments = build_arguments(config, Run(tmp_path / "run"), model, loss, "cpu", best_metric="eval_loss")
     return config, model, loss, arguments

@@ -7,7 +7,7 @@ from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
 from tests.test_models import config_of
 from trainer.beir import SearchSet
 from trainer.evaluators import SCORE, SearchEvaluator, build_evaluator
-from trainer.models import build_model
+from trainer.models import build_model, fetch_base_model
 
 
 class Part:
@@ -58,7 +58,7 @@ def test_nanobeir_is_searched_when_the_hub_is_reachable(tmp_path, monkeypatch):
         "_load_dataset_subset_split",
         lambda self, subset, split, required_columns: Dataset.from_list(tables[subset]),
     )
-    model = build_model(config, QUERIES, DOCUMENTS, "cpu")
+    model = build_model(config, fetch_base_model(config), QUERIES, DOCUMENTS, "cpu")
     results = build_evaluator(config, [], pytest.fail)(model)
     encode = {"convert_to_sparse_tensor": False, "show_progress_bar": False}
     documents = model.encode_document(DOCUMENTS, **encode)

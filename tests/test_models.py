@@ -9,7 +9,7 @@ from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense, write
 from tests.conftest import TINY
 from trainer.config import ConfigError, load_config, render
 from trainer.losses import build_loss
-from trainer.models import build_model, static_embedding
+from trainer.models import build_model, fetch_base_model, static_embedding
 from trainer.sparsity import BatchStatistics
 
 
@@ -31,7 +31,11 @@ def config_of(folder, base, architecture, *overrides):
 
 
 def build(folder, base, architecture, *overrides):
-    return build_model(config_of(folder, base, architecture, *overrides), QUERIES, DOCUMENTS, "cpu")
+    return build_from(config_of(folder, base, architecture, *overrides))
+
+
+def build_from(config):
+    return build_model(config, fetch_base_model(config), QUERIES, DOCUMENTS, "cpu")
 
 
 def dense_vectors(model, texts, route="document"):
@@ -72,7 +76,7 @@ def test_a_frozen_static_embedding_is_not_trained_and_stays_frozen_when_saved(tm
     assert static_embedding(free).weight.requires_grad
     frozen = ["model.freeze_static_embedding=true", "training.query_learning_rate=null"]
     config = load_config(tmp_path / "config.yaml", frozen).config
-    model = build_model(config, QUERIES, DOCUMENTS, "cpu")
+    model = build_from(config)
     model.save_pretrained(str(tmp_path / "saved"))
     assert not static_embedding(model).weight.requires_grad
     assert not static_embedding(SparseEncoder(str(tmp_path / "saved"), device="cpu")).weight.requires_grad
@@ -158,7 +162,7 @@ FAMILIES = {"bert": write_bert, "roberta": write_roberta, "modernbert": write_mo
 def test_every_family_takes_a_step_saves_and_reloads_in_every_architecture(tmp_path, family, architecture):
     base = FAMILIES[family](tmp_path / "base")
     config = config_of(tmp_path, base, architecture)
-    model = build_model(config, QUERIES, DOCUMENTS, "cpu")
+    model = build_from(config)
     loss = build_loss(config, model, BatchStatistics())
     route = {"task": "query"}, {"task": "document"}
     features = [model.preprocess(texts, **to) | to for texts, to in zip((QUERIES, DOCUMENTS), route, strict=True)]
@@ -205,7 +209,7 @@ def test_texts_longer_than_the_base_model_can_read_are_refused(tmp_path):
 # ---------------------------------------------------------------------------------- from scratch
 def test_a_model_from_scratch_starts_as_a_word_matcher(tmp_path):
     config = load_config(write_tiny(tmp_path)).config
-    model = build_model(config, QUERIES, DOCUMENTS, "cpu")
+    model = build_from(config)
     scores = dense_vectors(model, QUERIES, "query") @ dense_vectors(model, DOCUMENTS).T
     assert scores.argmax(1).tolist() == [0, 1, 2, 3]
     tokenizer = model.tokenizer
@@ -221,14 +225,13 @@ def test_the_same_seed_builds_the_same_model_from_scratch(tmp_path):
     vectors = []
     for _ in range(2):
         torch.manual_seed(5)
-        vectors.append(dense_vectors(build_model(config, QUERIES, DOCUMENTS, "cpu"), DOCUMENTS))
+        vectors.append(dense_vectors(build_from(config), DOCUMENTS))
     assert torch.equal(*vectors)
 
 
 def test_the_tokenizer_from_scratch_keeps_nordic_letters_apart(tmp_path):
-    tokenizer = build_model(
-        load_config(write_tiny(tmp_path)).config, ["far får fær før"] * 2, DOCUMENTS, "cpu"
-    ).tokenizer
+    config = load_config(write_tiny(tmp_path)).config
+    tokenizer = build_model(config, None, ["far får fær før"] * 2, DOCUMENTS, "cpu").tokenizer
     assert len({tuple(tokenizer.tokenize(word)) for word in ("far", "får", "fær", "før")}) == 4
     assert tokenizer.tokenize("Får") == tokenizer.tokenize("får")
 

@@ -1,11 +1,14 @@
 """SparseEncoderTrainer with our batches, a stop on a non-finite loss, and a best checkpoint that is really loaded."""
 
+from pathlib import Path
+
 import torch
 from sentence_transformers.sparse_encoder import SparseEncoderTrainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from trainer.callbacks import NonFiniteLoss, Throughput
 from trainer.data import MixedBatches, Mixture, NoDuplicateBatches
+from trainer.models import keep_code
 
 
 class SparseTrainer(SparseEncoderTrainer):
@@ -52,6 +55,10 @@ class SparseTrainer(SparseEncoderTrainer):
             losses = [metrics[f"eval_{name}_loss"] * count for name, count in rows.items()]
             metrics["eval_loss"] = sum(losses) / sum(rows.values())
         return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        keep_code(Path(output_dir or self.args.output_dir))
 
     def _load_best_model(self) -> None:
         if self.state.global_step < self.state.max_steps:

@@ -13,7 +13,7 @@ from trainer.data import TrainingData, load_data
 from trainer.device import choose_device
 from trainer.hub import HubUnreachable
 from trainer.losses import build_loss
-from trainer.models import build_model, vocabulary_of
+from trainer.models import BaseModel, build_model, fetch_base_model, vocabulary_of
 from trainer.run import MODELS
 from trainer.sparsity import BatchStatistics
 
@@ -79,7 +79,7 @@ def data_lines(config: Config, data: TrainingData, schedule: Schedule) -> Iterat
     yield f"steps     {schedule.steps:,} of {batch} ({schedule.epochs:.3g} epochs; {how})"
 
 
-def model_lines(config: Config, data: TrainingData, model: SparseEncoder, loss: nn.Module) -> Iterator[str]:
+def training_lines(config: Config, data: TrainingData, model: SparseEncoder, loss: nn.Module) -> Iterator[str]:
     """Parameters per learning rate, and estimated memory."""
     rates = query_rate_mapping(config, loss)
     query = {name.removeprefix("^").removesuffix("$").replace("\\", "") for name in rates}
@@ -102,11 +102,14 @@ def model_lines(config: Config, data: TrainingData, model: SparseEncoder, loss: 
     yield from memory_lines(config, data, model)
 
 
-def model_line(config: Config) -> str:
-    """Architecture and base model."""
-    base, revision = config.model.base_model, config.model.revision
-    origin = "built from scratch" if base == FROM_SCRATCH else f"from {base}" + (f" at {revision}" if revision else "")
-    return f"model     {config.model.architecture} {origin}"
+def model_lines(config: Config, base: BaseModel | None) -> Iterator[str]:
+    """Architecture, base model, and the Python code that it brings."""
+    name, revision = config.model.base_model, config.model.revision
+    origin = "built from scratch" if name == FROM_SCRATCH else f"from {name}" + (f" at {revision}" if revision else "")
+    yield f"model     {config.model.architecture} {origin}"
+    for file, changes in base.code.items() if base else ():
+        what = f"{len(changes)} faults mended: {', '.join(changes)}" if changes else "runs as it came"
+        yield f"code      {file}: {what}"
 
 
 def memory_lines(config: Config, data: TrainingData, model: SparseEncoder) -> Iterator[str]:
@@ -139,7 +142,8 @@ def model_shape(model: SparseEncoder) -> tuple[int, int] | None:
     """Hidden size and number of layers of the transformer."""
     for module in model.modules():
         config = getattr(module, "config", None)
-        hidden, layers = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
+        hidden = getattr(config, "hidden_size", None)
+        layers = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", None)  # NorBERT4's name
         if hidden and layers:
             return hidden, layers
     return None
@@ -164,16 +168,17 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
         yield from data_lines(config, data, schedule_of(config, data))
     else:
         yield "steps     needs the hub: the number of rows is not known"
-    base = config.model.base_model
-    yield model_line(config)
-    if base == FROM_SCRATCH and missing:
+    try:
+        base = fetch_base_model(config)
+    except HubUnreachable:
+        yield from model_lines(config, None)
+        yield f"rates     needs the hub: {config.model.base_model}"
+        yield f"memory    needs the hub: {config.model.base_model}"
+        return
+    yield from model_lines(config, base)
+    if base is None and missing:
         yield "rates     needs the hub: the model is built from the training texts"
         return
-    try:
-        model = build_model(config, data.texts("anchor"), data.texts("positive", "negative"), "cpu")
-    except HubUnreachable:
-        yield f"rates     needs the hub: {base}"
-        yield f"memory    needs the hub: {base}"
-        return
+    model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), "cpu")
     yield f"          {vocabulary_of(model):,} dimensions, {sum(p.numel() for p in model.parameters()):,} parameters"
-    yield from model_lines(config, data, model, build_loss(config, model, BatchStatistics()))
+    yield from training_lines(config, data, model, build_loss(config, model, BatchStatistics()))

@@ -29,8 +29,8 @@ from trainer.device import choose_device, describe_device, peak_memory_gib
 from trainer.evaluators import SCORE, SearchEvaluator, build_evaluator
 from trainer.loop import SparseTrainer
 from trainer.losses import build_loss
-from trainer.models import build_model, fetch_base_model, load_model
-from trainer.plan import data_lines, model_line, model_lines, schedule_of
+from trainer.models import build_model, fetch_base_model, load_model, save_model
+from trainer.plan import data_lines, model_lines, schedule_of, training_lines
 from trainer.run import Run
 from trainer.sparsity import BatchStatistics
 
@@ -57,6 +57,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             say(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint: starting from step 0")
 
         # 1. Data: one named set per source, so the sampler can balance them
+        base = None if checkpoint else fetch_base_model(config)  # first: it may not be trusted, and data is larger
         data = load_data(config)
         check_same_data(data, run)
         schedule = schedule_of(config, data)
@@ -66,18 +67,18 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         # 2. Device and model
         device, reason = choose_device(config)
         say(f"device    {device} ({reason})")
-        base = fetch_base_model(config)
         transformers.set_seed(config.training.seed)
         if checkpoint:
             model = load_model(checkpoint, config, device)
         else:
-            model = build_model(config, data.texts("anchor"), data.texts("positive", "negative"), device)
-        say(model_line(config))
+            model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), device)
+        for line in model_lines(config, base):
+            say(line)
 
         # 3. Loss
         statistics = BatchStatistics(enabled=config.evaluation.track_sparsity)
         loss = build_loss(config, model, statistics)
-        for line in model_lines(config, data, model, loss):
+        for line in training_lines(config, data, model, loss):
             say(line)
 
         # 4. Evaluation and arguments
@@ -90,7 +91,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             device=describe_device(device),
             device_reason=reason,
             seed=config.training.seed,
-            base_model={"source": config.model.base_model, "commit": base.commit if base else None},
+            base_model=base.manifest() if base else run.manifest.get("base_model", {"source": config.model.base_model}),
             datasets=data.manifest(),
             steps=schedule.steps,
         )
@@ -123,12 +124,15 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
+            if (made_by_the_library := run.checkpoints / "eval").is_dir():
+                made_by_the_library.rmdir()
             schedule_of(config, data, stopped_at=trainer.state.global_step)
             ledger.close(steps_done=trainer.state.global_step, datasets=data.manifest())
         if stop.received is not None and trainer.state.global_step < schedule.steps:
             raise Stopped(trainer.state.global_step, stop.received)
 
-        # 7. Save, evaluate, report
+        # 7. Save, evaluate, report: in the precision in which users will open the model, not under training's autocast
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         save_final(model, run)
         after = _score(model, evaluator, run, "after", say)
         run.update(
@@ -208,9 +212,7 @@ def save_final(model: SparseEncoder, run: Run) -> None:
     """Write final/ aside and put it in place in one move, so that it is there whole or not at all."""
     aside = run.folder / ".final"
     shutil.rmtree(aside, ignore_errors=True)
-    if (made_by_the_library := run.checkpoints / "eval").is_dir():
-        made_by_the_library.rmdir()
-    model.save_pretrained(str(aside))
+    save_model(model, aside)
     shutil.rmtree(run.final, ignore_errors=True)
     aside.rename(run.final)
 

@@ -45,11 +45,12 @@ def _model(config: Config) -> Iterator[Finding]:
             f"'model.use_router' is {str(model.use_router).lower()}, but architecture {model.architecture} "
             f"{'needs' if inference_free else 'has no'} router. Remove the key or change the architecture.",
         )
-    if model.trust_remote_code and not is_commit(model.revision) and not is_local(model.base_model):
+    if model.trust_remote_code and not is_commit(model.revision):
+        which = ", the commit the folder is a copy of" if is_local(model.base_model) else ""
         yield (
             ("model", "trust_remote_code"),
-            "'model.trust_remote_code' runs downloaded code, so 'model.revision' must be a full commit hash "
-            f"(40 hex digits), not {model.revision!r}",
+            "'model.trust_remote_code' runs code that comes with the base model, so 'model.revision' must be a full commit "
+            f"hash (40 hex digits{which}), not {model.revision!r}",
         )
     if model.base_model != FROM_SCRATCH and not is_local(model.base_model) and model.revision is None:
         yield ("model", "base_model"), f"the repository {model.base_model} needs 'model.revision' (a commit is best)"

@@ -65,7 +65,8 @@ class ModelConfig(Section):
     revision: str | None = None
     """Commit, tag or branch of the repository. The commit it stands for is recorded in run.json."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the base model. Needs `revision` to be a full commit hash, or a local folder."""
+    """Run Python code that comes with the base model. Needs `revision` to be a full commit hash; for a local folder, the
+    commit it is a copy of."""
     architecture: Literal["inference-free-splade", "splade", "csr"]
     """inference-free-splade: queries need no neural network; splade: both go through it; csr: sparse codes of a dense
     model."""

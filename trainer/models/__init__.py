@@ -1,7 +1,8 @@
 """Builds the three architectures from a base model: inference-free SPLADE, SPLADE, and CSR."""
 
+import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,32 +16,44 @@ from sentence_transformers.sparse_encoder.modules import (
     Transformer,
 )
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from trainer.config import FROM_SCRATCH, Config, ConfigError
 from trainer.config.schema import FromScratchConfig
-from trainer.hub import Snapshot, fetch
+from trainer.hub import fetch
 from trainer.models.card import build_card
 from trainer.models.heads import check_not_dense, decoder_of, silence_special_tokens
 from trainer.models.queries import START_WEIGHTS, query_tokenizer
+from trainer.models.remote_code import BaseModel, check_code, check_weights, keep_code, with_own_code
 from trainer.models.scratch import build_from_scratch
 
-__all__ = ["build_model", "load_model", "static_embedding", "train_only_what_the_config_says", "vocabulary_of"]
+__all__ = [
+    "BaseModel",
+    "build_model",
+    "fetch_base_model",
+    "keep_code",
+    "load_model",
+    "save_model",
+    "static_embedding",
+    "train_only_what_the_config_says",
+    "vocabulary_of",
+]
 
 PROBE_TEXTS = 8
 
 
-def build_model(config: Config, queries: list[str], documents: list[str], device: str) -> SparseEncoder:
-    """The untrained encoder. Raises ConfigError when the base model cannot be had or cannot become sparse.
+def build_model(
+    config: Config, base: BaseModel | None, queries: list[str], documents: list[str], device: str
+) -> SparseEncoder:
+    """The untrained encoder. Raises ConfigError when the base model cannot be loaded or cannot become sparse.
 
-    `queries` and `documents` are the training texts: a model from scratch is built from them, query weights start at the
-    documents' IDF, and a few documents are the probe that a base model which can never be sparse fails.
+    `base` is what fetch_base_model gave for this config. `queries` and `documents` are the training texts: a model from
+    scratch is built from them, query weights start at the documents' IDF, and a few documents are the probe that a base
+    model which can never be sparse fails.
     """
     name = config.model.base_model
     with tempfile.TemporaryDirectory() as folder:
-        snapshot = fetch_base_model(config)
-        source = snapshot.folder if snapshot else Path(folder)
-        if snapshot is None:
+        source = base.folder if base else Path(folder)
+        if base is None:
             build_from_scratch(config.model.from_scratch or FromScratchConfig(), queries + documents, source)
         modules = ARCHITECTURES[config.model.architecture](config, source, documents)
     model = SparseEncoder(
@@ -60,17 +73,24 @@ def build_model(config: Config, queries: list[str], documents: list[str], device
 
 
 def load_model(folder: Path, config: Config, device: str) -> SparseEncoder:
-    """The encoder saved in a checkpoint, ready to go on training."""
+    """The encoder saved in a checkpoint, ready to go on training. Raises ConfigError when its code is missing or edited."""
+    check_code(folder)
     trust = config.model.trust_remote_code
     model = SparseEncoder(str(folder), trust_remote_code=trust, device=device, model_card_data=build_card(config))
     train_only_what_the_config_says(model, config)
     return model
 
 
-def fetch_base_model(config: Config) -> Snapshot | None:
-    """The base model's files in a local folder; None for a model from scratch.
+def save_model(model: SparseEncoder, folder: Path) -> None:
+    """Save the encoder so that stock sentence-transformers opens it, with its own code where it has any."""
+    model.save_pretrained(str(folder))
+    keep_code(folder)
 
-    Raises ConfigError when it brings code that the config does not trust.
+
+def fetch_base_model(config: Config) -> BaseModel | None:
+    """The base model's files in a local folder, its code converted; None for a model from scratch.
+
+    Raises ConfigError when it cannot be had, or brings code that the config does not trust or that cannot be converted.
     """
     name = config.model.base_model
     if name == FROM_SCRATCH:
@@ -78,14 +98,7 @@ def fetch_base_model(config: Config) -> Snapshot | None:
     snapshot = fetch(
         name, config.model.revision, kind="model", why="the base model", key="model.base_model", patterns=MODEL_FILES
     )
-    settings = snapshot.folder / "config.json"
-    if not config.model.trust_remote_code and settings.is_file() and '"auto_map"' in settings.read_text():
-        pin = f" and model.revision: {snapshot.commit}" if snapshot.commit else ""
-        raise ConfigError(
-            f"model.base_model: {name} comes with Python code of its own. Read it in {snapshot.folder}; to run it, set "
-            f"model.trust_remote_code: true{pin}"
-        )
-    return snapshot
+    return with_own_code(snapshot, config)
 
 
 # Weights once (safetensors, or the older .bin), the tokenizer, the code; no ONNX, TensorFlow or Flax copies.
@@ -149,14 +162,11 @@ def build_splade(config: Config, source: Path, documents: list[str]) -> list[nn.
 
 def build_csr(config: Config, source: Path, documents: list[str]) -> list[nn.Module]:
     """The dense model's own modules, and a sparse autoencoder on top (arXiv 2503.01776)."""
-    try:
+    with _loading(config):
         dense = SentenceTransformer(
             str(source), trust_remote_code=config.model.trust_remote_code, device="cpu", model_kwargs=_float32()
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(_cannot_load(config, error)) from None
-    _require_pad_token(dense.tokenizer, config.model.base_model)
-    _require_length(dense[0], config)
+    _require_what_the_config_needs(dense[0], config)
     dense.max_seq_length = config.training.max_seq_length
     autoencoder = SparseAutoEncoder(
         input_dim=dense.get_embedding_dimension(),
@@ -170,7 +180,7 @@ def build_csr(config: Config, source: Path, documents: list[str]) -> list[nn.Mod
 def load_transformer(config: Config, source: Path) -> Transformer:
     """The base model with its masked-language-model head, in float32."""
     trust = {"trust_remote_code": config.model.trust_remote_code}
-    try:
+    with _loading(config):
         transformer = Transformer(
             str(source),
             transformer_task="fill-mask",
@@ -179,46 +189,56 @@ def load_transformer(config: Config, source: Path) -> Transformer:
             processor_kwargs=trust,
             config_kwargs=trust,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(_cannot_load(config, error)) from None
-    _require_pad_token(transformer.tokenizer, config.model.base_model)
-    _require_length(transformer, config)
+    check_weights(transformer.model, source)
+    _require_what_the_config_needs(transformer, config)
+    decoder, words = decoder_of(transformer, config.model.base_model), len(transformer.tokenizer)
     # Vocabularies padded to a round number: the extra dimensions have no word, and query weights are saved one per token.
-    if decoder_of(transformer, config.model.base_model).out_features != len(transformer.tokenizer):
-        transformer.model.resize_token_embeddings(len(transformer.tokenizer))
+    if decoder.out_features != words:
+        if type(decoder) is not nn.Linear:
+            raise ConfigError(
+                f"model.base_model: {config.model.base_model} has {decoder.out_features} dimensions but {words} tokens, "
+                f"and its {type(decoder).__name__} cannot be cut"
+            )
+        transformer.model.resize_token_embeddings(words)
     transformer.max_seq_length = config.training.max_seq_length
     return transformer
 
 
-def _require_length(transformer: Transformer, config: Config) -> None:
-    """Stop when texts may be longer than the base model's positions, which would fail in the middle of training."""
-    settings = transformer.model.config
-    positions = getattr(settings, "max_position_embeddings", None)
+@contextlib.contextmanager
+def _loading(config: Config) -> Iterator[None]:
+    """One line for a base model that cannot be loaded. Its own code may fail in any way."""
+    try:
+        yield
+    except Exception as error:
+        expected = isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError, ImportError))
+        if not expected and not config.model.trust_remote_code:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"model.base_model: {config.model.base_model} cannot be loaded: {reason}") from None
+
+
+def _require_what_the_config_needs(transformer: Transformer, config: Config) -> None:
+    """Stop before training when the base model lacks what would otherwise fail in the middle of it."""
+    name, settings = config.model.base_model, transformer.model.config
+    if transformer.tokenizer.pad_token is None:
+        raise ConfigError(
+            f"model.base_model: the tokenizer of {name} has no pad token, so texts cannot be batched. "
+            'Add one to its tokenizer_config.json ("pad_token": "<pad>")'
+        )
+    positions = getattr(settings, "max_position_embeddings", None) or getattr(settings, "max_sequence_length", None)
     if positions and settings.model_type in ("roberta", "xlm-roberta", "camembert"):
         positions -= settings.pad_token_id + 1  # these count positions from behind the padding's
     if positions and config.training.max_seq_length > positions:
         raise ConfigError(
-            f"training.max_seq_length: {config.training.max_seq_length} tokens are more than {config.model.base_model} "
-            f"can read ({positions})"
+            f"training.max_seq_length: {config.training.max_seq_length} tokens are more than {name} can read ({positions})"
         )
+    if config.hardware.gradient_checkpointing and not transformer.model.supports_gradient_checkpointing:
+        raise ConfigError(f"hardware.gradient_checkpointing: {name} does not support it. Set it to false")
 
 
 def _float32() -> dict[str, torch.dtype]:
     """transformers 5 loads weights in the precision they were saved in; optimizers need float32 copies of them."""
     return {"dtype": torch.float32}
-
-
-def _cannot_load(config: Config, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200]
-    return f"model.base_model: {config.model.base_model} cannot be loaded: {reason}"
-
-
-def _require_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    if tokenizer.pad_token is None:
-        raise ConfigError(
-            f"model.base_model: the tokenizer of {name} has no pad token, so texts cannot be batched. "
-            'Add one to its tokenizer_config.json ("pad_token": "<pad>")'
-        )
 
 
 ARCHITECTURES: dict[str, Callable[[Config, Path, list[str]], list[nn.Module]]] = {
