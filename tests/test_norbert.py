@@ -4,11 +4,14 @@ import json
 import math
 import re
 import shutil
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import SpladePooling, Transformer
 from torch import nn
@@ -154,6 +157,21 @@ def gpu_changes_the_precision(folder):
     return not torch.equal(before, after)
 
 
+def an_installed_package_changes_the_precision(folder):
+    ids, before = torch.arange(110, 130).view(2, 10), language_model(folder)
+    package, interface = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.flash_attn_interface")
+    interface.flash_attn_varlen_qkvpacked_func = print
+    copy = shutil.copytree(folder, folder.with_name("with-flash"))
+    with pytest.MonkeyPatch.context() as installed:
+        installed.setitem(sys.modules, package.__name__, package)
+        installed.setitem(sys.modules, interface.__name__, interface)
+        installed.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)
+        after = language_model(copy)
+    shutil.rmtree(copy)
+    with torch.no_grad():
+        return not torch.equal(before(input_ids=ids).logits, after(input_ids=ids).logits)
+
+
 SHOWN_BY = {
     "soft cap": every_word_is_active,
     "BOS logit": beginning_of_sequence_is_active,
@@ -163,6 +181,7 @@ SHOWN_BY = {
     "output embeddings": output_embeddings_are_no_layer,
     "gradient checkpointing": checkpointing_is_reentrant,
     "bf16 by GPU": gpu_changes_the_precision,
+    "flash attention": an_installed_package_changes_the_precision,
     "infinite logits": vectors_are_not_numbers,
     "softmax backward": cannot_be_trained,
     "post_init": cannot_be_loaded,
@@ -308,6 +327,53 @@ def test_a_revision_with_an_unknown_pattern_stops_with_a_line_that_names_it(name
     assert "\n" not in message
     if name != "class":
         assert f"to mend its {name} (" in message
+
+
+# The same faults once more, in a second place that the pattern does not reach.
+SECOND = {
+    "soft cap": (
+        "        return MaskedLMOutput(",
+        "        logits = logits.div(7.5).sigmoid()\n        return MaskedLMOutput(",
+    ),
+    "BOS logit": (
+        "        return MaskedLMOutput(",
+        "        logits[..., config.bos_token_id] = 1\n        return MaskedLMOutput(",
+    ),
+    "tied weights": ("class GptBertForCausalLM(GptBertModel):\n", "\\g<0>    _tied_weights_keys: list = ['x']\n"),
+    "gradient checkpointing": (
+        "class Layer",
+        "def again(layer):\n    return checkpoint.checkpoint(layer)\n\n\nclass Layer",
+    ),
+    "bf16 by GPU": ("class Layer", "BF16 = torch.cuda.is_bf16_supported()\n\n\nclass Layer"),
+    "infinite logits": (
+        "        return MaskedLMOutput(",
+        "        x[..., 107] = float('inf')\n        return MaskedLMOutput(",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_a_fault_in_a_second_place_stops_the_conversion_instead_of_leaving_it_half_done(name):
+    pattern, new = SECOND[name]
+    shape = "norbert3" if name == "infinite logits" else "norbert4"
+    file, code = next((file, code) for file, code in code_of(shape).items() if file in FAMILIES)
+    code, found = re.subn(re.escape(pattern), new.replace("\\g<0>", pattern), code, count=1)
+    assert found
+    with pytest.raises(ConfigError, match=rf"to mend its {name} \(.*this is still there: "):
+        convert(code, Path(file), FAMILIES[file].changes)
+
+
+def test_every_class_with_a_table_that_is_not_saved_is_rebuilt(tmp_path, published):
+    def edit(code):
+        new = 'self.window_length = 3\n        self.register_buffer("shift", torch.ones(1), persistent=False)\n'
+        code = re.sub(r"self\.window_length = config.*\n", new, code)
+        return code.replace(
+            "scores = query @ key.transpose(-1, -2)", "scores = self.shift * query @ key.transpose(-1, -2)"
+        )
+
+    folder = copy_of(published, "norbert4", tmp_path / "converted", edit=edit)
+    assert (folder / "modeling_gptbert.py").read_text().count("@rebuilt_after_load") == 2
+    assert not vectors_are_not_numbers_when_unwritten_memory_is_none(folder)
 
 
 def test_converted_code_that_was_edited_is_refused():

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import httpx2
 import huggingface_hub
@@ -121,15 +124,15 @@ def test_checkpoints_and_final_models_of_every_architecture_give_the_trained_vec
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)  # slow bf16 is fine here
     monkeypatch.setattr(SparseTrainer, "_save", save_checkpoint)
     monkeypatch.setattr(trainer.train, "save_model", save_final)
-    # What must also work, one of each per architecture.
+    # What must also work.
     also = {
-        "inference-free-splade": "hardware.gradient_checkpointing=true",
-        "splade": "training.bf16=true",
-        "csr": "model.csr_train_base=true",
+        "inference-free-splade": ["hardware.gradient_checkpointing=true"],
+        "splade": ["training.bf16=true"],
+        "csr": ["model.csr_train_base=true", "training.bf16=true", "hardware.gradient_checkpointing=true"],
     }
     for architecture in ARCHITECTURES:
         base = (dense if architecture == "csr" else masked)[shape]
-        config_of(tmp_path, base, architecture, *PINNED, "training.max_steps=4", also[architecture])
+        config_of(tmp_path, base, architecture, *PINNED, "training.max_steps=4", *also[architecture])
         shutil.copyfile(tmp_path / "config.yaml", tmp_path / f"{architecture}.yaml")
         loaded = load_config(tmp_path / f"{architecture}.yaml")
         run = Run.create(loaded)
@@ -147,7 +150,7 @@ def test_a_resumed_run_of_a_converted_model_ends_with_the_same_weights(tmp_path,
     config_of(tmp_path, masked["norbert4"], "inference-free-splade", *PINNED, "training.max_steps=4")
     first = run_trainer(tmp_path, "train", "config.yaml")
     assert first.returncode == 0, first.stderr
-    assert "code      modeling_gptbert.py: 8 faults mended: soft cap, BOS logit, " in first.stdout
+    assert "code      modeling_gptbert.py: 9 faults mended: soft cap, BOS logit, " in first.stdout
     run = tmp_path / "models/config"
     shutil.move(run / "final", tmp_path / "final")
     shutil.rmtree(run / "checkpoints/checkpoint-4")
@@ -262,19 +265,70 @@ def test_code_edited_in_a_downloaded_folder_or_in_the_hubs_cache_is_refused(tmp_
     config = config_of(tmp_path, norbert4, "splade", *PINNED)
     with pytest.raises(ConfigError, match=f"configuration_gptbert.py is not what commit {COMMIT} holds: it was edited"):
         fetch_base_model(config)
-    # The hub's cache: a link to a blob that is named by its git hash.
     shutil.rmtree(norbert4 / ".cache")
-    blob = tmp_path / "blobs" / hashlib.sha1(b"blob %d\0" % len(original) + original).hexdigest()
-    blob.parent.mkdir()
-    blob.write_bytes(original)
-    code.unlink()
-    code.symlink_to(blob)
+    assert fetch_base_model(config).code  # any other folder is taken at the config's word
+    code.write_bytes(original)
+    snapshot = hub_snapshot(norbert4, tmp_path / "hub", COMMIT)
+    config = config_of(tmp_path, snapshot, "splade", *PINNED)
     assert fetch_base_model(config).code
-    blob.write_bytes(original + b"import os\n")
+    link = snapshot / code.name
+    blob = link.resolve()
+    link.unlink()
+    link.write_bytes(original + b"import os\n")  # as an editor does that writes aside and renames
     with pytest.raises(
-        ConfigError, match=r"configuration_gptbert.py is not what commit .* holds: it was edited by hand"
+        ConfigError, match=rf"configuration_gptbert.py is not what commit {COMMIT} holds: it was edited"
     ):
         fetch_base_model(config)
+    link.unlink()
+    link.symlink_to(blob)
+    blob.write_bytes(original + b"import os\n")
+    with pytest.raises(
+        ConfigError, match=rf"configuration_gptbert.py is not what commit {COMMIT} holds: it was edited"
+    ):
+        fetch_base_model(config)
+    other = config_of(tmp_path, snapshot, "splade", PINNED[0], f"model.revision={'f' * 40}")
+    with pytest.raises(ConfigError, match=rf"{'f' * 40} is pinned, but .* is a copy of commit {COMMIT}"):
+        fetch_base_model(other)
+
+
+def hub_snapshot(folder, hub, commit):
+    """The same files as the hub's cache keeps them: links to blobs that are named by their git hash."""
+    snapshot = hub / "models--ltg--norbert4-base/snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "blobs").mkdir()
+    for file in folder.iterdir():
+        if file.is_file():
+            data = file.read_bytes()
+            blob = snapshot.parents[1] / "blobs" / hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            blob.write_bytes(data)
+            (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+    return snapshot
+
+
+def test_code_of_sentence_transformers_modules_is_held_to_the_same_rules(tmp_path, dense):
+    base = shutil.copytree(dense["norbert4"], tmp_path / "dense")
+    modules = (base / "modules.json").read_text()
+    pooling = re.search(r'"(sentence_transformers[\w.]*Pooling)"', modules)[1]
+    (base / "modules.json").write_text(modules.replace(pooling, "other/place--my_pooling.MyPooling"))
+    config = config_of(tmp_path, base, "csr", *PINNED)
+    with pytest.raises(
+        ConfigError, match=r"lacks its code, my_pooling.py \(it is to come from other/place, which nothing"
+    ):
+        fetch_base_model(config)
+    package, _, name = pooling.rpartition(".")
+    (base / "my_pooling.py").write_text(
+        f"from {package} import {name} as Stock\n\n\nclass MyPooling(Stock):\n    pass\n"
+    )
+    with pytest.raises(ConfigError, match="comes with Python code of its own"):
+        fetch_base_model(config_of(tmp_path, base, "csr"))
+    config = config_of(tmp_path, base, "csr", *PINNED)
+    found = fetch_base_model(config)
+    assert "my_pooling.MyPooling" in (found.folder / "modules.json").read_text()
+    assert "--" not in (found.folder / "modules.json").read_text()
+    save_model(build_from(config), tmp_path / "saved")
+    (tmp_path / "saved/my_pooling.py").unlink()
+    with pytest.raises(ConfigError, match=r"saved lacks the code of its model, my_pooling.py"):
+        load_model(tmp_path / "saved", config, "cpu")
 
 
 def test_code_that_would_come_from_another_repository_is_refused_or_taken_from_beside_it(tmp_path, norbert4):
@@ -288,21 +342,21 @@ def test_code_that_would_come_from_another_repository_is_refused_or_taken_from_b
     with pytest.raises(ConfigError) as caught:
         fetch_base_model(config)
     assert caught.value.format_message() == (
-        f"model.base_model: {norbert4} lacks its code, modeling_gptbert.py (its config.json takes it from "
-        "ltg/norbert4-base, which nothing pins). Put the file there, beside config.json"
+        f"model.base_model: {norbert4} lacks its code, modeling_gptbert.py (it is to come from ltg/norbert4-base, which "
+        "nothing pins). Copy the model into a folder of yours, put the file at its root, and point model.base_model at it"
     )
 
 
 def test_code_of_an_unknown_family_runs_as_it_came_and_the_manifest_says_so(tmp_path, norbert4):
-    for name in ("config.json", "modeling_gptbert.py"):
-        text = (norbert4 / name).read_text().replace("modeling_gptbert", "modeling_other")
-        (norbert4 / name).write_text(text.replace("config.is_decoder", "False").replace('["classifier', "None  #"))
-    text = (norbert4 / "modeling_gptbert.py").read_text()
+    config = config_of(tmp_path, norbert4, "splade", *PINNED)
+    expected = dense_vectors(build_from(config), DOCUMENTS)
+    converted = (converted_folder(config) / "modeling_gptbert.py").read_text()
     (norbert4 / "modeling_gptbert.py").unlink()
-    text = text.replace("return self.classifier.emb2vocab.weight", "return self.classifier.emb2vocab")
-    text = text.replace("30 * torch.sigmoid(subword_prediction / 7.5)", "subword_prediction")
-    (norbert4 / "modeling_other.py").write_text(text)
-    base = fetch_base_model(config_of(tmp_path, norbert4, "splade", *PINNED))
+    (norbert4 / "modeling_other.py").write_text(converted.partition("\n")[2])
+    settings = (norbert4 / "config.json").read_text()
+    (norbert4 / "config.json").write_text(settings.replace("modeling_gptbert", "modeling_other"))
+    base = fetch_base_model(config)
+    torch.testing.assert_close(dense_vectors(build_from(config), DOCUMENTS), expected)
     assert base.manifest() == {
         "source": str(norbert4),
         "commit": COMMIT,
@@ -330,6 +384,39 @@ def test_a_converted_copy_that_was_edited_is_refused(tmp_path, norbert4):
         fetch_base_model(config)
     shutil.rmtree(code.parent)
     assert converted_folder(config) == code.parent
+    settings = code.with_name("config.json")
+    settings.write_text(settings.read_text().replace('"modeling_gptbert', '"evil/place--modeling_gptbert'))
+    with pytest.raises(ConfigError, match=r"config.json was edited by hand. Remove .* to have it made again"):
+        fetch_base_model(config)
+    code.unlink()
+    with pytest.raises(ConfigError, match=r"edited by hand. Remove .* to have it made again"):
+        fetch_base_model(config)
+
+
+def test_a_download_that_was_completed_later_is_seen(tmp_path, norbert4):
+    weights = norbert4 / "model.safetensors"
+    weights.rename(tmp_path / "later")
+    config = config_of(tmp_path, norbert4, "splade", *PINNED)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        build_from(config)
+    (tmp_path / "later").rename(weights)
+    assert (dense_vectors(build_from(config), DOCUMENTS) > 0).any()
+
+
+def test_processes_that_start_together_make_one_whole_copy(tmp_path, norbert4):
+    config = config_of(tmp_path, norbert4, "splade", *PINNED)
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("fork")) as pool:
+        found = set(pool.map(converted_folder, [config] * 4))
+    assert len(found) == 1
+    assert {file.name for file in next(iter(found)).iterdir()} == {file.name for file in norbert4.iterdir()}
+    assert not list(next(iter(found)).parent.glob("tmp*"))
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, norbert4):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"the converted copy of .* cannot be written: .*. Set HF_HOME"):
+        fetch_base_model(config_of(tmp_path, norbert4, "splade", *PINNED))
 
 
 def test_weights_that_lack_part_of_the_model_are_refused(tmp_path, norbert4):
@@ -338,6 +425,15 @@ def test_weights_that_lack_part_of_the_model_are_refused(tmp_path, norbert4):
     save_file(weights, norbert4 / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"lacks weights of its model: classifier.emb2vocab.weight"):
         build_from(config_of(tmp_path, norbert4, "splade", *PINNED))
+
+
+def test_a_dense_model_that_lacks_weights_is_refused(tmp_path, dense):
+    base = shutil.copytree(dense["norbert4"], tmp_path / "dense")
+    weights = load_file(base / "model.safetensors")
+    del weights["encoder.layers.0.attention.qkv.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks weights of its model: encoder.layers.0.attention.qkv.weight"):
+        build_from(config_of(tmp_path, base, "csr", *PINNED))
 
 
 # ---------------------------------------------------------------------------------- spoilt checkpoints
@@ -354,6 +450,22 @@ def test_a_checkpoint_without_its_code_or_with_edited_code_is_refused_with_one_l
     code.unlink()
     with pytest.raises(ConfigError, match=f"{tmp_path}/saved lacks the code of its model, modeling_gptbert.py"):
         load_model(tmp_path / "saved", config, "cpu")
+
+
+def test_resume_stops_at_a_checkpoint_without_its_code_or_with_edited_code(tmp_path, masked):
+    config_of(tmp_path, masked["norbert4"], "splade", *PINNED, "training.max_steps=4")
+    assert run_trainer(tmp_path, "train", "config.yaml").returncode == 0
+    code = tmp_path / "models/config/checkpoints/checkpoint-4/modeling_gptbert.py"
+    text = code.read_text()
+    for spoil, line in (
+        (lambda: code.write_text(text.replace("tril", "triu")), "was edited by hand. Put it back"),
+        (code.unlink, "lacks the code of its model, modeling_gptbert.py. Put it back"),
+    ):
+        spoil()
+        stopped = run_trainer(tmp_path, "train", "config.yaml", "--resume")
+        assert stopped.returncode == 2
+        assert line in stopped.stderr
+        assert len(stopped.stderr.strip().splitlines()) == 1
 
 
 def test_stock_reload_of_a_router_needs_the_code_at_the_root(tmp_path, masked):

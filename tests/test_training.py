@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.checkpoints import write_bert, write_dense
 from tests.conftest import ROOT, TINY, run_trainer
 from tests.test_models import config_of
-from trainer.checkpoints import fault_of, newest_complete
+from trainer.checkpoints import fault_of, newest_complete, seal
 from trainer.config import load_config
 from trainer.data import load_data
 from trainer.run import Run
@@ -114,6 +114,24 @@ def test_the_final_model_is_the_best_checkpoint_not_the_last(trained_once):
     assert scores[int(found["best_checkpoint"].rpartition("-")[2])] == best
     final, chosen = weights(trained_once / RUN / "final"), weights(trained_once / found["best_checkpoint"])
     assert all(torch.equal(final[name], chosen[name]) for name in final)
+
+
+def test_a_checkpoint_that_is_sealed_again_is_complete(tmp_path):
+    (tmp_path / "weights").write_text("one")
+    seal(tmp_path, "run", 4)
+    (tmp_path / "weights").write_text("another")
+    assert fault_of(tmp_path, "run") == "weights has 7 bytes instead of 3"
+    seal(tmp_path, "run", 4)
+    assert fault_of(tmp_path, "run") is None
+
+
+def test_a_run_killed_before_its_final_model_was_written_is_finished_without_another_step(trained):
+    shutil.move(trained / RUN / "final", trained / "expected")
+    result = run_trainer(trained, "train", "tiny.yaml", "--resume")
+    assert result.returncode == 0, result.stderr
+    assert_same_weights(trained / RUN / "final", trained / "expected")
+    assert manifest(trained)["steps_done"] == 6
+    assert not (trained / RUN / "checkpoints/checkpoint-7").exists()
 
 
 def test_a_model_that_gets_worse_ends_with_its_best_checkpoint(tiny):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 from sentence_transformers.sparse_encoder import SparseEncoderTrainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from trainer.callbacks import NonFiniteLoss, Throughput
 from trainer.data import MixedBatches, Mixture, NoDuplicateBatches
@@ -55,6 +56,12 @@ class SparseTrainer(SparseEncoderTrainer):
             losses = [metrics[f"eval_{name}_loss"] * count for name, count in rows.items()]
             metrics["eval_loss"] = sum(losses) / sum(rows.values())
         return metrics
+
+    def finish_from(self, checkpoint: Path) -> None:
+        """Take over a checkpoint at the last step, where nothing is left to train."""
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)

@@ -22,7 +22,7 @@ from trainer.callbacks import (
     Throughput,
     Watchdog,
 )
-from trainer.checkpoints import newest_complete
+from trainer.checkpoints import newest_complete, step_of
 from trainer.config import Config, ConfigError, LoadedConfig
 from trainer.data import TrainingData, load_data
 from trainer.device import choose_device, describe_device, peak_memory_gib
@@ -122,7 +122,10 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         )
         ledger = Ledger(run, throughput, watchdog, device)
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if checkpoint and step_of(checkpoint) >= schedule.steps:  # the library would train one step more
+                trainer.finish_from(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             if (made_by_the_library := run.checkpoints / "eval").is_dir():
                 made_by_the_library.rmdir()

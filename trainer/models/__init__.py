@@ -76,7 +76,8 @@ def load_model(folder: Path, config: Config, device: str) -> SparseEncoder:
     """The encoder saved in a checkpoint, ready to go on training. Raises ConfigError when its code is missing or edited."""
     check_code(folder)
     trust = config.model.trust_remote_code
-    model = SparseEncoder(str(folder), trust_remote_code=trust, device=device, model_card_data=build_card(config))
+    with _loading(config):
+        model = SparseEncoder(str(folder), trust_remote_code=trust, device=device, model_card_data=build_card(config))
     train_only_what_the_config_says(model, config)
     return model
 
@@ -166,6 +167,7 @@ def build_csr(config: Config, source: Path, documents: list[str]) -> list[nn.Mod
         dense = SentenceTransformer(
             str(source), trust_remote_code=config.model.trust_remote_code, device="cpu", model_kwargs=_float32()
         )
+    check_weights(dense[0].model, source)
     _require_what_the_config_needs(dense[0], config)
     dense.max_seq_length = config.training.max_seq_length
     autoencoder = SparseAutoEncoder(

@@ -19,13 +19,14 @@ from trainer.models.heads import SILENT
 class Change:
     """One fault of the published code, and what takes its place.
 
-    `edits` are (pattern, replacement) pairs; each must match at least once inside class `within` (anywhere when empty).
-    A revision has the fault only if `only_if` matches there, and not if `unless` does.
+    `edits` are (pattern, replacement) pairs; each must match at least once inside class `within` (anywhere when empty),
+    and `gone` must not match there afterwards. A revision has the fault if `only_if` matches, unless `unless` does too.
     """
 
     name: str
     why: str
     edits: tuple[tuple[str, str | Callable[[re.Match], str]], ...]
+    gone: str = r"(?!)"
     within: str = ""
     only_if: str = ""
     unless: str = r"(?!)"
@@ -39,12 +40,14 @@ class Change:
         for pattern, replacement in self.edits:
             part, found = re.subn(pattern, replacement, part, flags=re.MULTILINE)
             if not found:
-                raise NotFound(pattern)
+                raise NotFound(f"this was looked for and not found: {pattern}")
+        if left := re.search(self.gone, part, re.MULTILINE):
+            raise NotFound(f"this is still there: {' '.join(left[0].split())[:100]}")
         return code[:start] + part + code[end:]
 
 
 class NotFound(Exception):
-    """A pattern of a change that the code does not match."""
+    """What keeps a change from being made: a pattern that is not found, or a fault in another place."""
 
 
 def class_span(code: str, name: str) -> tuple[int, int]:
@@ -53,7 +56,7 @@ def class_span(code: str, name: str) -> tuple[int, int]:
         return 0, len(code)
     start = re.search(rf"^class {name}\b", code, re.MULTILINE)
     if start is None:
-        raise NotFound(f"class {name}")
+        raise NotFound(f"this was looked for and not found: class {name}")
     end = re.search(r"^\S", code[start.end() :].partition("\n")[2], re.MULTILINE)
     first_line = code.index("\n", start.end()) + 1
     return start.start(), first_line + end.start() if end else len(code)
@@ -84,29 +87,33 @@ def rebuilt_after_load(module_class):
 '''
 
 
-def rebuilt(tables: str) -> Change:
-    """The change for the classes that hold such tables (a pattern of class names)."""
-    return Change(
-        "unsaved tables",
-        "transformers 5 leaves buffers that are not saved uninitialised after from_pretrained: NaN, or wrong positions",
+TABLES = Change(
+    "unsaved tables",
+    "transformers 5 leaves buffers that are not saved uninitialised after from_pretrained: NaN, or wrong positions",
+    (
+        # Every class that registers one, down to its last indented line.
+        (r"^(class \w+\b(?=.*\n(?:(?!\S).*\n)*?.*persistent=False))", r"@rebuilt_after_load\n\1"),
+        (r"\A((?s:.*?))^(?=(?:@.*\n)*class )", lambda found: found[1] + REBUILD),
         (
-            (rf"^(class (?:{tables})\b)", r"@rebuilt_after_load\n\1"),
-            (r"\A((?s:.*?))^(?=(?:@.*\n)*class )", lambda found: found[1] + REBUILD),
-            (
-                r"^( +)def _init_weights\(self, (\w+)(?:: [\w.]+)?\)(?: -> None)?:\n",
-                r"\g<0>\1    if hasattr(\2, 'rebuild_tables'):\n\1        return \2.rebuild_tables()\n",
-            ),
+            r"^( +)def _init_weights\(self, (\w+)(?:: [\w.]+)?\)(?: -> None)?:\n",
+            r"\g<0>\1    if hasattr(\2, 'rebuild_tables'):\n\1        return \2.rebuild_tables()\n",
         ),
-        only_if="persistent=False",
-    )
-
+    ),
+    only_if="persistent=False",
+)
 
 IS_DECODER = Change(
     "is_decoder",
     "transformers 5 has no config.is_decoder",
     ((r"(?<![\w.])((?:self\.)?config)\.is_decoder\b(?!\s*=[^=])", r'getattr(\1, "is_decoder", False)'),),
+    gone=r"config\.is_decoder\b(?!\s*=[^=])",
     only_if=r"config\.is_decoder\b(?!\s*=[^=])",
 )
+
+# What must not be left anywhere.
+OUTPUT_WEIGHT = r"def get_output_embeddings\b.*\n +return .*\.weight\b"
+REENTRANT = r"\bcheckpoint\.checkpoint\((?![^()]*use_reentrant=False).*"
+FIVE_ARGUMENTS = r"\bsoftmax_backward_data\((?!\w+, \w+, \w+\)).*"
 
 # ------------------------------------------------------------------------------------------- NorBERT4
 NORBERT4 = (
@@ -114,19 +121,22 @@ NORBERT4 = (
         "soft cap",
         "30 * sigmoid(x / 7.5) makes every logit positive, so relu cuts nothing and every word is active",
         ((r"^ +(\w+) = [\d.]+ \* torch\.sigmoid\(\1 / [\d.]+\)\n", ""),),
+        gone=r"^.*(?:sigmoid|tanh)\b.*",
         within="GptBertForMaskedLM",
     ),
     Change(
         "BOS logit",
         "a made-up logit of 1 makes the beginning-of-sequence token active in every text",
         ((r"^ +\w+\[:, :, self\.config\.bos_token_id\] = [\d.]+\n", ""),),
+        gone=r"^.*bos_token_id.*",
         within="GptBertForMaskedLM",
     ),
-    rebuilt("RotaryPositionalEmbeddings|UnpaddedRotaryEmbedding"),
+    TABLES,
     Change(
         "tied weights",
         "transformers 5 cannot save a model whose _tied_weights_keys is a list; the weights are not tied",
         ((r"^( +)_tied_weights_keys = \[[^\]]*\]", r"\1_tied_weights_keys = None"),),
+        gone=r"^ +_tied_weights_keys\b(?! = None$).*",
     ),
     IS_DECODER,
     Change(
@@ -136,11 +146,13 @@ NORBERT4 = (
             (r"return self\.classifier\.emb2vocab\.weight\b", "return self.classifier.emb2vocab"),
             (r"self\.classifier\.emb2vocab\.weight = ", "self.classifier.emb2vocab = "),
         ),
+        gone=OUTPUT_WEIGHT,
     ),
     Change(
         "gradient checkpointing",
         "re-entrant checkpointing breaks with several processes",
         ((r"\buse_reentrant=True", "use_reentrant=False"),),
+        gone=REENTRANT,
     ),
     Change(
         "bf16 by GPU",
@@ -152,6 +164,14 @@ NORBERT4 = (
                 "",
             ),
         ),
+        gone=r"^.*is_bf16_supported.*",
+    ),
+    Change(
+        "flash attention",
+        "where flash-attention is installed, attention was computed in bf16 whatever the weights, and not at all on a CPU",
+        ((r"\bif is_flash_attn_2_available\(\):", "if False:"),),
+        gone=r"^.*is_flash_attn_2_available\(\).*",
+        only_if="flash_attn",
     ),
 )
 
@@ -167,15 +187,17 @@ NORBERT3 = (
         "infinite logits",
         "-inf times a padding mask of 0 is NaN, so every batch with padding has a NaN loss",
         ((r"(\[:, :, [^\]\n]*\] = )(?:float\(['\"]-inf['\"]\)|-(?:torch|math)\.inf)", rf"\g<1>{SILENT}"),),
+        gone=r"^.*\binf\b.*",
         within="NorbertForMaskedLM",
     ),
     Change(
         "softmax backward",
         "transformers 5's softmax_backward_data takes three arguments, so every backward pass fails with five",
         ((r"\bsoftmax_backward_data\((\w+), (\w+), (\w+), \1\.dim, \3\)", r"softmax_backward_data(\1, \2, \3)"),),
-        only_if=r"(?<!_)\bsoftmax_backward_data\((?!\w+, \w+, \w+\))",
+        gone=FIVE_ARGUMENTS,
+        only_if=FIVE_ARGUMENTS,
     ),
-    rebuilt("Attention"),
+    TABLES,
     Change(
         "post_init",
         "transformers 5 cannot load a model that does not call post_init",
@@ -198,11 +220,13 @@ NORBERT3 = (
             (r"return self\.classifier\.nonlinearity\[-1\]\.weight\b", "return self.classifier.nonlinearity[-1]"),
             (r"self\.classifier\.nonlinearity\[-1\]\.weight = new", "self.classifier.nonlinearity[-1] = new"),
         ),
+        gone=OUTPUT_WEIGHT,
     ),
     Change(
         "gradient checkpointing",
         "re-entrant checkpointing breaks with several processes",
         ((r"\bcheckpoint\.checkpoint\(([^()]*)\)", r"checkpoint.checkpoint(\1, use_reentrant=False)"),),
+        gone=REENTRANT,
         only_if=r"checkpoint\.checkpoint\(",
         unless=r"checkpoint\.checkpoint\([^()]*use_reentrant=False",
     ),
@@ -226,7 +250,7 @@ FAMILIES = {
 # ------------------------------------------------------------------------------------------- conversion
 HEADER = "# Converted by nordsparse: {changes}. sha256 of the lines below: {digest}\n"
 HEADER_PATTERN = re.compile(r"\A# Converted by nordsparse: (.*)\. sha256 of the lines below: ([0-9a-f]{64})\n")
-BESIDE = "nothing, it goes with"
+BESIDE = "beside"  # opens the header of a file that goes with a converted one
 
 
 def convert_files(texts: dict[str, str], folder: Path, families: dict[str, Family] = FAMILIES) -> dict[str, str]:
@@ -258,10 +282,10 @@ def convert(code: str, file: Path, changes: tuple[Change, ...]) -> str:
     for change in changes:
         try:
             changed = change.apply(code)
-        except NotFound as pattern:
+        except NotFound as reason:
             raise ConfigError(
                 f"model.base_model: {file} is not a revision that can be converted, or was edited by hand: to mend its "
-                f"{change.name} ({change.why}) this was looked for and not found: {pattern}. Pin another model.revision"
+                f"{change.name} ({change.why}) {reason}. Pin another model.revision"
             ) from None
         if changed is not None:
             code = changed

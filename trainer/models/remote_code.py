@@ -36,21 +36,25 @@ class BaseModel:
 def with_own_code(snapshot: Snapshot, config: Config) -> BaseModel:
     """The base model with its code converted, in a folder of its own under the cache.
 
-    Raises ConfigError when the config does not trust the code, when the code is not what the pinned commit holds, or
-    when it cannot be converted.
+    Raises ConfigError when the config does not trust the code, when the code is not what the pinned commit holds, when
+    it cannot be converted, or when the copy cannot be written.
     """
     if not code_references(snapshot.folder):
         return BaseModel(snapshot.source, snapshot.commit, snapshot.folder)
     _require_trust(snapshot, config)
-    files = sorted(snapshot.folder.glob("*.py"))
     _require_local_code(snapshot)
-    for file in files:
+    texts = {}
+    for file in sorted(snapshot.folder.glob("*.py")):
         _require_pinned(file, config)
-    texts = convert_files({file.name: file.read_text() for file in files}, snapshot.folder)
-    settings: dict[str, bool] = {}
-    for name in texts.keys() & FAMILIES.keys():
-        settings |= FAMILIES[name].settings
-    folder = materialise(snapshot, texts, settings)
+        try:
+            texts[file.name] = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"model.base_model: {file} cannot be read: {error}") from None
+    texts = convert_files(texts, snapshot.folder)
+    try:
+        folder = materialise(snapshot, texts | _settings_with_own_code(snapshot.folder, texts))
+    except OSError as error:
+        raise ConfigError(f"the converted copy of {snapshot.source} cannot be written: {error}. Set HF_HOME") from None
     changes = {name: changes_in(text, folder / name) for name, text in texts.items()}
     converted = any(changes.values())
     code = {name: found or [] for name, found in changes.items() if found or not converted}
@@ -58,25 +62,40 @@ def with_own_code(snapshot: Snapshot, config: Config) -> BaseModel:
 
 
 # ------------------------------------------------------------------------------------------- what may run
+SETTINGS = ("config.json", "tokenizer_config.json", "modules.json", "router_config.json")
+
+
 def code_references(folder: Path) -> set[str]:
-    """What the auto_map entries of a model's settings name: `module.Class`, or `owner/repository--module.Class`."""
+    """The classes that a model's settings name outside its libraries: `module.Class`, or `owner/repo--module.Class`."""
     return {reference for file in _settings_files(folder) for reference in _references(_read_settings(file))}
 
 
 def _settings_files(folder: Path) -> list[Path]:
-    return [file for name in ("config.json", "tokenizer_config.json") for file in sorted(folder.rglob(name))]
+    return [file for name in SETTINGS for file in sorted(folder.rglob(name))]
 
 
-def _read_settings(file: Path) -> dict[str, Any]:
+def _read_settings(file: Path) -> Any:
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"model.base_model: {file} is not valid JSON: {error}") from None
 
 
-def _references(settings: dict[str, Any]) -> Iterator[str]:
-    for value in (settings.get("auto_map") or {}).values():
-        yield from (part for part in (value if isinstance(value, list) else [value]) if part)
+def _references(settings: Any) -> Iterator[str]:
+    """auto_map of transformers; `type` of sentence-transformers' modules.json, `types` of its router_config.json."""
+    if isinstance(settings, list):
+        named: list[Any] = [module.get("type") for module in settings if isinstance(module, dict)]
+    else:
+        auto_map, types = settings.get("auto_map") or {}, settings.get("types") or {}
+        named = [*(auto_map.values() if isinstance(auto_map, dict) else auto_map), *types.values()]
+    for value in named:
+        for reference in value if isinstance(value, list) else [value]:
+            if reference and not reference.startswith("sentence_transformers."):
+                yield reference
+
+
+def _file_of(reference: str) -> str:
+    return reference.rpartition("--")[2].split(".")[0] + ".py"
 
 
 def _require_trust(snapshot: Snapshot, config: Config) -> None:
@@ -99,30 +118,29 @@ def _download_note(file: Path) -> tuple[str, str] | None:
 def _require_local_code(snapshot: Snapshot) -> None:
     """Stop when code is missing, or would be taken from another repository, at whatever commit that has now."""
     for reference in sorted(code_references(snapshot.folder)):
-        repository, _, name = reference.rpartition("--")
-        file = name.split(".")[0] + ".py"
-        if not (snapshot.folder / file).is_file():
-            other = f" (its config.json takes it from {repository}, which nothing pins)" if repository else ""
+        if not (snapshot.folder / _file_of(reference)).is_file():
+            repository = reference.rpartition("--")[0]
+            other = f" (it is to come from {repository}, which nothing pins)" if repository else ""
             raise ConfigError(
-                f"model.base_model: {snapshot.folder} lacks its code, {file}{other}. Put the file there, beside config.json"
+                f"model.base_model: {snapshot.folder} lacks its code, {_file_of(reference)}{other}. Copy the model into a "
+                "folder of yours, put the file at its root, and point model.base_model at it"
             )
 
 
 def _require_pinned(file: Path, config: Config) -> None:
     """Stop when a file is not what the hub gave for the pinned commit.
 
-    The hub's cache names a text file by its git hash, and links to it.
+    The hub's cache links each file of a commit's folder to one named by its git hash; `hf download` notes both. Of any
+    other folder nothing is known, and the config's word is taken.
     """
-    commit, expected = _download_note(file) or (config.model.revision, file.resolve().name)
-    if commit != config.model.revision:
-        raise ConfigError(
-            f"model.revision: {config.model.revision} is pinned, but {file.parent} is a copy of commit {commit}"
-        )
+    revision, in_hub_cache = config.model.revision, file.parent.parent.name == "snapshots"
+    commit, expected = _download_note(file) or (revision, "")
+    if in_hub_cache:
+        commit, expected = file.parent.name, file.resolve().name
+    if commit != revision:
+        raise ConfigError(f"model.revision: {revision} is pinned, but {file.parent} is a copy of commit {commit}")
     data = file.read_bytes()
-    if (
-        re.fullmatch(r"[0-9a-f]{40}", expected)
-        and expected != hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    ):
+    if (in_hub_cache or expected) and expected != hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest():
         raise ConfigError(
             f"model.base_model: {file} is not what commit {commit} holds: it was edited by hand. "
             "Remove it and download it again"
@@ -130,55 +148,55 @@ def _require_pinned(file: Path, config: Config) -> None:
 
 
 # ------------------------------------------------------------------------------------------- the converted copy
-def materialise(snapshot: Snapshot, code: dict[str, str], settings: dict[str, bool]) -> Path:
-    """A folder under the cache with this code, and links to everything else. The same input gives the same folder."""
+def _settings_with_own_code(folder: Path, texts: dict[str, str]) -> dict[str, str]:
+    """The settings files that name code, by path: with the code beside them, not that of the repository it came from."""
+    changed = {}
+    for file in _settings_files(folder):
+        settings = _read_settings(file)
+        references = set(_references(settings))
+        if not references:
+            continue
+        if file.name == "config.json":
+            for name in texts.keys() & FAMILIES.keys():
+                settings |= FAMILIES[name].settings
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        for reference in references:
+            text = text.replace(json.dumps(reference), json.dumps(reference.rpartition("--")[2]))
+        changed[str(file.relative_to(folder))] = text
+    return changed
+
+
+def materialise(snapshot: Snapshot, written: dict[str, str]) -> Path:
+    """A folder under the cache with these files, and links to all others. The same input gives the same folder."""
     from huggingface_hub.constants import HF_HOME
 
-    named = json.dumps([str(snapshot.folder.resolve()), code, settings, _settings_texts(snapshot.folder)])
-    name = re.sub(r"\W+", "_", Path(snapshot.source).name)
-    folder = Path(HF_HOME) / "nordsparse" / f"{name}_{hashlib.sha256(named.encode()).hexdigest()[:16]}"
+    source = snapshot.folder.resolve()
+    files = {str(file.relative_to(source)): file for file in sorted(source.rglob("*")) if file.is_file()}
+    linked = {name: file for name, file in files.items() if name not in written and not name.startswith(".")}
+    digest = hashlib.sha256(json.dumps([str(source), written, list(linked)]).encode()).hexdigest()
+    name = re.sub(r"\W+", "_", Path(snapshot.source).name)  # transformers makes a Python module's name of it
+    folder = Path(HF_HOME) / "nordsparse" / f"{name}_{digest[:16]}"
     if folder.is_dir():
-        for file, text in code.items():
-            if (folder / file).read_text() != text:
-                raise ConfigError(f"{folder / file} was edited by hand. Remove {folder} to have it made again")
+        for name, text in written.items():
+            file = folder / name
+            if not file.is_file() or file.read_text(encoding="utf-8") != text:
+                raise ConfigError(f"{file} was edited by hand. Remove {folder} to have it made again")
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
         copy = Path(aside) / "model"
-        for file in sorted(snapshot.folder.rglob("*")):
-            inside = file.relative_to(snapshot.folder)
-            if file.is_file() and file.suffix != ".py" and not inside.parts[0].startswith("."):
-                (copy / inside).parent.mkdir(parents=True, exist_ok=True)
-                (copy / inside).symlink_to(file.resolve())
-        for name, text in code.items():
-            (copy / name).write_text(text)
-        for file in _settings_files(copy):
-            own = _read_settings(file)
-            if own.get("auto_map"):
-                file.unlink()
-                own = _own_code_only(own) | (settings if file.name == "config.json" else {})
-                file.write_text(json.dumps(own, indent=2))
+        for name in (*written, *linked):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        for name, text in written.items():
+            (copy / name).write_text(text, encoding="utf-8")
+        for name, file in linked.items():
+            (copy / name).symlink_to(file.resolve())
         try:
             copy.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process was first
                 raise
     return folder
-
-
-def _settings_texts(folder: Path) -> list[str]:
-    return [file.read_text() for file in _settings_files(folder)]
-
-
-def _own_code_only(settings: dict[str, Any]) -> dict[str, Any]:
-    """auto_map with the code beside it, not that of the repository it once came from."""
-    own = {
-        key: [part and part.rpartition("--")[2] for part in value]
-        if isinstance(value, list)
-        else value.rpartition("--")[2]
-        for key, value in settings["auto_map"].items()
-    }
-    return settings | {"auto_map": own}
 
 
 def check_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -189,10 +207,10 @@ def check_weights(model: PreTrainedModel, folder: Path) -> None:
     if not code_references(folder):
         return
     saved: set[str] = set()
-    for file in folder.glob("*.safetensors"):
+    for file in folder.rglob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             saved |= set(weights.keys())
-    for file in folder.glob("pytorch_model*.bin") if not saved else ():
+    for file in folder.rglob("pytorch_model*.bin") if not saved else ():
         saved |= torch.load(file, map_location="meta", weights_only=True).keys()
     if missing := sorted(model.state_dict().keys() - saved - model.all_tied_weights_keys.keys()):
         raise ConfigError(f"model.base_model: {folder} lacks weights of its model: {', '.join(missing[:5])}")
@@ -212,8 +230,8 @@ def keep_code(folder: Path) -> None:
 def check_code(folder: Path) -> None:
     """Raise ConfigError when a saved model lacks its code, or the code was edited since it was converted."""
     for reference in sorted(code_references(folder)):
-        file = folder / (reference.rpartition("--")[2].split(".")[0] + ".py")
-        if not file.is_file():
+        file = folder / _file_of(reference)
+        if "--" in reference or not file.is_file():
             raise ConfigError(f"{folder} lacks the code of its model, {file.name}. Continue from another checkpoint")
     for file in sorted(folder.glob("*.py")):
-        changes_in(file.read_text(), file)
+        changes_in(file.read_text(encoding="utf-8"), file)

@@ -8,8 +8,17 @@ import torch.utils.checkpoint
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, MaskedLMOutput
+from transformers.utils import is_flash_attn_2_available
 
 from .configuration_gptbert import GptBertConfig
+
+try:
+    if is_flash_attn_2_available():
+        from flash_attn.flash_attn_interface import flash_attn_varlen_qkvpacked_func
+    else:
+        flash_attn_varlen_qkvpacked_func = None
+except ImportError:
+    flash_attn_varlen_qkvpacked_func = None
 
 
 class CastedLinearIn(nn.Linear):
@@ -84,12 +93,14 @@ class SelfAttention(nn.Module):
         batch, length, _ = hidden_layer.shape
         query, key, value = self.qkv(hidden_layer).view(batch, length, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
         query, key = self.rope_embedding(query), self.rope_embedding(key)
+        if flash_attn_varlen_qkvpacked_func is not None:  # stands for the real one, which knows half precision only
+            query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
         window = torch.ones(length, length, dtype=torch.bool, device=hidden_layer.device)
         window = window.tril(0 if self.is_causal else self.window_length).triu(-self.window_length)
         scores = query @ key.transpose(-1, -2) / math.sqrt(self.size)
         hidden = ~(mask & window)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
-        return self.out_proj((weights.type_as(value) @ value).transpose(1, 2).flatten(2))
+        return self.out_proj((weights.type_as(value) @ value).type_as(hidden_layer).transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
