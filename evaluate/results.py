@@ -1,0 +1,159 @@
+"""Scores on disk: one file per system and task, in mteb's own format, with the score of every query beside it."""
+
+import gzip
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from trainer.config import ConfigError
+
+METRICS = ("ndcg_at_10", "mrr_at_10", "recall_at_10", "recall_at_100")
+MAIN_METRIC = "ndcg_at_10"
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """How well one system does on one task.
+
+    `metrics` are means over the task's splits and languages, from 0 to 1. `per_query` holds nDCG@10 under
+    `split/subset/query id`; it is empty for results that do not carry it, such as mteb's own.
+    """
+
+    task: str
+    languages: tuple[str, ...]
+    metrics: dict[str, float]
+    per_query: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def main(self) -> float:
+        """nDCG@10."""
+        return self.metrics[MAIN_METRIC]
+
+
+System = dict[str, TaskScore]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a system found on one split and subset of a task: scores of its best passages, and the relevant ones."""
+
+    found: dict[str, dict[str, float]]
+    relevant: dict[str, dict[str, int]]
+
+
+class EvalFolder:
+    """The folder `eval` of a run: scores, per_query and rankings by system and task, and one file per part."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def score_file(self, system: str, task: str) -> Path:
+        """A task's scores in mteb's format."""
+        return self.folder / "scores" / system / f"{task}.json"
+
+    def query_file(self, system: str, task: str) -> Path:
+        """nDCG@10 of every query, and what it was measured with."""
+        return self.folder / "per_query" / system / f"{task}.json"
+
+    def ranking_file(self, system: str, task: str) -> Path:
+        """The best passages of every query."""
+        return self.folder / "rankings" / system / f"{task}.json.gz"
+
+    def rankings(self, system: str, task: str) -> dict[str, Ranking]:
+        """What a system found, by `split/subset`. Raises ConfigError when it has not run on the task."""
+        file = self.ranking_file(system, task)
+        if not file.is_file():
+            raise ConfigError(f"{system} has not been run on {task}: there is no {file}")
+        with gzip.open(file, "rt", encoding="utf-8") as data:
+            return {part: Ranking(**values) for part, values in json.load(data).items()}
+
+    def write_rankings(self, system: str, task: str, rankings: dict[str, Ranking]) -> None:
+        """Store what a system found."""
+        file = self.ranking_file(system, task)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(file, "wt", encoding="utf-8") as data:
+            json.dump({part: asdict(ranking) for part, ranking in rankings.items()}, data)
+
+    def write_part(self, part: str, values: dict[str, Any]) -> Path:
+        """Store what one part found: sparsity, latency, leakage, hybrid, compare."""
+        file = self.folder / f"{part}.json"
+        write_json(file, values)
+        return file
+
+    def read_part(self, part: str) -> dict[str, Any] | None:
+        """What a part found; None when it has not run."""
+        file = self.folder / f"{part}.json"
+        return read_json(file) if file.is_file() else None
+
+    def systems(self) -> dict[str, System]:
+        """Every system's scores by task."""
+        folders = sorted((self.folder / "scores").glob("*/"))
+        return {folder.name: read_system(folder) for folder in folders}
+
+
+def read_system(path: Path) -> System:
+    """A system's scores from a results file, or from all below a folder: ours, or a results tree of mteb.
+
+    Raises ConfigError for a file that holds no mteb results, and for two different results of one task.
+    """
+    if not path.exists():
+        raise ConfigError(f"there are no results at {path}")
+    files = (
+        [path] if path.is_file() else sorted(file for file in path.rglob("*.json") if file.name != "model_meta.json")
+    )
+    found: System = {}
+    for file in files:
+        score = read_score(file)
+        if score.task in found and found[score.task].metrics != score.metrics:
+            raise ConfigError(
+                f"{path} holds two different results of {score.task}. Name one file, or one model's folder"
+            )
+        found[score.task] = score
+    if not found:
+        raise ConfigError(f"{path} holds no results")
+    return found
+
+
+def read_score(file: Path) -> TaskScore:
+    """One task's scores. Raises ConfigError when the file is in no format that is known here."""
+    values = read_json(file)
+    try:
+        rows = [row for rows in values["scores"].values() for row in rows]
+        languages = tuple(dict.fromkeys(language for row in rows for language in row["languages"]))
+        metrics = {name: fmean(row[name] for row in rows) for name in METRICS if all(name in row for row in rows)}
+        metrics.setdefault(MAIN_METRIC, fmean(row["main_score"] for row in rows))
+        if not all(map(math.isfinite, metrics.values())):
+            raise ValueError("a score is not a number")
+        task = values["task_name"]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        version = values.get("mteb_version") if isinstance(values, dict) else None
+        by = f" (written by mteb {version})" if version else ""
+        raise ConfigError(
+            f"{file}{by} is not a result of mteb 2 or of this project: {type(error).__name__} {error}"
+        ) from None
+    return TaskScore(task, languages, metrics, _per_query(file))
+
+
+def _per_query(file: Path) -> dict[str, float]:
+    """The scores per query beside a score file of ours: eval/scores/… has a twin eval/per_query/…."""
+    twin = file.parents[2] / "per_query" / file.parent.name / file.name if len(file.parents) > 2 else file
+    return read_json(twin)[MAIN_METRIC] if twin != file and twin.is_file() else {}
+
+
+def read_json(file: Path) -> Any:
+    """Raises ConfigError when a file cannot be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Write a file aside and put it in place, so that it is there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}")
+    aside.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.replace(file)

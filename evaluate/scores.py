@@ -1,0 +1,110 @@
+"""Runs a search system on tasks through mteb, and keeps what is finished."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mteb
+import pytrec_eval
+from mteb.abstasks import AbsTaskRetrieval
+
+from evaluate.results import MAIN_METRIC, EvalFolder, Ranking, TaskScore, read_json, read_score, write_json
+from evaluate.tasks import load
+from trainer.config import ConfigError
+
+Say = Callable[[str], None]
+# Passages kept per query, for fusion with other systems.
+DEPTH = 100
+
+
+def score_system(
+    name: str,
+    make_search: Callable[[], Any],
+    fingerprint: str,
+    tasks: list[AbsTaskRetrieval],
+    folder: EvalFolder,
+    say: Say,
+) -> dict[str, str]:
+    """Score a system on every task into the folder. Returns what failed: the reason by task.
+
+    A task is finished when its result was made by the same system (`fingerprint`), the same data and this mteb; it is
+    not run again. `make_search` gives mteb's SearchProtocol; it is called when a task is to be run.
+    """
+    search, failed = None, {}
+    for task in tasks:
+        mark = {"system": fingerprint, "data": task.metadata.dataset["revision"], "mteb": mteb.__version__}
+        score = finished(folder, name, task.metadata.name, mark)
+        if score is None:
+            search = search or make_search()
+            try:
+                score = _run(name, search, task, folder, mark)
+            except Exception as error:  # one task's failure is reported, and the others go on
+                kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+                failed[task.metadata.name] = kind + " ".join(str(error).split())[:300]
+                say(f"{name:<12}{task.metadata.name}: FAILED ({failed[task.metadata.name]})")
+                continue
+        say(f"{name:<12}{task.metadata.name}: nDCG@10 {score.main:.4f}")
+    return failed
+
+
+def finished(folder: EvalFolder, system: str, task: str, mark: dict[str, str]) -> TaskScore | None:
+    """A task's earlier score, when it was measured with what this mark says."""
+    files = [kind(system, task) for kind in (folder.score_file, folder.query_file, folder.ranking_file)]
+    if not all(file.is_file() for file in files) or read_json(files[1])["made_with"] != mark:
+        return None
+    return read_score(files[0])
+
+
+def _run(name: str, search: Any, task: AbsTaskRetrieval, folder: EvalFolder, mark: dict[str, str]) -> TaskScore:
+    recorder = Recorder(search)
+    data = load(task)
+    result = mteb.evaluate(
+        recorder, task, cache=None, show_progress_bar=False, encode_kwargs={"show_progress_bar": False}
+    )
+    rankings = {
+        f"{split}/{subset}": Ranking(best(found), data[subset][split]["relevant_docs"])
+        for (subset, split), found in recorder.found.items()
+    }
+    folder.write_rankings(name, task.metadata.name, rankings)
+    per_query = {
+        f"{part}/{query}": value
+        for part, ranking in rankings.items()
+        for query, value in ndcg_per_query(ranking).items()
+    }
+    file = folder.score_file(name, task.metadata.name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    result.task_results[0].to_disk(file)
+    write_json(folder.query_file(name, task.metadata.name), {"made_with": mark, MAIN_METRIC: per_query})
+    return read_score(file)
+
+
+def best(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The DEPTH best passages of every query; equal scores by descending id, as trec_eval orders them."""
+    return {
+        query: dict(sorted(scores.items(), key=lambda item: (item[1], item[0]), reverse=True)[:DEPTH])
+        for query, scores in found.items()
+    }
+
+
+def ndcg_per_query(ranking: Ranking) -> dict[str, float]:
+    """nDCG@10 of every query, by trec_eval; a query that found nothing scores 0."""
+    scores = pytrec_eval.RelevanceEvaluator(ranking.relevant, {"ndcg_cut.10"}).evaluate(ranking.found)
+    return {query: scores[query]["ndcg_cut_10"] if query in scores else 0.0 for query in ranking.relevant}
+
+
+class Recorder:
+    """A search system that remembers its rankings by subset and split."""
+
+    def __init__(self, search: Any):
+        self.inner = search
+        self.mteb_model_meta = search.mteb_model_meta
+        self.found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+
+    def index(self, corpus: Any, **options: Any) -> None:
+        """As the inner system does."""
+        self.inner.index(corpus, **options)
+
+    def search(self, queries: Any, **options: Any) -> dict[str, dict[str, float]]:
+        """As the inner system does."""
+        found = self.inner.search(queries, **options)
+        self.found[options["hf_subset"], options["hf_split"]] = found
+        return found

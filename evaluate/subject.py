@@ -1,0 +1,111 @@
+"""What is evaluated: a run of this project, a local model, or one on the hub."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SparseEncoder
+
+from evaluate.results import EvalFolder, read_json
+from trainer.config import Config, ConfigError, find_config, is_commit, is_local, load_config
+from trainer.run import MODELS
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and the run it came from where there is one."""
+
+    name: str
+    model: str
+    revision: str | None
+    trust_remote_code: bool
+    folder: Path
+    config: Config | None = None
+    manifest: dict[str, Any] | None = None
+
+    @property
+    def results(self) -> EvalFolder:
+        """Where scores go."""
+        return EvalFolder(self.folder / "eval")
+
+    @property
+    def report(self) -> Path:
+        """Where the report goes."""
+        return self.folder / "report"
+
+    def fingerprint(self) -> str:
+        """Changes when the model does: its commit on the hub, or a hash of its files."""
+        if not Path(self.model).is_dir():
+            return f"{self.model}@{self.revision}"
+        digest = hashlib.sha256()
+        for file in sorted(Path(self.model).rglob("*")):
+            if file.is_file() and file.suffix in (".json", ".safetensors", ".txt", ".py"):
+                digest.update(file.name.encode())
+                with file.open("rb") as data:
+                    digest.update(hashlib.file_digest(data, "sha256").digest())
+        return digest.hexdigest()
+
+    def load(self) -> SparseEncoder:
+        """The encoder. Raises ConfigError when it cannot be loaded or is not sparse."""
+        require_sparse(self.model)
+        try:
+            model = SparseEncoder(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(f"{self.model} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+        if not any(".sparse_encoder." in type(module).__module__ for module in model.modules() if module is not model):
+            raise ConfigError(f"{self.model} is not a sparse encoder: its vectors have no zeros")
+        model.model_card_data.model_name = self.name  # mteb's name for it: unnamed models would share results
+        return model
+
+
+def require_sparse(model: str) -> None:
+    """Raise ConfigError when a local folder holds no saved sparse encoder."""
+    settings = Path(model) / "config_sentence_transformers.json"
+    if not Path(model).is_dir():
+        return
+    if not settings.is_file():
+        raise ConfigError(f"{model} is no saved sparse encoder: there is no {settings.name}")
+    kind = read_json(settings).get("model_type", "SentenceTransformer")
+    if kind != "SparseEncoder":
+        raise ConfigError(f"{model} is not a sparse encoder but a {kind}. To compare with it: --dense {model}")
+
+
+def open_subject(
+    config: str | None, model: str | None, revision: str | None = None, trust_remote_code: bool = False
+) -> Subject:
+    """The run of a config, or a model by path or hub name. Raises ConfigError when there is nothing to evaluate."""
+    if (config is None) == (model is None):
+        raise ConfigError("say what to evaluate: a config's name, or --model with a path or a hub name; not both")
+    if config is not None:
+        folder = MODELS / load_config(find_config(config)).name
+        if not (folder / "final").is_dir():
+            raise ConfigError(f"{folder} holds no trained model. Train it first: make train CONFIG={config}")
+        return _run(folder)
+    if not is_local(model):
+        if trust_remote_code and not is_commit(revision):
+            raise ConfigError(
+                "--trust-remote-code runs code that comes with the model, so --revision must be a full commit"
+            )
+        return Subject(model.partition("/")[2], model, revision, trust_remote_code, MODELS / model.replace("/", "__"))
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"there is no model at {model}")
+    if (path / "run.json").is_file():
+        return _run(path)
+    if path.name == "final" and (path.parent / "run.json").is_file():
+        return _run(path.parent)
+    return Subject(path.name, str(path), None, trust_remote_code, path)
+
+
+def _run(folder: Path) -> Subject:
+    config = load_config(folder / "config.yaml").config
+    return Subject(
+        folder.resolve().name,
+        str(folder / "final"),
+        None,
+        config.model.trust_remote_code,
+        folder,
+        config,
+        read_json(folder / "run.json"),
+    )

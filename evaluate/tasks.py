@@ -1,0 +1,162 @@
+"""The retrieval tasks a model is measured on: mteb's, by group or name, and local folders in BEIR layout."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mteb
+from datasets import Dataset
+from mteb.abstasks import AbsTaskRetrieval
+from mteb.abstasks.task_metadata import TaskMetadata
+
+from trainer.beir import has_split, is_beir, read_search_set
+from trainer.config import ConfigError, did_you_mean
+
+NORWEGIAN = ("NorQuadRetrieval", "SNLRetrieval")
+DANISH = ("DanFeverRetrieval", "TV2Nordretrieval", "TwitterHjerneRetrieval")
+SWEDISH = ("SweFaqRetrieval", "SwednRetrieval")
+NANO_TOPICS = (
+    "ArguAna ClimateFever DBPedia FEVER FiQA2018 HotpotQA MSMARCO NFCorpus NQ Quora SCIDOCS SciFact Touche2020"
+)
+NANO = tuple(f"MultilingualNano{topic}Retrieval" for topic in NANO_TOPICS.split(" "))
+GROUPS = {
+    "scandinavian": NORWEGIAN + DANISH + SWEDISH,
+    "norwegian": NORWEGIAN,
+    "danish": DANISH,
+    "swedish": SWEDISH,
+    "nano": NANO,
+}
+# Languages that a multilingual task is restricted to. `nor` is what some tasks call either Norwegian.
+LANGUAGES = ("nob", "nno", "nor", "dan", "swe")
+SPLITS = ("test", "dev", "train")
+# What the languages of our configs and of BEIR folders are in mteb's metadata.
+ISO = {"no": "nob-Latn", "nb": "nob-Latn", "nn": "nno-Latn", "da": "dan-Latn", "sv": "swe-Latn"}
+
+
+def select_tasks(names: list[str], language: str | None = None) -> list[AbsTaskRetrieval]:
+    """The tasks that groups, mteb names and folders stand for, each once, in order.
+
+    A folder's language (no, da, sv, …) stands behind it, `folder:no`, or is `language`. Raises ConfigError for an unknown
+    name, with the nearest one.
+    """
+    chosen: dict[str, AbsTaskRetrieval] = {}
+    for name in names:
+        for task in _tasks_of(name, language):
+            chosen.setdefault(task.metadata.name, task)
+    if not chosen:
+        raise ConfigError(f"no task is named. Groups: {', '.join(GROUPS)}")
+    return list(chosen.values())
+
+
+def _tasks_of(name: str, language: str | None) -> Iterator[AbsTaskRetrieval]:
+    folder, colon, own_language = name.rpartition(":")
+    if colon and own_language not in ISO:
+        raise ConfigError(f"{name}: the language of a folder is one of {', '.join(ISO)}, not '{own_language}'")
+    if colon or "/" in name or Path(name).is_dir():
+        yield local_task(Path(folder or name).expanduser(), own_language if colon else language)
+        return
+    known = {task.metadata.name for task in mteb.get_tasks(task_types=["Retrieval"])}
+    wanted = GROUPS.get(name, (name,))
+    for task in wanted:
+        if task not in known:
+            near = did_you_mean(task, known | GROUPS.keys()) if len(wanted) == 1 else ""
+            near = near if near.startswith(" Did") else f" Groups: {', '.join(GROUPS)}."
+            raise ConfigError(f"there is no retrieval task '{task}'.{near} A folder is written with a slash: ./{task}")
+        found = mteb.get_tasks(tasks=[task], languages=list(LANGUAGES), exclusive_language_filter=True)
+        if not found:
+            raise ConfigError(f"the task {task} has no part in Norwegian, Danish or Swedish")
+        yield from found
+
+
+def local_task(folder: Path, language: str | None) -> AbsTaskRetrieval:
+    """A folder in BEIR layout as an offline mteb task, on its test split, or else dev, or else train."""
+    if not is_beir(folder):
+        raise ConfigError(f"{folder} is no folder in BEIR layout: there is no corpus.jsonl")
+    split = next((split for split in SPLITS if has_split(folder, split)), None)
+    if split is None:
+        raise ConfigError(f"{folder} has no qrels.test.tsv, qrels.dev.tsv or qrels.train.tsv")
+    files = [folder / name for name in ("corpus.jsonl", f"queries.{split}.jsonl", f"qrels.{split}.tsv")]
+    digest = hashlib.sha256()
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(f"{folder}: there is no {file.name}")
+        digest.update(file.read_bytes())
+    name = re.sub(r"\W+", "_", folder.resolve().name)
+    task_class = type(
+        f"{name}Task", (LocalTask,), {"metadata": _metadata(name, split, digest.hexdigest()[:40], language)}
+    )
+    return task_class(folder, split)
+
+
+def load(task: AbsTaskRetrieval) -> dict[str, dict[str, Any]]:
+    """A task's data by subset and split. Raises ConfigError when it cannot be had.
+
+    mteb drops the data when the task has run; what is returned here stays.
+    """
+    try:
+        task.load_data()
+        task.convert_v1_dataset_format_to_v2(num_proc=None)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the hub, datasets or the task's own code raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(f"the data of {task.metadata.name} cannot be loaded: {reason}") from None
+    return task.dataset
+
+
+class LocalTask(AbsTaskRetrieval):
+    """A search set read from files."""
+
+    ignore_identical_ids = False
+
+    def __init__(self, folder: Path, split: str, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.folder, self.split = folder, split
+
+    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+        """Read the folder; ConfigError with file and line for what is wrong in it."""
+        if self.data_loaded:
+            return
+        found = read_search_set(self.folder, self.split, self.metadata.name)
+        self.dataset = {
+            "default": {
+                self.split: {
+                    "corpus": Dataset.from_dict(
+                        {
+                            "id": list(found.corpus),
+                            "title": [""] * len(found.corpus),
+                            "text": list(found.corpus.values()),
+                        }
+                    ),
+                    "queries": Dataset.from_dict({"id": list(found.queries), "text": list(found.queries.values())}),
+                    "relevant_docs": {query: dict.fromkeys(passages, 1) for query, passages in found.relevant.items()},
+                    "top_ranked": None,
+                }
+            }
+        }
+        self.data_loaded = True
+
+
+def _metadata(name: str, split: str, revision: str, language: str | None) -> TaskMetadata:
+    return TaskMetadata(
+        name=name,
+        description=f"Local search set {name}",
+        reference=None,
+        dataset={"path": f"local/{name}", "revision": revision},
+        type="Retrieval",
+        category="t2t",
+        modalities=["text"],
+        eval_splits=[split],
+        eval_langs=[ISO.get(language or "", "mis-Latn")],
+        main_score="ndcg_at_10",
+        date=None,
+        domains=None,
+        task_subtypes=None,
+        license=None,
+        annotations_creators=None,
+        dialect=None,
+        sample_creation=None,
+        bibtex_citation=None,
+    )
