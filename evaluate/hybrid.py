@@ -1,0 +1,144 @@
+"""Two systems' stored rankings fused by mteb, so nothing is encoded again: by reciprocal rank, and by weighted scores."""
+
+import hashlib
+from collections.abc import Iterator
+from statistics import fmean
+from typing import Any, Literal
+
+from mteb.models import HybridSearch
+
+from evaluate.results import EvalFolder, Ranking
+from evaluate.scores import ndcg_per_query
+from evaluate.search import SearchSystem
+from trainer.config import ConfigError
+
+# Rankings of one task, by split/subset.
+Parts = dict[str, Ranking]
+
+# The weights of the first system that are tried, in twentieths: 0.00, 0.05, … 1.00.
+STEPS = 20
+# Queries that each half must have: a weight chosen on fewer says nothing.
+MIN_QUERIES = 10
+
+
+def hybrid(folder: EvalFolder, first: str, second: str, tasks: list[str]) -> dict[str, Any]:
+    """nDCG@10 of both systems and of their two fusions on every task, from the rankings in the folder.
+
+    The weight of `first` is the one with the best nDCG@10 on the dev half of the queries, and `test` is the other half.
+    Reciprocal rank fusion has nothing to choose (k = 60, equal weights), so it is in `all` too. A task with fewer than 10
+    queries in a half has `all` alone, no weight, and says `why`; it is not in `mean_test`. Raises ConfigError when a
+    system has not been run on a task, or the two not on the same data.
+    """
+    if len({first, second, "rrf", "weighted"}) < 4:
+        raise ConfigError(f"{first} and {second} cannot be fused: names must differ from each other, rrf and weighted")
+    found = {task: _fuse_task(folder, first, second, task) for task in tasks}
+    tests = [values["test"] for values in found.values() if "test" in values]
+    return {
+        "first": first,
+        "second": second,
+        "tasks": found,
+        "mean_test": {name: fmean(test[name] for test in tests) for name in (tests[0] if tests else ())},
+    }
+
+
+def _fuse_task(folder: EvalFolder, first: str, second: str, task: str) -> dict[str, Any]:
+    systems = {name: folder.rankings(name, task) for name in (first, second)}
+    one, two = ({part: ranking.relevant for part, ranking in parts.items()} for parts in systems.values())
+    if one != two:
+        raise ConfigError(f"{first} and {second} were run on different data of {task}. Run both again")
+    systems["rrf"] = fuse(systems[first], systems[second], "rrf")
+    dev, test = ({name: keep(parts, half) for name, parts in systems.items()} for half in ("dev", "test"))
+    counts = [sum(len(ranking.relevant) for ranking in half[first].values()) for half in (dev, test)]
+    values = {
+        "dev_queries": counts[0],
+        "test_queries": counts[1],
+        "weight": None,
+        "all": {name: mean_ndcg(parts) for name, parts in systems.items()},
+    }
+    if min(counts) < MIN_QUERIES:
+        why = f"{counts[0]} dev and {counts[1]} test queries; a weight needs {MIN_QUERIES} of each"
+        return values | {"why": why}
+    weight = choose_weight(dev[first], dev[second])
+    for half in (dev, test):
+        half["weighted"] = fuse(half[first], half[second], "rsf", weight)
+    scores = [{name: mean_ndcg(parts) for name, parts in half.items()} for half in (dev, test)]
+    return values | {"weight": weight, "dev": scores[0], "test": scores[1]}
+
+
+def choose_weight(first: Parts, second: Parts) -> float:
+    """The weight of the first with the best nDCG@10; of equally good ones that nearest to 0.5, then the lower."""
+    step = max(
+        range(STEPS + 1),
+        key=lambda step: (mean_ndcg(fuse(first, second, "rsf", step / STEPS)), -abs(step - STEPS // 2)),
+    )
+    return step / STEPS
+
+
+def fuse(first: Parts, second: Parts, strategy: Literal["rrf", "rsf"], weight: float = 0.5) -> Parts:
+    """Rankings by mteb's reciprocal rank fusion or relative score fusion, with `weight` for the first and the rest for
+    the second.
+
+    rsf scales each query's scores to 0 … 1 over the passages that are stored (the best 100). A passage only one of them
+    found gets 0 from the other, so at weight 1 the second's passages come last, but are not gone.
+    """
+    # mteb asks for systems to search with. Its fuse() takes what they found, so these two are never called.
+    idle = [SearchSystem("first"), SearchSystem("second")]
+    search = HybridSearch(idle, weights=[weight, 1 - weight], fusion_strategy=strategy)
+    return {
+        part: Ranking(
+            {
+                query: dict(search.fuse([ranking.found.get(query, {}), second[part].found.get(query, {})]))
+                for query in ranking.relevant
+            },
+            ranking.relevant,
+        )
+        for part, ranking in first.items()
+    }
+
+
+def half_of(query: str) -> Literal["dev", "test"]:
+    """dev when the SHA-256 of the query's id is even.
+
+    The id alone counts: a query that a task has in several languages is in the same half in each.
+    """
+    return "dev" if hashlib.sha256(query.encode()).digest()[-1] % 2 == 0 else "test"
+
+
+def keep(parts: Parts, half: Literal["dev", "test"]) -> Parts:
+    """The rankings of one half of the queries; a part that has none in it is left out."""
+    kept = {}
+    for part, ranking in parts.items():
+        relevant = {query: judged for query, judged in ranking.relevant.items() if half_of(query) == half}
+        if relevant:
+            kept[part] = Ranking({query: ranking.found.get(query, {}) for query in relevant}, relevant)
+    return kept
+
+
+def mean_ndcg(parts: Parts) -> float:
+    """nDCG@10 as mteb reports it for a task: the mean over the splits and subsets, each the mean over its queries."""
+    return fmean(fmean(ndcg_per_query(ranking).values()) for ranking in parts.values())
+
+
+def hybrid_lines(values: dict[str, Any]) -> Iterator[str]:
+    """A table of the test halves, and a line for every task that is too small for one."""
+    first, second = values["first"], values["second"]
+    names = [first, second, "rrf", "weighted"]
+    chosen = {task: row for task, row in values["tasks"].items() if row["weight"] is not None}
+    mean = f"mean over {len(chosen)} of {len(values['tasks'])} tasks"
+    labels = {task: f"{task} ({row['test_queries']:,} test queries)" for task, row in chosen.items()}
+    width = max(map(len, [mean, *labels.values()])) + 2
+    widths = [max(len(name), 6) + 2 for name in names]
+    if chosen:
+        yield f"hybrid      {'nDCG@10':<{width}}" + "".join(map(str.rjust, names, widths)) + f"  weight of {first}"
+    for task, row in chosen.items():
+        yield _row(labels[task], width, row["test"], names, widths) + f"  {row['weight']:.2f}"
+    if chosen:
+        yield _row(mean, width, values["mean_test"], names, widths)
+    for task, row in values["tasks"].items():
+        if row["weight"] is None:
+            scores = ", ".join(f"{name} {row['all'][name]:.4f}" for name in names[:3])
+            yield f"hybrid      {task}, all queries: {scores}; no weight: {row['why']}"
+
+
+def _row(label: str, width: int, scores: dict[str, float], names: list[str], widths: list[int]) -> str:
+    return f"            {label:<{width}}" + "".join(map(str.rjust, (f"{scores[name]:.4f}" for name in names), widths))
