@@ -1,0 +1,176 @@
+"""How sparse a model's vectors are on real texts, and what keeping fewer dimensions costs."""
+
+from collections.abc import Iterator
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from sentence_transformers import SparseEncoder
+from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
+
+from evaluate.results import Ranking
+from evaluate.scores import DEPTH, ndcg_per_query
+from evaluate.search import InvertedIndex, SparseSearch, encode
+from trainer.config import ConfigError
+
+# Dimensions kept per text, from a short query's worth to more than most documents have; None keeps all.
+PRUNED_TO = (8, 16, 32, 64, 128, 256, None)
+MOST_FREQUENT = 20
+HISTOGRAM_BINS = 40
+
+
+def measure_sparsity(
+    model: SparseEncoder,
+    queries: dict[str, str],
+    passages: dict[str, str],
+    relevant: dict[str, dict[str, int]] | None = None,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """Active dims of both routes, FLOPS and index size, as they are and pruned to fewer dims per text.
+
+    queries, passages: texts by id. With `relevant` (grades by query and passage id), nDCG@10 says what pruning costs. It
+    is measured within these passages: what is relevant elsewhere does not count, and a query without a relevant passage
+    among them is left out. Raises ConfigError when there is no query or no passage.
+    """
+    if not queries or not passages:
+        raise ConfigError(f"sparsity needs texts, and there are {len(queries)} queries and {len(passages)} passages")
+    vectors = {
+        "query": encode(model, list(queries.values()), "query", batch_size),
+        "document": encode(model, list(passages.values()), "document", batch_size),
+    }
+    routes = {route: describe(rows, model) for route, rows in vectors.items()}
+    routes["document"]["index_bytes"] = InvertedIndex(vectors["document"]).bytes
+    judged = judged_here(queries, passages, relevant or {})
+    compared = SparseSearch(model, "sparsity").compared
+    pruned = []
+    for count in PRUNED_TO:
+        query, document = (prune(vectors[route], count) for route in ("query", "document"))
+        index = InvertedIndex(compared(document))
+        row = {
+            "max_active_dims": count,
+            "query_active_dims": query.nnz / len(queries),
+            "document_active_dims": document.nnz / len(passages),
+            "index_bytes": index.bytes,
+            "flops": flops(query, document),
+        }
+        if judged:
+            found = index.search(compared(query), DEPTH)
+            row["ndcg_at_10"] = mean_ndcg(found, list(queries), list(passages), judged)
+        pruned.append(row)
+    return {
+        "dimensions": vectors["document"].shape[1],
+        "routes": routes,
+        "flops": pruned[-1]["flops"],
+        "judged_queries": len(judged),
+        "pruned": pruned,
+    }
+
+
+def describe(vectors: sp.csr_matrix, model: SparseEncoder) -> dict[str, Any]:
+    """How many dims the texts of one route have active, and which. vectors: [texts, dimensions]."""
+    texts = vectors.shape[0]
+    active, active_in = np.diff(vectors.indptr), vectors.getnnz(axis=0)
+    width = -(-int(np.ptp(active) + 1) // HISTOGRAM_BINS)  # whole numbers of dims per bin
+    counts, edges = np.histogram(active, np.arange(active.min(), active.max() + width + 1, width))
+    busiest = [int(dimension) for dimension in np.argsort(-active_in, kind="stable")[:MOST_FREQUENT]]
+    return {
+        "texts": texts,
+        "active_dims": {
+            "mean": float(active.mean()),
+            "p50": float(np.percentile(active, 50)),
+            "p95": float(np.percentile(active, 95)),
+            "max": int(active.max()),
+        },
+        "never_active_share": float((active_in == 0).mean()),
+        "most_frequent": [
+            {"dimension": dimension, "term": term_of(model, dimension), "share": float(active_in[dimension] / texts)}
+            for dimension in busiest
+            if active_in[dimension]
+        ],
+        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+    }
+
+
+def term_of(model: SparseEncoder, dimension: int) -> str:
+    """The word piece that a dimension stands for, readable; 'dimension 7' where it stands for none.
+
+    A CSR model's dimensions are no words, and some vocabularies are padded with entries that no token has.
+    """
+    words = not any(isinstance(module, SparseAutoEncoder) for module in model.modules())
+    token = model.tokenizer.convert_ids_to_tokens(dimension) if words and dimension < len(model.tokenizer) else None
+    if token is None:
+        return f"dimension {dimension}"
+    term = model.tokenizer.convert_tokens_to_string([token]).strip().removeprefix("##")
+    # a space, a control character or half a letter of a byte-level vocabulary is readable only under the token's own name
+    return term if term.isprintable() and term.strip("\N{REPLACEMENT CHARACTER}") else token
+
+
+def prune(vectors: sp.csr_matrix, count: int | None) -> sp.csr_matrix:
+    """The `count` weights of each text that are largest by absolute value, as `encode(..., max_active_dims=count)`.
+
+    Of equal weights the lower dimension stays. None keeps all.
+    """
+    if count is None:
+        return vectors
+    rows = np.repeat(np.arange(vectors.shape[0]), np.diff(vectors.indptr))
+    order = np.lexsort((vectors.indices, -np.abs(vectors.data), rows))  # text by text, heaviest first
+    kept = order[np.arange(vectors.nnz) - vectors.indptr[rows] < count]
+    return sp.csr_matrix((vectors.data[kept], (rows[kept], vectors.indices[kept])), shape=vectors.shape)
+
+
+def flops(query: sp.csr_matrix, document: sp.csr_matrix) -> float:
+    """Products expected per pair of a query and a passage: Σ p_query(j) · p_document(j) (arXiv 2004.05665)."""
+    return float((query.getnnz(axis=0) / query.shape[0]) @ (document.getnnz(axis=0) / document.shape[0]))
+
+
+def judged_here(
+    queries: dict[str, str], passages: dict[str, str], relevant: dict[str, dict[str, int]]
+) -> dict[str, dict[str, int]]:
+    """Relevance among these queries and passages, for the queries that have a relevant passage among them."""
+    found = {
+        query: {passage: grade for passage, grade in relevant.get(query, {}).items() if passage in passages}
+        for query in queries
+    }
+    return {query: grades for query, grades in found.items() if any(grade > 0 for grade in grades.values())}
+
+
+def mean_ndcg(
+    found: Iterator[tuple[np.ndarray, np.ndarray]],
+    queries: list[str],
+    passages: list[str],
+    judged: dict[str, dict[str, int]],
+) -> float:
+    """nDCG@10 over the judged queries. found: numbers and scores of the best passages of every query."""
+    ranking = {
+        query: {passages[number]: float(score) for number, score in zip(numbers, scores, strict=True)}
+        for query, (numbers, scores) in zip(queries, found, strict=True)
+    }
+    return fmean(ndcg_per_query(Ranking(ranking, judged)).values())
+
+
+def sparsity_lines(values: dict[str, Any]) -> Iterator[str]:
+    """Both routes, then a table of what pruning saves and costs."""
+    for route, found in values["routes"].items():
+        active = found["active_dims"]
+        yield (
+            f"sparsity    {route}: {active['mean']:.0f} active dims (p50 {active['p50']:.0f}, p95 {active['p95']:.0f}, "
+            f"max {active['max']}) of {values['dimensions']:,} in {found['texts']:,} texts; "
+            f"{found['never_active_share']:.0%} of dims never active"
+        )
+        terms = ", ".join(f"{row['term']} {row['share']:.0%}" for row in found["most_frequent"][:8])
+        yield f"            in most texts: {terms or 'none'}"
+    passages = values["routes"]["document"]["texts"]
+    judged = values["judged_queries"]
+    within = f"nDCG@10 of {judged:,} queries within these {passages:,} passages" if judged else "no relevance is known"
+    table = "            {:>9}   {:>7}   {:>8}   {:>9}   {:>7}   {}"
+    yield table.format("dims kept", "query", "document", "index", "FLOPS", within)
+    for row in values["pruned"]:
+        yield table.format(
+            row["max_active_dims"] or "all",
+            f"{row['query_active_dims']:.1f}",
+            f"{row['document_active_dims']:.1f}",
+            f"{row['index_bytes'] / 1e6:.1f} MB",
+            f"{row['flops']:.2f}",
+            f"{row['ndcg_at_10']:.4f}" if judged else "",
+        ).rstrip()
