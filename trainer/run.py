@@ -55,6 +55,11 @@ class Run:
         return self.folder / "final"
 
     @property
+    def training_texts(self) -> Path:
+        """Every different text that was trained on, by data set."""
+        return self.folder / "training_texts.parquet"
+
+    @property
     def id(self) -> str:
         """Tells this run's checkpoints from those of another."""
         return self.manifest["id"]

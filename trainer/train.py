@@ -96,6 +96,8 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             steps=schedule.steps,
         )
 
+        data.write_texts(run.training_texts)
+
         # 5. Score before training
         before = run.manifest.get("before") if checkpoint else None
         before = before or _score(model, evaluator, run, "before", say)

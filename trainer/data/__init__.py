@@ -1,10 +1,12 @@
 """Loads the data sets of a config: clean rows, triplets apart from pairs, held-out rows, and the batch order."""
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 
 from trainer.beir import SearchSet, has_split, is_beir, read_search_set
@@ -84,6 +86,23 @@ class TrainingData:
         """What the manifest keeps of every set."""
         return {name: asdict(summary) for name, summary in self.summaries.items()}
 
+    def write_texts(self, file: Path) -> None:
+        """Store every different training text per data set, to measure its overlap with evaluation data later."""
+        schema = pa.schema([("dataset", pa.string()), ("text", pa.string())])
+        aside = file.with_name(f".{file.name}")
+        with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
+            for name, halves in self.halves.items():
+                columns = [
+                    column.cast(pa.string())
+                    for half in halves
+                    for column in self.train[half].with_format("arrow")[:].itercolumns()
+                ]
+                texts = pc.unique(
+                    pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
+                )
+                writer.write_table(pa.table({"dataset": pa.repeat(name, len(texts)), "text": texts}, schema))
+        aside.replace(file)
+
     def texts(self, *roles: str) -> list[str]:
         """Every different training text in the given columns, in a fixed order."""
         found: dict[str, None] = {}
@@ -113,8 +132,6 @@ def load_data(config: Config, missing: dict[str, HubUnreachable] | None = None) 
 
 
 def _search_folder(folder: str) -> SearchSet:
-    from pathlib import Path
-
     path = Path(folder).expanduser()
     if not is_beir(path) or not has_split(path, "dev"):
         raise ConfigError(f"evaluation.search: {folder} is not a folder in BEIR layout with a dev split")
