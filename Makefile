@@ -17,7 +17,7 @@ SETS    := $(foreach pair,$(SET),--set '$(pair)')
 # An MPS kernel that does not exist yet runs on the CPU instead of raising.
 export PYTORCH_ENABLE_MPS_FALLBACK ?= 1
 
-.PHONY: help train resume check show bm25 tensorboard test lint smoke bench lock schema clean
+.PHONY: help train resume eval check show bm25 tensorboard test lint smoke bench lock schema clean
 .DEFAULT_GOAL := help
 
 help: ## this help
@@ -38,8 +38,12 @@ check: $(VENV)/.ok ## print the plan of CONFIG without training
 show: $(VENV)/.ok ## print CONFIG flat, each value with its origin
 	@$(BIN)/python -m trainer show $(CONFIG) $(SETS)
 
-bm25: $(VENV)/.ok ## nDCG@10 of BM25 on a folder in BEIR layout: DATA=folder LANGUAGE=no|da|sv
-	@$(BIN)/python -m evaluate bm25 $(DATA) $(if $(LANGUAGE),--language $(LANGUAGE))
+eval: $(VENV)/.ok ## measure the run of CONFIG, or MODEL=path: TASKS=… BASELINE=results DENSE=model
+	@$(BIN)/python -m evaluate run $(if $(MODEL),--model '$(MODEL)',$(CONFIG)) $(if $(TASKS),--tasks '$(TASKS)') \
+	  $(if $(LANGUAGE),--language $(LANGUAGE)) $(foreach file,$(BASELINE),--baseline '$(file)') $(if $(DENSE),--dense '$(DENSE)') $(ARGS)
+
+bm25: $(VENV)/.ok ## nDCG@10 of BM25: TASKS=folder:no (BEIR layout) or mteb tasks
+	@$(BIN)/python -m evaluate bm25 --tasks '$(TASKS)'
 
 tensorboard: $(VENV)/.ok ## watch runs at http://127.0.0.1:6006
 	@$(BIN)/tensorboard --logdir models --host 127.0.0.1 --port 6006
@@ -56,6 +60,7 @@ smoke: $(VENV)/.ok ## train two steps of the quickstart
 
 bench: $(VENV)/.dev ## measured ratios: tests/benchmarks
 	@$(BIN)/python -m tests.benchmarks.batches
+	@$(BIN)/python -m tests.benchmarks.search
 
 lock: ## remake the hash-locked requirement files (needs uv)
 	@$(REQ)/lock.sh

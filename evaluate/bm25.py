@@ -1,37 +1,62 @@
 """BM25, the baseline a search team already has, with the analysis of its language."""
 
-from collections.abc import Mapping
-from math import log2
+import logging
+from collections.abc import Iterator
 
 import bm25s
+import numpy as np
 import Stemmer
+from bm25s.tokenization import STOPWORDS_NORWEGIAN, STOPWORDS_SWEDISH
 
-from trainer.beir import SearchSet
+from evaluate.search import SearchSystem
+from trainer.config import ConfigError
 
-STEMMERS = {"no": "norwegian", "nb": "norwegian", "nn": "norwegian", "da": "danish", "sv": "swedish"}
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG when imported
+
 # Lucene's defaults, which Elasticsearch and OpenSearch share.
 K1, B = 1.2, 0.75
 
+# Snowball's list, as Lucene's DanishAnalyzer uses it; bm25s has none for Danish.
+STOPWORDS_DANISH = """
+og i jeg det at en den til er som på de med han af for ikke der var mig sig men et har om vi min havde ham hun nu over
+da fra du ud sin dem os op man hans hvor eller hvad skal selv her alle vil blev kunne ind når være dog noget ville jo
+deres efter ned skulle denne end dette mit også under have dig anden hende mine alt meget sit sine vor mod disse hvis
+din nogle hos blive mange ad bliver hendes været thi jer sådan
+"""
 
-def search(found: SearchSet, language: str | None, depth: int = 10) -> dict[str, list[str]]:
-    """The ids of the best passages of every query, best first. With a language, words are stemmed; no stop words."""
-    stemmer = Stemmer.Stemmer(STEMMERS[language]) if language else None
-
-    def tokenize(texts: list[str]):
-        return bm25s.tokenize(texts, stopwords=None, stemmer=stemmer, show_progress=False)
-
-    index = bm25s.BM25(k1=K1, b=B, method="lucene")
-    index.index(tokenize(list(found.corpus.values())), show_progress=False)
-    depth = min(depth, len(found.corpus))
-    ranks, _ = index.retrieve(tokenize(list(found.queries.values())), k=depth, show_progress=False)
-    passages = list(found.corpus)
-    return {query: [passages[i] for i in row] for query, row in zip(found.queries, ranks, strict=True)}
+# Snowball stemmer and stop words, by ISO 639-3 code.
+ANALYSIS: dict[str, tuple[str, list[str]]] = {
+    "nob": ("norwegian", list(STOPWORDS_NORWEGIAN)),
+    "nno": ("norwegian", list(STOPWORDS_NORWEGIAN)),
+    "nor": ("norwegian", list(STOPWORDS_NORWEGIAN)),
+    "dan": ("danish", STOPWORDS_DANISH.split()),
+    "swe": ("swedish", list(STOPWORDS_SWEDISH)),
+}
 
 
-def mean_ndcg(ranked: Mapping[str, list[str]], relevant: Mapping[str, set[str]], depth: int = 10) -> float:
-    """Mean nDCG at `depth` with binary relevance, over the queries that have a relevant passage."""
-    total = 0.0
-    for query, wanted in relevant.items():
-        gain = sum(1 / log2(place + 2) for place, passage in enumerate(ranked[query][:depth]) if passage in wanted)
-        total += gain / sum(1 / log2(place + 2) for place in range(min(depth, len(wanted))))
-    return total / len(relevant)
+class BM25(SearchSystem):
+    """Stemmed and without stop words in the task's language; in an unknown language words are taken as they are."""
+
+    def __init__(self, name: str = "bm25"):
+        super().__init__(name)
+
+    def index_texts(self, texts: list[str], language: str | None) -> None:
+        """Choose the analysis and index."""
+        stemmer, self.stopwords = ANALYSIS.get(language or "", (None, []))
+        self.stemmer = Stemmer.Stemmer(stemmer) if stemmer else None
+        self.count = len(texts)
+        words = self.tokenize(texts)
+        if not any(words.ids):
+            raise ConfigError("no passage has a word to search for")
+        self.ranker = bm25s.BM25(k1=K1, b=B, method="lucene")
+        self.ranker.index(words, show_progress=False)
+
+    def search_texts(self, texts: list[str], depth: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Passages that share no word with the query score 0 and are left out."""
+        numbers, scores = self.ranker.retrieve(self.tokenize(texts), k=min(depth, self.count), show_progress=False)
+        for row, values in zip(numbers, scores, strict=True):
+            yield row[values > 0], values[values > 0]
+
+    def tokenize(self, texts: list[str]):
+        """Lower-cased words, analysed; bm25s keeps the vocabulary."""
+        return bm25s.tokenize(texts, stopwords=self.stopwords, stemmer=self.stemmer, show_progress=False)

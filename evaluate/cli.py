@@ -1,33 +1,184 @@
-"""python -m evaluate: bm25."""
+"""python -m evaluate: run, mteb, bm25, sparsity, hybrid, latency, leakage, compare, report.
 
+Heavy imports are inside the commands, so help and errors are quick.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from trainer.beir import has_split, is_beir, read_search_set
-from trainer.config import ConfigError
+if TYPE_CHECKING:
+    from evaluate.session import Session
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def subject_options(command: Callable) -> Callable:
+    """CONFIG or --model, the tasks, and how to encode."""
+    for option in reversed(
+        (
+            click.argument("config", required=False, metavar="[CONFIG]"),
+            click.option("--model", "--model-path", help="A model instead of a run: a path, or a name on the hub."),
+            click.option("--revision", help="Commit of a model on the hub."),
+            click.option(
+                "--trust-remote-code", is_flag=True, help="Run code that comes with the model; needs a commit."
+            ),
+            click.option(
+                "--tasks", default="", help="Groups, mteb names, folders in BEIR layout; between commas or blanks."
+            ),
+            click.option(
+                "--language", type=click.Choice(["no", "nb", "nn", "da", "sv"]), help="Language of the folders."
+            ),
+            click.option("--batch-size", default=32, show_default=True, help="Texts encoded at a time."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def open_session(options: dict[str, Any]) -> "Session":
+    """The subject and tasks that a command's options name."""
+    quiet_libraries()
+    from evaluate.session import Session
+    from evaluate.subject import open_subject
+
+    subject = open_subject(options["config"], options["model"], options["revision"], options["trust_remote_code"])
+    return Session(subject, options["tasks"], options["language"], options["batch_size"], click.echo)
+
+
+def quiet_libraries() -> None:
+    """Errors only, no progress bars, no telemetry."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    logging.basicConfig(level=logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+class Group(click.Group):
+    """Also takes the spellings of older scripts: `--model-path M [--analyze_sparsity]` without a command."""
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        """Put the command in front that such arguments mean."""
+        if arguments and arguments[0].startswith("--model"):
+            command = "sparsity" if "--analyze_sparsity" in arguments else "mteb"
+            arguments = [command, *(argument for argument in arguments if argument != "--analyze_sparsity")]
+        return super().parse_args(context, arguments)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Measure baselines on search tasks."""
+    """Measure a sparse encoder: search quality beside BM25, sparsity, latency, overlap with its training data.
+
+    CONFIG is the name of a config that was trained (its run in models/ is measured), or --model names a model. Results go
+    into the run's eval/ folder, the report into report/.
+    """
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--split", default="dev", show_default=True, help="Split of the queries.")
-@click.option("--language", type=click.Choice(["no", "nb", "nn", "da", "sv"]), help="Stem words of this language.")
-def bm25(folder: Path, split: str, language: str | None) -> None:
-    """nDCG@10 of BM25 on FOLDER, a search set in BEIR layout."""
-    if not is_beir(folder) or not has_split(folder, split):
-        raise ConfigError(
-            f"{folder} is not a folder in BEIR layout with a split '{split}' (corpus.jsonl, qrels.{split}.tsv)"
-        )
-    from evaluate.bm25 import mean_ndcg, search
+@subject_options
+@click.option(
+    "--baseline", multiple=True, type=click.Path(path_type=Path), help="Results to compare with: file or folder."
+)
+@click.option("--dense", help="A dense SentenceTransformer to score and to fuse with: a path, or a name on the hub.")
+@click.option("--fail-on-leak", is_flag=True, help="Exit with 1 when training texts are in the evaluation data.")
+def run(baseline: tuple[Path, ...], dense: str | None, fail_on_leak: bool, **options: Any) -> None:
+    """Everything: scores of the model and of BM25, their fusion, sparsity, latency, overlap, comparison, report."""
+    session = open_session(options)
+    session.score()
+    session.score_bm25()
+    if dense:
+        session.score_dense(dense)
+    session.fuse(dense)
+    session.measure_sparsity()
+    session.measure_latency()
+    leaks = session.find_leaks()
+    session.compare(baseline)
+    session.report()
+    session.finish(leaks if fail_on_leak else 0)
 
-    found = read_search_set(folder, split, folder.name)
-    score = mean_ndcg(search(found, language), found.relevant)
-    how = f"stemmed ({language})" if language else "unstemmed"
-    click.echo(
-        f"BM25 {how} on {folder.name}: nDCG@10 {score:.4f}, {len(found.queries)} queries, {len(found.corpus)} passages"
-    )
+
+@main.command()
+@subject_options
+def mteb(**options: Any) -> None:
+    """Scores of the model on retrieval tasks of mteb and on local folders."""
+    session = open_session(options)
+    session.score()
+    session.finish()
+
+
+@main.command()
+@subject_options
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for the results when no model is named.")
+def bm25(output: Path | None, **options: Any) -> None:
+    """Scores of BM25 on the same tasks, with each language's stemmer and stop words."""
+    if options["config"] is None and options["model"] is None:
+        from evaluate.session import bm25_alone
+
+        quiet_libraries()
+        sys.exit(bm25_alone(options["tasks"], options["language"], output, click.echo))
+    session = open_session(options)
+    session.score_bm25()
+    session.finish()
+
+
+@main.command()
+@subject_options
+def sparsity(**options: Any) -> None:
+    """Active dims of queries and documents, FLOPS, frequent dims, index size, and what pruning costs."""
+    open_session(options).measure_sparsity()
+
+
+@main.command()
+@subject_options
+@click.option("--dense", help="Fuse with a dense SentenceTransformer too: a path, or a name on the hub.")
+def hybrid(dense: str | None, **options: Any) -> None:
+    """The model fused with BM25, and with a dense model, by reciprocal rank and by weighted scores."""
+    session = open_session(options)
+    session.score()
+    session.score_bm25()
+    if dense:
+        session.score_dense(dense)
+    session.fuse(dense)
+    session.finish()
+
+
+@main.command()
+@subject_options
+def latency(**options: Any) -> None:
+    """Time of encoding and exact search, beside BM25 in the same run."""
+    open_session(options).measure_latency()
+
+
+@main.command()
+@subject_options
+@click.option("--fail-on-leak", is_flag=True, help="Exit with 1 when training texts are in the evaluation data.")
+def leakage(fail_on_leak: bool, **options: Any) -> None:
+    """Training texts that are in the evaluation data, exactly or nearly."""
+    session = open_session(options)
+    leaks = session.find_leaks()
+    session.finish(leaks if fail_on_leak else 0)
+
+
+@main.command()
+@subject_options
+@click.option(
+    "--baseline", multiple=True, type=click.Path(path_type=Path), help="Results to compare with: file or folder."
+)
+def compare(baseline: tuple[Path, ...], **options: Any) -> None:
+    """The model's scores beside BM25's and any other results, with bootstrap intervals."""
+    open_session(options).compare(baseline)
+
+
+@main.command()
+@subject_options
+def report(**options: Any) -> None:
+    """One HTML page and a Markdown summary of all that was measured."""
+    open_session(options).report()

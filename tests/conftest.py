@@ -71,10 +71,11 @@ def trained(trained_once, tmp_path, monkeypatch):
 
 
 def run_trainer(folder: Path, *arguments: str, **kwargs) -> subprocess.CompletedProcess:
-    """python -m trainer in a process of its own, working in `folder`."""
+    """python -m trainer, or another module, in a process of its own, working in `folder`."""
+    module = kwargs.pop("module", "trainer")
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | kwargs.pop("env", {})
     return subprocess.run(
-        [sys.executable, "-m", "trainer", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,

@@ -283,6 +283,8 @@ class EvaluationConfig(Section):
     """Languages of NanoBEIR; there is no Danish one."""
     search: list[str] = []
     """Folders in BEIR layout with a dev split to search in, besides those among the data sets."""
+    mteb_tasks: list[str] = ["scandinavian"]
+    """What `make eval` scores by default: groups, mteb names, folders in BEIR layout (`folder:no` says its language)."""
     track_sparsity: bool = True
     """Log active dims, never-active dims and FLOPS, and watch for collapse."""
     log_decoded_samples: Count = 6

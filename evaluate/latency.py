@@ -1,0 +1,146 @@
+"""How long encoding and exact search take here, beside BM25 over the same passages in the same run."""
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from sentence_transformers import SparseEncoder
+
+from evaluate.bm25 import BM25
+from evaluate.search import InvertedIndex, SparseSearch, encode
+from trainer.config import ConfigError
+
+Item = TypeVar("Item")
+Clock = Callable[[], float]
+
+MAX_QUERIES = 200
+# Calls that are not timed: the first ones load code and caches.
+WARM_UP = 10
+# After so many seconds no further passages are encoded; those that are make up the corpus that is searched.
+ENCODING_SECONDS = 60
+# Batches encoded between two looks at the clock. The encoder sorts a call's texts by length, so more would pad less.
+BATCHES = 4
+DEPTH = 10
+
+
+def measure_latency(
+    model: SparseEncoder,
+    queries: Sequence[str],
+    passages: Sequence[str],
+    language: str | None,
+    batch_size: int = 32,
+    clock: Clock = time.perf_counter,
+) -> dict[str, Any]:
+    """Milliseconds per query for encoding and for the best 10 of the passages, one query at a time, and BM25's.
+
+    At most 200 queries, and as many passages as are encoded in a minute. `language` is an ISO 639-3 code, for BM25's
+    stemmer; `clock` gives seconds. BM25's search includes its analysis of the query, which the model's search does not:
+    that is its query encoding. Raises ConfigError when there is no query or no passage.
+    """
+    if not queries or not passages:
+        raise ConfigError(f"latency needs texts, and there are {len(queries)} queries and {len(passages)} passages")
+    queries = list(queries[:MAX_QUERIES])
+    compared = SparseSearch(model, "latency").compared
+
+    def encode_query(query: str) -> sp.csr_matrix:
+        return compared(encode(model, [query], "query", 1))
+
+    query_encoding = durations(encode_query, queries, clock)
+    vectors, seconds = encode_passages(model, passages, batch_size, clock)
+    passages = list(passages[: vectors.shape[0]])
+    index = InvertedIndex(compared(vectors))
+    encoded = [encode_query(query) for query in queries]
+    search = durations(lambda query: list(index.search(query, DEPTH)), encoded, clock)
+
+    bm25 = BM25()
+    start = clock()
+    bm25.index_texts(passages, language)
+    bm25_seconds = clock() - start
+    bm25_search = durations(lambda query: list(bm25.search_texts([query], DEPTH)), queries, clock)
+    return {
+        "passages": len(passages),
+        "queries": len(queries),
+        "threads": torch.get_num_threads(),
+        "device": str(model.device),
+        "machine": platform.platform(),
+        "model": {
+            "query_encoding_ms": percentiles(query_encoding),
+            "documents_per_second": len(passages) / seconds,
+            "search_ms": percentiles(search),
+            "index_bytes": index.bytes,
+            "peak_memory_gib": peak_memory_gib(),
+        },
+        "bm25": {
+            "index_documents_per_second": len(passages) / bm25_seconds,
+            "search_ms": percentiles(bm25_search),
+            "index_bytes": sum(bm25.ranker.scores[part].nbytes for part in ("data", "indices", "indptr")),
+        },
+    }
+
+
+def durations(call: Callable[[Item], Any], items: Sequence[Item], clock: Clock) -> list[float]:
+    """Milliseconds of a call on every item, after some that are not timed."""
+    for item in items[:WARM_UP]:
+        call(item)
+    found = []
+    for item in items:
+        start = clock()
+        call(item)
+        found.append((clock() - start) * 1000)
+    return found
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """The median, and what 95 and 99 of 100 stay below."""
+    return {f"p{share}": float(np.percentile(values, share)) for share in (50, 95, 99)}
+
+
+def encode_passages(
+    model: SparseEncoder, passages: Sequence[str], batch_size: int, clock: Clock
+) -> tuple[sp.csr_matrix, float]:
+    """Vectors [encoded, dimensions] of the passages whose turn comes within ENCODING_SECONDS, and the seconds taken."""
+    step = BATCHES * batch_size
+    encode(model, passages[:batch_size], "document", batch_size)
+    parts, start, seconds = [], clock(), 0.0
+    while len(parts) * step < len(passages) and seconds < ENCODING_SECONDS:
+        chunk = passages[len(parts) * step : (len(parts) + 1) * step]
+        parts.append(encode(model, chunk, "document", batch_size))
+        seconds = clock() - start
+    return sp.vstack(parts, format="csr"), seconds
+
+
+def peak_memory_gib() -> float:
+    """Most main memory the process has used since its start; a GPU's is not in it."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
+
+
+def latency_lines(values: dict[str, Any]) -> Iterator[str]:
+    """The model, BM25, and where it was measured."""
+    model, bm25 = values["model"], values["bm25"]
+    yield (
+        f"latency     query encoding {_ms(model['query_encoding_ms'])}, search {_ms(model['search_ms'])}; "
+        f"{model['documents_per_second']:,.0f} documents/s"
+    )
+    yield (
+        f"            BM25: search {_ms(bm25['search_ms'])} with analysis; "
+        f"{bm25['index_documents_per_second']:,.0f} documents/s"
+    )
+    yield (
+        f"            {values['queries']:,} queries one at a time, {values['passages']:,} passages "
+        f"({model['index_bytes'] / 1e6:.1f} MB, BM25 {bm25['index_bytes'] / 1e6:.1f} MB)"
+    )
+    yield (
+        f"            {values['device']} (threads: {values['threads']}), "
+        f"peak memory {model['peak_memory_gib']:.1f} GiB, {values['machine']}"
+    )
+
+
+def _ms(found: dict[str, float]) -> str:
+    return f"{found['p50']:.2f} ms (p95 {found['p95']:.2f}, p99 {found['p99']:.2f})"

@@ -1,0 +1,215 @@
+"""One evaluation: a subject, its tasks, and the parts in the order in which they build on each other."""
+
+import random
+import sys
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mteb.models import SearchEncoderWrapper, SentenceTransformerEncoderWrapper
+from sentence_transformers import SentenceTransformer, SparseEncoder
+
+from evaluate.bm25 import BM25, K1, B
+from evaluate.compare import baseline_name, compare, compare_lines
+from evaluate.hybrid import hybrid, hybrid_lines
+from evaluate.latency import latency_lines, measure_latency
+from evaluate.leakage import find_leaks, leakage_lines, write_into_card
+from evaluate.report import is_current, write_report
+from evaluate.results import EvalFolder, read_system
+from evaluate.scores import score_system
+from evaluate.search import SparseSearch, language_of
+from evaluate.sparsity import measure_sparsity, sparsity_lines
+from evaluate.subject import Subject
+from evaluate.tasks import load, select_tasks
+from evaluate.terms import terms_lines, top_terms
+from trainer.config import ConfigError
+from trainer.run import Run
+
+Say = Callable[[str], None]
+BM25_NAME = "bm25"
+BM25_FINGERPRINT = f"bm25s, Lucene, k1 {K1}, b {B}, stop words"
+# Texts that sparsity and latency are measured on: enough for percentiles, few enough for minutes on a CPU.
+MAX_QUERIES, MAX_PASSAGES = 1_000, 2_000
+
+
+class Session:
+    """Runs the parts, says what they found, and keeps it in the subject's eval folder."""
+
+    def __init__(self, subject: Subject, tasks: str, language: str | None, batch_size: int, say: Say):
+        self.subject, self.language, self.batch_size, self.say = subject, language, batch_size, say
+        self.folder = subject.results
+        configured = subject.config.evaluation.mteb_tasks if subject.config else ["scandinavian"]
+        self.task_names = tasks.replace(",", " ").split() or configured
+        self.any_failed = False
+
+    @cached_property
+    def model(self) -> SparseEncoder:
+        """The encoder, loaded when it is first needed."""
+        return self.subject.load()
+
+    def tasks(self) -> list[Any]:
+        """The tasks anew: mteb drops a task's data when it has run."""
+        return select_tasks(self.task_names, self.language)
+
+    def loaded_tasks(self) -> list[Any]:
+        """The tasks whose data can be had; the others count as failed. Raises ConfigError when there is none."""
+        tasks, failed = self.tasks(), {}
+        for task in tasks:
+            try:
+                load(task)
+            except ConfigError as error:
+                failed[task.metadata.name] = error.format_message()
+        self._note_failures("data", tasks, failed)
+        if len(failed) == len(tasks):
+            raise ConfigError(next(iter(failed.values())))
+        return [task for task in tasks if task.metadata.name not in failed]
+
+    # --------------------------------------------------------------------------------------- scores
+    def score(self) -> None:
+        """The model."""
+        self._score(
+            self.subject.name,
+            lambda: SparseSearch(self.model, self.subject.name, self.batch_size),
+            self.subject.fingerprint(),
+        )
+
+    def score_bm25(self) -> None:
+        """The lexical baseline."""
+        self._score(BM25_NAME, BM25, BM25_FINGERPRINT)
+
+    def score_dense(self, source: str) -> None:
+        """A dense model, by cosine or what it says itself."""
+        self._score(dense_name(source), lambda: load_dense(source), source)
+
+    def _score(self, name: str, make_search: Callable[[], Any], fingerprint: str) -> None:
+        tasks = self.tasks()
+        self._note_failures(name, tasks, score_system(name, make_search, fingerprint, tasks, self.folder, self.say))
+
+    def _note_failures(self, name: str, tasks: list[Any], failed: dict[str, str]) -> None:
+        """Keep what failed, in place of what these tasks did before."""
+        known = self.folder.read_part("failed") or {}
+        tried = {task.metadata.name for task in tasks}
+        known[name] = {task: why for task, why in known.get(name, {}).items() if task not in tried} | failed
+        self.folder.write_part("failed", {system: rows for system, rows in known.items() if rows})
+        self.any_failed |= bool(failed)
+
+    def fuse(self, dense: str | None) -> None:
+        """The model with BM25, and with the dense model if there is one."""
+        found = []
+        for other in (BM25_NAME, *([dense_name(dense)] if dense else [])):
+            done = [task.metadata.name for task in self.tasks() if self._has_run(task, self.subject.name, other)]
+            if done:
+                found.append(hybrid(self.folder, self.subject.name, other, done))
+        self._keep("hybrid", found, (line for values in found for line in hybrid_lines(values)))
+
+    def _has_run(self, task: Any, *systems: str) -> bool:
+        return all(self.folder.ranking_file(system, task.metadata.name).is_file() for system in systems)
+
+    # --------------------------------------------------------------------------------------- the model itself
+    def measure_sparsity(self) -> None:
+        """Active dims on the tasks' own queries and passages."""
+        queries, passages, relevant, _ = self._texts()
+        values = measure_sparsity(self.model, queries, passages, relevant, self.batch_size)
+        self._keep("sparsity", values, sparsity_lines(values))
+        terms = top_terms(self.model)
+        self._keep("terms", terms, terms_lines(terms))
+
+    def measure_latency(self) -> None:
+        """Time and memory, beside BM25."""
+        queries, passages, _, language = self._texts()
+        values = measure_latency(self.model, list(queries.values()), list(passages.values()), language, self.batch_size)
+        self._keep("latency", values, latency_lines(values))
+
+    def _texts(self) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]], str | None]:
+        """A sample over all tasks: queries, passages (all that are relevant, others at random), relevance, language."""
+        queries, passages, relevant = {}, {}, {}
+        languages = set()
+        for task in self.loaded_tasks():
+            for subset, splits in task.dataset.items():
+                languages.add(language_of(task.metadata, subset))
+                for split, data in splits.items():
+                    mark = f"{task.metadata.name}/{split}/{subset}/"
+                    queries |= {mark + row["id"]: row["text"] for row in data["queries"]}
+                    passages |= {
+                        mark + row["id"]: f"{row.get('title') or ''} {row['text']}".strip() for row in data["corpus"]
+                    }
+                    for query, judged in data["relevant_docs"].items():
+                        relevant[mark + query] = {mark + passage: value for passage, value in judged.items()}
+        chance = random.Random(0)
+        kept = sorted(chance.sample(sorted(queries), min(MAX_QUERIES, len(queries))))
+        relevant = {query: relevant[query] for query in kept if query in relevant}
+        needed = sorted({passage for judged in relevant.values() for passage in judged} & passages.keys())
+        others = sorted(passages.keys() - set(needed))
+        needed += chance.sample(others, min(len(others), max(0, MAX_PASSAGES - len(needed))))
+        language = languages.pop() if len(languages) == 1 else None
+        return {query: queries[query] for query in kept}, {name: passages[name] for name in needed}, relevant, language
+
+    def find_leaks(self) -> int:
+        """Training texts in the evaluation data; their number."""
+        texts = Run(self.subject.folder).training_texts
+        if self.subject.manifest is None:
+            self.say(
+                f"leakage     not measured: {self.subject.model} is no run of this project, so its data is not known"
+            )
+            return 0
+        values = find_leaks(texts, self.loaded_tasks())
+        self._keep("leakage", values, (f"{'leakage':<12}{line}" for line in leakage_lines(values)))
+        write_into_card(Path(self.subject.model) / "README.md", values)
+        return values["leaks"]
+
+    # --------------------------------------------------------------------------------------- together
+    def compare(self, baselines: tuple[Path, ...]) -> None:
+        """The model's scores beside all others in the folder and the baselines."""
+        systems = self.folder.systems()
+        own = systems.get(self.subject.name, {})
+        systems = {name: scores for name, scores in systems.items() if scores.keys() & own.keys()}
+        for path in baselines:
+            name = baseline_name(path)
+            if name in systems:
+                raise ConfigError(f"--baseline {path}: there is a system '{name}' already. Rename the file or folder")
+            systems[name] = read_system(path)
+        values = compare(self.subject.name, systems)
+        self._keep("compare", values, compare_lines(values))
+
+    def report(self) -> None:
+        """The page and the summary. An earlier comparison, perhaps with baselines, stays as long as it fits the scores."""
+        found = self.folder.read_part("compare")
+        if found is None or not is_current(found, self.folder.systems()):
+            self.compare(())
+        page = write_report(self.subject, self.folder.read_part("compare"))
+        self.say(f"report      {page} and {page.with_name('summary.md')}")
+
+    def _keep(self, part: str, values: Any, lines: Any) -> None:
+        for line in lines:
+            self.say(line)
+        self.folder.write_part(part, values)
+
+    def finish(self, leaks: int = 0) -> None:
+        """End with exit status 1 when a task failed, or when texts leaked that must not."""
+        if self.any_failed or leaks:
+            sys.exit(1)
+
+
+def bm25_alone(names: str, language: str | None, output: Path | None, say: Say) -> int:
+    """BM25 without any model; the number of tasks that failed."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = select_tasks(names.replace(",", " ").split(), language)
+        return len(score_system(BM25_NAME, BM25, BM25_FINGERPRINT, tasks, EvalFolder(output or Path(folder)), say))
+
+
+def dense_name(source: str) -> str:
+    """A dense model's name among the systems."""
+    return Path(source).name if Path(source).exists() else source.replace("/", "__")
+
+
+def load_dense(source: str) -> SearchEncoderWrapper:
+    """A dense model as mteb searches with it."""
+    try:
+        model = SentenceTransformer(source)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"--dense {source} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    model.model_card_data.model_name = dense_name(source)
+    return SearchEncoderWrapper(SentenceTransformerEncoderWrapper(model))

@@ -1,0 +1,222 @@
+"""python -m evaluate, from the command line to the files it leaves."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import semantic_search
+
+from evaluate.cli import main
+from evaluate.results import Ranking
+from evaluate.scores import ndcg_per_query
+from tests.checkpoints import write_dense
+from tests.conftest import ROOT, run_trainer
+from tests.test_eval_core import folder  # noqa: F401 (a fixture)
+from trainer.beir import read_search_set
+from trainer.data.sources import QUICKSTART
+
+
+def evaluate(where, *arguments):
+    """python -m evaluate in this process, working in `where`."""
+    with contextlib.chdir(where):
+        return CliRunner().invoke(main, arguments)
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained_once, tmp_path_factory):
+    """A finished run that was evaluated with everything, and what was printed."""
+    where = tmp_path_factory.mktemp("evaluated")
+    shutil.copytree(trained_once, where, dirs_exist_ok=True)
+    result = run_trainer(where, "run", "tiny.yaml", "--tasks", f"{QUICKSTART / 'search'}:no", module="evaluate")
+    assert result.returncode == 0, result.stderr
+    return where, result
+
+
+def test_one_command_measures_everything_into_the_runs_folder(evaluated):
+    where, result = evaluated
+    run = where / "models/tiny"
+    for part in ("sparsity", "latency", "leakage", "hybrid", "compare", "terms", "failed"):
+        assert (run / f"eval/{part}.json").is_file(), part
+    scores = {file.parent.name for file in (run / "eval/scores").rglob("*.json")}
+    assert scores == {"tiny", "bm25"}
+    assert (run / "report/index.html").is_file()
+    assert (run / "report/summary.md").is_file()
+    printed = result.stdout
+    for word in (
+        "tiny        search: nDCG@10 0.",
+        "bm25        search: nDCG@10 0.",
+        "hybrid ",
+        "sparsity ",
+        "latency ",
+        "leakage ",
+    ):
+        assert word in printed
+    assert "DEBUG" not in printed + result.stderr
+    assert json.loads((run / "eval/failed.json").read_text()) == {}
+
+
+def test_the_score_is_the_one_that_training_ended_with(evaluated):
+    where, _ = evaluated
+    row = json.loads((where / "models/tiny/eval/scores/tiny/search.json").read_text())["scores"]["dev"][0]
+    manifest = json.loads((where / "models/tiny/run.json").read_text())
+    assert row["ndcg_at_10"] == pytest.approx(manifest["after"]["quickstart_ndcg@10"], abs=2e-3)
+
+
+def test_the_model_card_says_how_much_evaluation_data_was_trained_on(evaluated):
+    where, _ = evaluated
+    card = (where / "models/tiny/final/README.md").read_text()
+    assert card.count("## Overlap with evaluation data") == 1
+    found = json.loads((where / "models/tiny/eval/leakage.json").read_text())
+    assert found["training_texts"] > 500
+    assert found["tasks"]["search"]["exact_queries"] == 0
+
+
+def test_a_second_run_keeps_what_is_finished(evaluated):
+    where, _ = evaluated
+    files = sorted((where / "models/tiny/eval/scores").rglob("*.json"))
+    before = [file.stat().st_mtime_ns for file in files]
+    again = evaluate(where, "mteb", "tiny.yaml", "--tasks", f"{QUICKSTART / 'search'}:no")
+    assert again.exit_code == 0, again.stderr
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_the_spellings_of_older_scripts_still_work(evaluated):
+    where, _ = evaluated
+    tasks = ["--tasks", f"{QUICKSTART / 'search'}:no"]
+    scores = evaluate(where, "--model-path", "models/tiny/final", *tasks)
+    assert (scores.exit_code, "tiny        search: nDCG@10 0." in scores.stdout) == (0, True)
+    sparsity = evaluate(where, "--model-path", "models/tiny/final", "--analyze_sparsity", *tasks)
+    assert (sparsity.exit_code, "sparsity " in sparsity.stdout) == (0, True)
+
+
+def test_a_planted_leak_fails_the_command_that_must_not_find_one(trained, folder):  # noqa: F811
+    file = trained / "models/tiny/training_texts.parquet"
+    texts = [*pq.read_table(file).to_pylist(), {"dataset": "planted", "text": "HVOR ligger  Mjøsa?"}]
+    pq.write_table(pa.Table.from_pylist(texts), file)
+    quiet = evaluate(trained, "leakage", "tiny.yaml", "--tasks", str(folder))
+    assert quiet.exit_code == 0, quiet.stderr
+    assert "leakage     four: 1 of 4 queries and 0 of 4 passages were trained on (exactly)" in quiet.stdout
+    strict = evaluate(trained, "leakage", "tiny.yaml", "--tasks", str(folder), "--fail-on-leak")
+    assert strict.exit_code == 1
+
+
+def test_a_failed_task_is_in_the_exit_status_and_the_report(trained, folder):  # noqa: F811
+    (folder / "corpus.jsonl").write_text("")
+    result = evaluate(trained, "mteb", "tiny.yaml", "--tasks", f"{folder} {QUICKSTART / 'search'}")
+    assert result.exit_code == 1
+    assert "four: FAILED (" in result.stdout
+    assert "no passages" in result.stdout
+    assert "tiny        search: nDCG@10 0." in result.stdout
+    assert json.loads((trained / "models/tiny/eval/failed.json").read_text())["tiny"].keys() == {"four"}
+
+
+def test_a_dense_model_is_scored_and_fused_beside_bm25(trained, tmp_path):
+    dense = write_dense(tmp_path / "dense-model")
+    result = evaluate(trained, "hybrid", "tiny.yaml", "--dense", str(dense), "--tasks", str(QUICKSTART / "search"))
+    assert result.exit_code == 0, result.output
+    pairs = json.loads((trained / "models/tiny/eval/hybrid.json").read_text())
+    assert [(pair["first"], pair["second"]) for pair in pairs] == [("tiny", "bm25"), ("tiny", "dense")]
+    expected = SentenceTransformer(str(dense), device="cpu")
+    data = read_search_set(QUICKSTART / "search", "dev", "search")
+    hits = semantic_search(
+        expected.encode(list(data.queries.values()), convert_to_tensor=True),
+        expected.encode(list(data.corpus.values()), convert_to_tensor=True),
+        top_k=10,
+    )
+    found = {
+        query: {list(data.corpus)[hit["corpus_id"]]: hit["score"] for hit in row}
+        for query, row in zip(data.queries, hits, strict=True)
+    }
+    relevant = {query: dict.fromkeys(passages, 1) for query, passages in data.relevant.items()}
+    ndcg = ndcg_per_query(Ranking(found, relevant))
+    assert pairs[1]["tasks"]["search"]["all"]["dense"] == pytest.approx(sum(ndcg.values()) / len(ndcg), abs=1e-3)
+
+
+def test_a_baseline_may_not_take_the_name_of_another_system(trained, folder):  # noqa: F811
+    assert evaluate(trained, "mteb", "tiny.yaml", "--tasks", str(folder)).exit_code == 0
+    assert evaluate(trained, "bm25", "tiny.yaml", "--tasks", str(folder)).exit_code == 0
+    shutil.copytree(trained / "models/tiny/eval/scores/bm25", trained / "other/bm25")
+    result = evaluate(trained, "compare", "tiny.yaml", "--baseline", "other/bm25")
+    assert (result.exit_code, "there is a system 'bm25' already" in result.stderr) == (2, True)
+    (trained / "other/bm25").rename(trained / "other/elastic")
+    result = evaluate(trained, "compare", "tiny.yaml", "--baseline", "other/elastic")
+    assert result.exit_code == 0, result.output
+    assert "against elastic: mean" in result.stdout
+
+
+def test_a_failure_stays_in_the_report_until_the_task_has_run(trained, folder):  # noqa: F811
+    tasks = ("tiny.yaml", "--tasks", str(folder))
+    corpus = (folder / "corpus.jsonl").read_text()
+    (folder / "corpus.jsonl").write_text("")
+    assert evaluate(trained, "mteb", *tasks).exit_code == 1
+    assert evaluate(trained, "mteb", "tiny.yaml", "--tasks", str(QUICKSTART / "search")).exit_code == 0
+    assert evaluate(trained, "report", *tasks).exit_code == 0
+    page = trained / "models/tiny/report/index.html"
+    assert "no passages" in page.read_text()
+    (folder / "corpus.jsonl").write_text(corpus)
+    assert evaluate(trained, "mteb", *tasks).exit_code == 0
+    assert evaluate(trained, "report", *tasks).exit_code == 0
+    assert "no passages" not in page.read_text()
+
+
+def test_a_report_keeps_the_comparison_with_baselines(trained, folder):  # noqa: F811
+    tasks = ("tiny.yaml", "--tasks", str(folder))
+    assert evaluate(trained, "mteb", *tasks).exit_code == 0
+    shutil.copytree(trained / "models/tiny/eval/scores/tiny", trained / "other/elastic")
+    assert evaluate(trained, "compare", *tasks, "--baseline", "other/elastic").exit_code == 0
+    assert evaluate(trained, "report", *tasks).exit_code == 0
+    assert "elastic" in (trained / "models/tiny/report/summary.md").read_text()
+
+
+def test_a_task_too_small_to_choose_a_weight_on_is_fused_and_reported_all_the_same(trained, folder):  # noqa: F811
+    tasks = ("tiny.yaml", "--tasks", str(folder))
+    fused = evaluate(trained, "hybrid", *tasks)
+    assert fused.exit_code == 0, fused.output
+    report = evaluate(trained, "report", *tasks)
+    assert report.exit_code == 0, report.output
+    assert "a weight needs 10 of each" in (trained / "models/tiny/report/index.html").read_text()
+
+
+def test_bm25_needs_no_model(tmp_path, folder):  # noqa: F811
+    result = evaluate(tmp_path, "bm25", "--tasks", f"{folder}:no")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("bm25        four: nDCG@10 ")
+
+
+def test_the_hub_being_unreachable_is_one_line_per_task_and_status_1(trained):
+    result = evaluate(trained, "bm25", "--tasks", "NorQuadRetrieval")
+    assert result.exit_code == 1
+    (line,) = result.stdout.strip().splitlines()
+    assert line.startswith("bm25        NorQuadRetrieval: FAILED (the data of NorQuadRetrieval cannot be loaded: ")
+
+
+@pytest.mark.parametrize(
+    "arguments,line",
+    [
+        (("run",), "Error: say what to evaluate"),
+        (("run", "nothing"), "Error: there is no config 'nothing'"),
+        (("run", "tiny.yaml", "--tasks", "NorQuadRetrival"), "Did you mean 'NorQuadRetrieval'?"),
+        (("compare", "tiny.yaml", "--baseline", "none.json"), "Error: there are no results at none.json"),
+        (
+            ("sparsity", "--model", "some/model", "--tasks", f"{QUICKSTART}/search"),
+            "Error: some/model cannot be loaded: ",
+        ),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line_and_status_2(trained, arguments, line):
+    result = evaluate(trained, *arguments)
+    assert result.exit_code == 2
+    assert line in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_help_is_quick_because_heavy_libraries_are_imported_inside_commands():
+    code = "import sys, evaluate.cli; sys.exit(any(name in sys.modules for name in ('torch', 'mteb', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
