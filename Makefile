@@ -43,7 +43,7 @@ eval: $(VENV)/.ok ## measure the run of CONFIG, or MODEL=path: TASKS=… BASELIN
 	  $(if $(LANGUAGE),--language $(LANGUAGE)) $(foreach file,$(BASELINE),--baseline '$(file)') $(if $(DENSE),--dense '$(DENSE)') $(ARGS)
 
 bm25: $(VENV)/.ok ## nDCG@10 of BM25: TASKS=folder:no (BEIR layout) or mteb tasks
-	@$(BIN)/python -m evaluate bm25 --tasks '$(TASKS)'
+	@$(BIN)/python -m evaluate bm25 --tasks '$(TASKS)' $(if $(LANGUAGE),--language $(LANGUAGE)) $(ARGS)
 
 tensorboard: $(VENV)/.ok ## watch runs at http://127.0.0.1:6006
 	@$(BIN)/tensorboard --logdir models --host 127.0.0.1 --port 6006

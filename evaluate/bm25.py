@@ -43,6 +43,7 @@ class BM25(SearchSystem):
     def index_texts(self, texts: list[str], language: str | None) -> None:
         """Choose the analysis and index."""
         stemmer, self.stopwords = ANALYSIS.get(language or "", (None, []))
+        self.note = f"{stemmer} stems, no stop words" if stemmer else "words as they are: no single language is said"
         self.stemmer = Stemmer.Stemmer(stemmer) if stemmer else None
         self.count = len(texts)
         words = self.tokenize(texts)

@@ -32,7 +32,13 @@ def subject_options(command: Callable) -> Callable:
             click.option(
                 "--language", type=click.Choice(["no", "nb", "nn", "da", "sv"]), help="Language of the folders."
             ),
-            click.option("--batch-size", default=32, show_default=True, help="Texts encoded at a time."),
+            click.option(
+                "--batch-size",
+                default=32,
+                type=click.IntRange(min=1),
+                show_default=True,
+                help="Texts encoded at a time.",
+            ),
         )
     ):
         command = option(command)
@@ -67,7 +73,7 @@ class Group(click.Group):
 
     def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
         """Put the command in front that such arguments mean."""
-        if arguments and arguments[0].startswith("--model"):
+        if any(argument.startswith("--model") for argument in arguments[:2]) and arguments[0].startswith("--"):
             command = "sparsity" if "--analyze_sparsity" in arguments else "mteb"
             arguments = [command, *(argument for argument in arguments if argument != "--analyze_sparsity")]
         return super().parse_args(context, arguments)
@@ -87,20 +93,22 @@ def main() -> None:
 @click.option(
     "--baseline", multiple=True, type=click.Path(path_type=Path), help="Results to compare with: file or folder."
 )
-@click.option("--dense", help="A dense SentenceTransformer to score and to fuse with: a path, or a name on the hub.")
+@click.option("--dense", help="A dense model to score and to fuse with: a path, or a hub name, org/model@revision.")
 @click.option("--fail-on-leak", is_flag=True, help="Exit with 1 when training texts are in the evaluation data.")
 def run(baseline: tuple[Path, ...], dense: str | None, fail_on_leak: bool, **options: Any) -> None:
     """Everything: scores of the model and of BM25, their fusion, sparsity, latency, overlap, comparison, report."""
     session = open_session(options)
+    session.require(baseline, dense)
     session.score()
     session.score_bm25()
     if dense:
-        session.score_dense(dense)
-    session.fuse(dense)
-    session.measure_sparsity()
-    session.measure_latency()
-    leaks = session.find_leaks()
-    session.compare(baseline)
+        session.attempt(lambda: session.score_dense(dense), "dense")
+    session.attempt(lambda: session.fuse(dense), "hybrid")
+    session.attempt(session.measure_sparsity, "sparsity")
+    session.attempt(session.measure_latency, "latency")
+    is_run = session.subject.manifest is not None
+    leaks = session.attempt(session.find_leaks, "leakage") if is_run or fail_on_leak else 0
+    session.attempt(lambda: session.compare(baseline), "compare")
     session.report()
     session.finish(leaks if fail_on_leak else 0)
 
@@ -133,15 +141,18 @@ def bm25(output: Path | None, **options: Any) -> None:
 @subject_options
 def sparsity(**options: Any) -> None:
     """Active dims of queries and documents, FLOPS, frequent dims, index size, and what pruning costs."""
-    open_session(options).measure_sparsity()
+    session = open_session(options)
+    session.measure_sparsity()
+    session.finish()
 
 
 @main.command()
 @subject_options
-@click.option("--dense", help="Fuse with a dense SentenceTransformer too: a path, or a name on the hub.")
+@click.option("--dense", help="Fuse with a dense model too: a path, or a hub name, org/model@revision.")
 def hybrid(dense: str | None, **options: Any) -> None:
     """The model fused with BM25, and with a dense model, by reciprocal rank and by weighted scores."""
     session = open_session(options)
+    session.require(dense=dense)
     session.score()
     session.score_bm25()
     if dense:
@@ -154,7 +165,9 @@ def hybrid(dense: str | None, **options: Any) -> None:
 @subject_options
 def latency(**options: Any) -> None:
     """Time of encoding and exact search, beside BM25 in the same run."""
-    open_session(options).measure_latency()
+    session = open_session(options)
+    session.measure_latency()
+    session.finish()
 
 
 @main.command()

@@ -31,6 +31,9 @@ def compare(main: str, systems: dict[str, System], seed: int = 0, resamples: int
     tasks: dict[str, dict[str, TaskScore]] = {}
     for name in names:
         for task, score in systems[name].items():
+            own = systems[main].get(task)
+            if own and own.parts and own.parts.keys() < score.parts.keys():  # a result of more languages or splits
+                score = score.restricted_to(own.parts)
             tasks.setdefault(task, {})[name] = score
     return {
         "main": main,
@@ -48,7 +51,9 @@ def _against(
     for task, row in tasks.items():
         if main in row and other in row:
             own, their = languages_of(row[main]), languages_of(row[other])
-            if own and their and own != their:  # means over different subsets of a multilingual task
+            if reason := other_data(row[main], row[other]):
+                missing.append(f"{task} ({reason})")
+            elif own and their and own != their:  # means over different subsets of a multilingual task
                 missing.append(f"{task} ({main} in {', '.join(sorted(own))}; {other} in {', '.join(sorted(their))})")
             else:
                 found[task] = _difference(row[main], row[other], seed, resamples)
@@ -66,7 +71,17 @@ def _against(
         "losses": sum(sign < 0 for sign in signs),
         "ties": sum(sign == 0 for sign in signs),
         "missing": missing,
+        "mteb": sorted({str(tasks[task][name].mteb_version) for task in found for name in (main, other)} - {"None"}),
     }
+
+
+def other_data(own: TaskScore, other: TaskScore) -> str | None:
+    """Why two scores are not of the same data, as far as their files say; None when they may be."""
+    if own.revision and other.revision and own.revision != other.revision:
+        return f"other data: revision {own.revision[:12]} and {other.revision[:12]}"
+    if own.parts and other.parts and own.parts.keys() != other.parts.keys() and own.languages == other.languages:
+        return f"other splits: {', '.join(own.parts)} and {', '.join(other.parts)}"
+    return None
 
 
 def _difference(own: TaskScore, other: TaskScore, seed: int, resamples: int) -> dict[str, float]:
@@ -135,6 +150,8 @@ def compare_lines(values: dict[str, Any]) -> Iterator[str]:
             f"            against {other}: mean {found['mean_delta']:+.3f} over {len(details)} of "
             f"{_count(len(details) + len(found['missing']), 'task', 'tasks')}, {', '.join(counts)}; {', '.join(details)}"
         )
+        if len(found.get("mteb", [])) > 1:
+            yield f"            made by different versions of mteb: {', '.join(found['mteb'])}"
         if found["missing"]:
             yield f"            missing: {_shortened(found['missing'])}"
 

@@ -3,7 +3,8 @@
 import gzip
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,18 +20,34 @@ class TaskScore:
     """How well one system does on one task.
 
     `metrics` are means over the task's splits and languages, from 0 to 1. `per_query` holds nDCG@10 under
-    `split/subset/query id`; it is empty for results that do not carry it, such as mteb's own.
+    `split/subset/query id`; it is empty for results that do not carry it, such as mteb's own. `parts` holds nDCG@10 and the
+    languages by `split/subset`, `note` what the system says of how it searched.
     """
 
     task: str
     languages: tuple[str, ...]
     metrics: dict[str, float]
     per_query: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, tuple[float, tuple[str, ...]]] = field(default_factory=dict)
+    revision: str | None = None
+    mteb_version: str | None = None
+    note: str = ""
 
     @property
     def main(self) -> float:
         """nDCG@10."""
         return self.metrics[MAIN_METRIC]
+
+    def restricted_to(self, parts: Collection[str]) -> "TaskScore":
+        """The score on these splits and subsets alone, all of which it must have."""
+        kept = {part: self.parts[part] for part in parts}
+        return replace(
+            self,
+            languages=tuple(dict.fromkeys(language for _, languages in kept.values() for language in languages)),
+            metrics={MAIN_METRIC: fmean(value for value, _ in kept.values())},
+            per_query={query: value for query, value in self.per_query.items() if query.rpartition("/")[0] in kept},
+            parts=kept,
+        )
 
 
 System = dict[str, TaskScore]
@@ -67,8 +84,11 @@ class EvalFolder:
         file = self.ranking_file(system, task)
         if not file.is_file():
             raise ConfigError(f"{system} has not been run on {task}: there is no {file}")
-        with gzip.open(file, "rt", encoding="utf-8") as data:
-            return {part: Ranking(**values) for part, values in json.load(data).items()}
+        try:
+            with gzip.open(file, "rt", encoding="utf-8") as data:
+                return {part: Ranking(**values) for part, values in json.load(data).items()}
+        except (OSError, EOFError, ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{file} cannot be read: {error}. Remove it to have the task run again") from None
 
     def write_rankings(self, system: str, task: str, rankings: dict[str, Ranking]) -> None:
         """Store what a system found."""
@@ -76,6 +96,17 @@ class EvalFolder:
         file.parent.mkdir(parents=True, exist_ok=True)
         with gzip.open(file, "wt", encoding="utf-8") as data:
             json.dump({part: asdict(ranking) for part, ranking in rankings.items()}, data)
+
+    def remove(self, system: str, task: str) -> None:
+        """Forget what a system scored on a task."""
+        for file in (self.score_file(system, task), self.query_file(system, task), self.ranking_file(system, task)):
+            file.unlink(missing_ok=True)
+
+    def made_with(self, system: str, task: str) -> dict[str, str]:
+        """What a task's score was measured with; empty when that is not known."""
+        file = self.query_file(system, task)
+        values = read_json(file) if file.is_file() else {}
+        return values.get("made_with", {}) if isinstance(values, dict) else {}
 
     def write_part(self, part: str, values: dict[str, Any]) -> Path:
         """Store what one part found: sparsity, latency, leakage, hybrid, compare."""
@@ -90,7 +121,7 @@ class EvalFolder:
 
     def systems(self) -> dict[str, System]:
         """Every system's scores by task."""
-        folders = sorted((self.folder / "scores").glob("*/"))
+        folders = [folder for folder in sorted((self.folder / "scores").glob("*/")) if any(folder.glob("*.json"))]
         return {folder.name: read_system(folder) for folder in folders}
 
 
@@ -122,25 +153,39 @@ def read_score(file: Path) -> TaskScore:
     values = read_json(file)
     try:
         rows = [row for rows in values["scores"].values() for row in rows]
+        parts = {
+            f"{split}/{row.get('hf_subset', 'default')}": (
+                row.get(MAIN_METRIC, row["main_score"]),
+                tuple(row["languages"]),
+            )
+            for split, found in values["scores"].items()
+            for row in found
+        }
         languages = tuple(dict.fromkeys(language for row in rows for language in row["languages"]))
         metrics = {name: fmean(row[name] for row in rows) for name in METRICS if all(name in row for row in rows)}
         metrics.setdefault(MAIN_METRIC, fmean(row["main_score"] for row in rows))
         if not all(map(math.isfinite, metrics.values())):
             raise ValueError("a score is not a number")
-        task = values["task_name"]
+        task, version = str(values["task_name"]), values.get("mteb_version")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         version = values.get("mteb_version") if isinstance(values, dict) else None
         by = f" (written by mteb {version})" if version else ""
         raise ConfigError(
             f"{file}{by} is not a result of mteb 2 or of this project: {type(error).__name__} {error}"
         ) from None
-    return TaskScore(task, languages, metrics, _per_query(file))
+    per_query, note = _per_query(file)
+    return TaskScore(task, languages, metrics, per_query, parts, values.get("dataset_revision"), version, note)
 
 
-def _per_query(file: Path) -> dict[str, float]:
-    """The scores per query beside a score file of ours: eval/scores/… has a twin eval/per_query/…."""
+def _per_query(file: Path) -> tuple[dict[str, float], str]:
+    """The scores per query and the note beside a score file of ours: eval/scores/… has a twin eval/per_query/…."""
     twin = file.parents[2] / "per_query" / file.parent.name / file.name if len(file.parents) > 2 else file
-    return read_json(twin)[MAIN_METRIC] if twin != file and twin.is_file() else {}
+    if twin == file or not twin.is_file():
+        return {}, ""
+    values = read_json(twin)
+    if not isinstance(values, dict) or not isinstance(values.get(MAIN_METRIC), dict):
+        raise ConfigError(f"{twin} holds no scores per query. Remove it to have the task run again")
+    return values[MAIN_METRIC], values.get("note", "")
 
 
 def read_json(file: Path) -> Any:
@@ -152,8 +197,11 @@ def read_json(file: Path) -> Any:
 
 
 def write_json(file: Path, values: Any) -> None:
-    """Write a file aside and put it in place, so that it is there whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}")
-    aside.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(file)
+    """Write a file aside and put it in place, so that it is there whole or not at all. Raises ConfigError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f".{file.name}")
+        aside.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.replace(file)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}") from None

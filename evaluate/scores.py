@@ -7,7 +7,7 @@ import mteb
 import pytrec_eval
 from mteb.abstasks import AbsTaskRetrieval
 
-from evaluate.results import MAIN_METRIC, EvalFolder, Ranking, TaskScore, read_json, read_score, write_json
+from evaluate.results import MAIN_METRIC, EvalFolder, Ranking, TaskScore, read_score, write_json
 from evaluate.tasks import load
 from trainer.config import ConfigError
 
@@ -27,11 +27,20 @@ def score_system(
     """Score a system on every task into the folder. Returns what failed: the reason by task.
 
     A task is finished when its result was made by the same system (`fingerprint`), the same data and this mteb; it is
-    not run again. `make_search` gives mteb's SearchProtocol; it is called when a task is to be run.
+    not run again. What another state of the system scored is removed, also on other tasks: scores of two models must not
+    stand in one column. `make_search` gives mteb's SearchProtocol; it is called when a task is to be run.
     """
     search, failed = None, {}
+    for file in sorted(folder.score_file(name, "any").parent.glob("*.json")):
+        if folder.made_with(name, file.stem).get("system") != fingerprint:
+            folder.remove(name, file.stem)
     for task in tasks:
-        mark = {"system": fingerprint, "data": task.metadata.dataset["revision"], "mteb": mteb.__version__}
+        mark = {
+            "system": fingerprint,
+            "data": task.metadata.dataset["revision"],
+            "languages": ", ".join(task.languages),
+            "mteb": mteb.__version__,
+        }
         score = finished(folder, name, task.metadata.name, mark)
         if score is None:
             search = search or make_search()
@@ -40,16 +49,17 @@ def score_system(
             except Exception as error:  # one task's failure is reported, and the others go on
                 kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
                 failed[task.metadata.name] = kind + " ".join(str(error).split())[:300]
+                folder.remove(name, task.metadata.name)
                 say(f"{name:<12}{task.metadata.name}: FAILED ({failed[task.metadata.name]})")
                 continue
-        say(f"{name:<12}{task.metadata.name}: nDCG@10 {score.main:.4f}")
+        say(f"{name:<12}{task.metadata.name}: nDCG@10 {score.main:.4f}" + (f" ({score.note})" if score.note else ""))
     return failed
 
 
 def finished(folder: EvalFolder, system: str, task: str, mark: dict[str, str]) -> TaskScore | None:
     """A task's earlier score, when it was measured with what this mark says."""
     files = [kind(system, task) for kind in (folder.score_file, folder.query_file, folder.ranking_file)]
-    if not all(file.is_file() for file in files) or read_json(files[1])["made_with"] != mark:
+    if not all(file.is_file() for file in files) or folder.made_with(system, task) != mark:
         return None
     return read_score(files[0])
 
@@ -73,7 +83,8 @@ def _run(name: str, search: Any, task: AbsTaskRetrieval, folder: EvalFolder, mar
     file = folder.score_file(name, task.metadata.name)
     file.parent.mkdir(parents=True, exist_ok=True)
     result.task_results[0].to_disk(file)
-    write_json(folder.query_file(name, task.metadata.name), {"made_with": mark, MAIN_METRIC: per_query})
+    note = getattr(search, "note", "")
+    write_json(folder.query_file(name, task.metadata.name), {"made_with": mark, "note": note, MAIN_METRIC: per_query})
     return read_score(file)
 
 

@@ -11,7 +11,8 @@ from mteb.models.model_meta import ModelMeta
 from sentence_transformers import SparseEncoder
 from sklearn.preprocessing import normalize
 
-Ranking = dict[str, dict[str, float]]
+# Scores of the best passages by query.
+Found = dict[str, dict[str, float]]
 
 # Texts encoded at a time: their vectors exist as torch tensors before they become sparse rows.
 CHUNK = 2_000
@@ -67,6 +68,8 @@ def encode(model: SparseEncoder, texts: Sequence[str], route: str, batch_size: i
 class SearchSystem:
     """What mteb's SearchProtocol needs, but for index_texts and search_texts."""
 
+    note = ""  # how it searches, where that depends on the task
+
     def __init__(self, name: str):
         self.name = name
         self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": f"local/{name}", "revision": "local"})
@@ -91,7 +94,7 @@ class SearchSystem:
         top_ranked=None,
         num_proc=None,
         **kwargs,
-    ) -> Ranking:
+    ) -> Found:
         """mteb's call: scores of the best passages by query id."""
         found = self.search_texts(list(queries["text"]), top_k)
         return {

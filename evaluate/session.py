@@ -4,9 +4,11 @@ import random
 import sys
 from collections.abc import Callable
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import mteb
 from mteb.models import SearchEncoderWrapper, SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer, SparseEncoder
 
@@ -20,15 +22,17 @@ from evaluate.results import EvalFolder, read_system
 from evaluate.scores import score_system
 from evaluate.search import SparseSearch, language_of
 from evaluate.sparsity import measure_sparsity, sparsity_lines
-from evaluate.subject import Subject
+from evaluate.subject import Subject, fingerprint_of
 from evaluate.tasks import load, select_tasks
 from evaluate.terms import terms_lines, top_terms
-from trainer.config import ConfigError
+from trainer.config import ConfigError, is_commit
 from trainer.run import Run
 
 Say = Callable[[str], None]
 BM25_NAME = "bm25"
-BM25_FINGERPRINT = f"bm25s, Lucene, k1 {K1}, b {B}, stop words"
+BM25_FINGERPRINT = f"bm25s {version('bm25s')}, Lucene, k1 {K1}, b {B}, stop words"
+# Names that a model may not have: they stand for something else among the systems and fusions.
+RESERVED = (BM25_NAME, "rrf", "weighted", "data")
 # Texts that sparsity and latency are measured on: enough for percentiles, few enough for minutes on a CPU.
 MAX_QUERIES, MAX_PASSAGES = 1_000, 2_000
 
@@ -42,6 +46,10 @@ class Session:
         configured = subject.config.evaluation.mteb_tasks if subject.config else ["scandinavian"]
         self.task_names = tasks.replace(",", " ").split() or configured
         self.any_failed = False
+        if subject.name in RESERVED:
+            raise ConfigError(
+                f"the model is called '{subject.name}', which is the name of something else. Rename its folder"
+            )
 
     @cached_property
     def model(self) -> SparseEncoder:
@@ -60,6 +68,7 @@ class Session:
                 load(task)
             except ConfigError as error:
                 failed[task.metadata.name] = error.format_message()
+                self.say(f"{'data':<12}{task.metadata.name}: FAILED ({error.format_message()})")
         self._note_failures("data", tasks, failed)
         if len(failed) == len(tasks):
             raise ConfigError(next(iter(failed.values())))
@@ -71,7 +80,7 @@ class Session:
         self._score(
             self.subject.name,
             lambda: SparseSearch(self.model, self.subject.name, self.batch_size),
-            self.subject.fingerprint(),
+            self.subject.fingerprint,
         )
 
     def score_bm25(self) -> None:
@@ -80,7 +89,30 @@ class Session:
 
     def score_dense(self, source: str) -> None:
         """A dense model, by cosine or what it says itself."""
-        self._score(dense_name(source), lambda: load_dense(source), source)
+        name, revision = split_dense(source)
+        trust = self.subject.trust_remote_code
+        self._score(dense_name(source), lambda: load_dense(source, trust), fingerprint_of(name, revision))
+
+    def require(self, baselines: tuple[Path, ...] = (), dense: str | None = None) -> None:
+        """Raise ConfigError for what would otherwise fail after hours of scoring."""
+        for path in baselines:
+            read_system(path)
+        if dense:
+            if dense_name(dense) in (self.subject.name, *RESERVED):
+                raise ConfigError(
+                    f"--dense {dense}: its results would be those of '{dense_name(dense)}'. Rename the folder"
+                )
+            fingerprint_of(*split_dense(dense))
+        self.folder.write_part("failed", self.folder.read_part("failed") or {})
+
+    def attempt(self, part: Callable[[], Any], name: str) -> Any:
+        """Run one part of several; what stops it is said and counts as a failure, and the others go on."""
+        try:
+            return part()
+        except ConfigError as error:
+            self.say(f"{name:<12}not done: {error.format_message()}")
+            self.any_failed = True
+            return None
 
     def _score(self, name: str, make_search: Callable[[], Any], fingerprint: str) -> None:
         tasks = self.tasks()
@@ -149,10 +181,7 @@ class Session:
         """Training texts in the evaluation data; their number."""
         texts = Run(self.subject.folder).training_texts
         if self.subject.manifest is None:
-            self.say(
-                f"leakage     not measured: {self.subject.model} is no run of this project, so its data is not known"
-            )
-            return 0
+            raise ConfigError(f"{self.subject.model} is no run of this project: what it was trained on is not known")
         values = find_leaks(texts, self.loaded_tasks())
         self._keep("leakage", values, (f"{'leakage':<12}{line}" for line in leakage_lines(values)))
         write_into_card(Path(self.subject.model) / "README.md", values)
@@ -174,8 +203,8 @@ class Session:
 
     def report(self) -> None:
         """The page and the summary. An earlier comparison, perhaps with baselines, stays as long as it fits the scores."""
-        found = self.folder.read_part("compare")
-        if found is None or not is_current(found, self.folder.systems()):
+        found, systems = self.folder.read_part("compare"), self.folder.systems()
+        if self.subject.name in systems and (found is None or not is_current(found, systems)):
             self.compare(())
         page = write_report(self.subject, self.folder.read_part("compare"))
         self.say(f"report      {page} and {page.with_name('summary.md')}")
@@ -191,25 +220,41 @@ class Session:
             sys.exit(1)
 
 
-def bm25_alone(names: str, language: str | None, output: Path | None, say: Say) -> int:
-    """BM25 without any model; the number of tasks that failed."""
+def bm25_alone(names: str, language: str | None, output: Path | None, say: Say) -> bool:
+    """BM25 without any model; the exit status: 1 when a task failed."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
         tasks = select_tasks(names.replace(",", " ").split(), language)
-        return len(score_system(BM25_NAME, BM25, BM25_FINGERPRINT, tasks, EvalFolder(output or Path(folder)), say))
+        return bool(score_system(BM25_NAME, BM25, BM25_FINGERPRINT, tasks, EvalFolder(output or Path(folder)), say))
+
+
+def split_dense(source: str) -> tuple[str, str | None]:
+    """Name and revision of `org/model@revision`; a local folder has none."""
+    if Path(source).exists():
+        return source, None
+    name, _, revision = source.partition("@")
+    return name, revision or None
 
 
 def dense_name(source: str) -> str:
     """A dense model's name among the systems."""
-    return Path(source).name if Path(source).exists() else source.replace("/", "__")
+    name, _ = split_dense(source)
+    return Path(name).resolve().name if Path(name).exists() else name.replace("/", "__")
 
 
-def load_dense(source: str) -> SearchEncoderWrapper:
-    """A dense model as mteb searches with it."""
+def load_dense(source: str, trust_remote_code: bool) -> SearchEncoderWrapper:
+    """A dense model as mteb searches with it: with the prompts of mteb's registry where it is in there (e5 needs them).
+
+    Its own code runs only for a pinned commit, `org/model@commit`, beside a subject that is trusted too.
+    """
+    name, revision = split_dense(source)
     try:
-        model = SentenceTransformer(source)
-    except (OSError, ValueError, ImportError) as error:
+        if name in {meta.name for meta in mteb.get_model_metas()}:
+            return SearchEncoderWrapper(mteb.get_model(name, **({"revision": revision} if revision else {})))
+        trust = trust_remote_code and is_commit(revision)
+        model = SentenceTransformer(name, revision=revision, trust_remote_code=trust)
+    except Exception as error:  # whatever the hub, mteb's loaders or the model's own code raise
         raise ConfigError(f"--dense {source} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
     model.model_card_data.model_name = dense_name(source)
     return SearchEncoderWrapper(SentenceTransformerEncoderWrapper(model))

@@ -2,14 +2,20 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi, try_to_load_from_cache
+from safetensors import SafetensorError
 from sentence_transformers import SparseEncoder
 
 from evaluate.results import EvalFolder, read_json
 from trainer.config import Config, ConfigError, find_config, is_commit, is_local, load_config
 from trainer.run import MODELS
+
+# Files that make a model what it is.
+CONTENT = (".json", ".safetensors", ".bin", ".txt", ".model", ".py")
 
 
 @dataclass(frozen=True)
@@ -34,29 +40,43 @@ class Subject:
         """Where the report goes."""
         return self.folder / "report"
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Changes when the model does: its commit on the hub, or a hash of its files."""
-        if not Path(self.model).is_dir():
-            return f"{self.model}@{self.revision}"
-        digest = hashlib.sha256()
-        for file in sorted(Path(self.model).rglob("*")):
-            if file.is_file() and file.suffix in (".json", ".safetensors", ".txt", ".py"):
-                digest.update(file.name.encode())
-                with file.open("rb") as data:
-                    digest.update(hashlib.file_digest(data, "sha256").digest())
-        return digest.hexdigest()
+        """Changes when the model does."""
+        return fingerprint_of(self.model, self.revision)
 
     def load(self) -> SparseEncoder:
         """The encoder. Raises ConfigError when it cannot be loaded or is not sparse."""
         require_sparse(self.model)
         try:
             model = SparseEncoder(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"{self.model} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
         if not any(".sparse_encoder." in type(module).__module__ for module in model.modules() if module is not model):
             raise ConfigError(f"{self.model} is not a sparse encoder: its vectors have no zeros")
         model.model_card_data.model_name = self.name  # mteb's name for it: unnamed models would share results
         return model
+
+
+def fingerprint_of(model: str, revision: str | None) -> str:
+    """A hash of a local model's files, or a hub model's commit. Raises ConfigError when the hub cannot say it."""
+    folder = Path(model)
+    if not folder.is_dir():
+        known = try_to_load_from_cache(model, "modules.json", revision=revision)
+        if isinstance(known, str):
+            return f"{model}@{Path(known).parent.name}"
+        try:
+            return f"{model}@{HfApi().model_info(model, revision=revision, timeout=10).sha}"
+        except Exception as error:  # whatever the hub and its transport raise
+            raise ConfigError(f"{model} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder)
+        if inside.parts[0] not in ("eval", "report") and file.suffix in CONTENT and file.is_file():
+            digest.update(str(inside).encode())
+            with file.open("rb") as data:
+                digest.update(hashlib.file_digest(data, "sha256").digest())
+    return digest.hexdigest()
 
 
 def require_sparse(model: str) -> None:
@@ -83,6 +103,8 @@ def open_subject(
             raise ConfigError(f"{folder} holds no trained model. Train it first: make train CONFIG={config}")
         return _run(folder)
     if not is_local(model):
+        if model.startswith("models/"):
+            raise ConfigError(f"there is no model at {model}")
         if trust_remote_code and not is_commit(revision):
             raise ConfigError(
                 "--trust-remote-code runs code that comes with the model, so --revision must be a full commit"

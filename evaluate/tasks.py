@@ -11,7 +11,7 @@ from datasets import Dataset
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from trainer.beir import has_split, is_beir, read_search_set
+from trainer.beir import has_split, is_beir, read_json_lines, read_search_set
 from trainer.config import ConfigError, did_you_mean
 
 NORWEGIAN = ("NorQuadRetrieval", "SNLRetrieval")
@@ -44,7 +44,9 @@ def select_tasks(names: list[str], language: str | None = None) -> list[AbsTaskR
     chosen: dict[str, AbsTaskRetrieval] = {}
     for name in names:
         for task in _tasks_of(name, language):
-            chosen.setdefault(task.metadata.name, task)
+            other = chosen.setdefault(task.metadata.name, task)
+            if getattr(other, "folder", None) != getattr(task, "folder", None):
+                raise ConfigError(f"two tasks are called '{task.metadata.name}'. Rename one of the folders")
     if not chosen:
         raise ConfigError(f"no task is named. Groups: {', '.join(GROUPS)}")
     return list(chosen.values())
@@ -87,7 +89,7 @@ def local_task(folder: Path, language: str | None) -> AbsTaskRetrieval:
     task_class = type(
         f"{name}Task", (LocalTask,), {"metadata": _metadata(name, split, digest.hexdigest()[:40], language)}
     )
-    return task_class(folder, split)
+    return task_class(folder.resolve(), split)
 
 
 def load(task: AbsTaskRetrieval) -> dict[str, dict[str, Any]]:
@@ -120,14 +122,15 @@ class LocalTask(AbsTaskRetrieval):
         if self.data_loaded:
             return
         found = read_search_set(self.folder, self.split, self.metadata.name)
+        rows = [row for _, row in read_json_lines(self.folder / "corpus.jsonl")]
         self.dataset = {
             "default": {
                 self.split: {
                     "corpus": Dataset.from_dict(
                         {
-                            "id": list(found.corpus),
-                            "title": [""] * len(found.corpus),
-                            "text": list(found.corpus.values()),
+                            "id": [str(row["_id"]) for row in rows],
+                            "title": [row.get("title") or "" for row in rows],
+                            "text": [row["text"] or "" for row in rows],
                         }
                     ),
                     "queries": Dataset.from_dict({"id": list(found.queries), "text": list(found.queries.values())}),

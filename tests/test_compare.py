@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import mteb
@@ -319,3 +320,38 @@ def test_a_system_alone_is_a_table_without_differences():
         "compare     nDCG@10      main",
         "            a (nob)    0.6000",
     ]
+
+
+def result(value, revision="abc", version="2.26.24", **parts):
+    rows = {
+        split: [{"ndcg_at_10": x, "main_score": x, "hf_subset": "default", "languages": ["nob-Latn"]}]
+        for split, x in parts.items()
+    }
+    return {"task_name": "T", "dataset_revision": revision, "mteb_version": version, "scores": rows} | value
+
+
+def read(tmp_path, name, **values):
+    file = tmp_path / f"{name}.json"
+    file.write_text(json.dumps(result({}, **values)))
+    return read_system(file)
+
+
+def test_results_on_other_data_or_other_splits_are_missing_and_extra_splits_are_left_out(tmp_path):
+    own = read(tmp_path, "own", test=0.5)
+    wider = compare("own", {"own": own, "wider": read(tmp_path, "wider", test=0.4, validation=0.9)})
+    assert wider["against"]["wider"]["mean_delta"] == pytest.approx(0.1)
+    same = read(tmp_path, "same", test=0.1)
+    for name, values, reason in (
+        ("data", {"revision": "xyz", "test": 0.4}, "T (other data: revision abc and xyz)"),
+        ("split", {"validation": 0.4}, "T (other splits: test/default and validation/default)"),
+    ):
+        other = read(tmp_path, name, **values)
+        with pytest.raises(ConfigError, match=re.escape(reason)):
+            compare("own", {"own": own, "same": same, name: other})
+
+
+def test_results_of_another_version_of_mteb_are_said_in_a_line(tmp_path):
+    systems = {"own": read(tmp_path, "own", test=0.5), "old": read(tmp_path, "old", test=0.4, version="1.20.0")}
+    assert "            made by different versions of mteb: 1.20.0, 2.26.24" in list(
+        compare_lines(compare("own", systems))
+    )

@@ -9,7 +9,9 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import semantic_search
 
@@ -19,8 +21,10 @@ from evaluate.scores import ndcg_per_query
 from tests.checkpoints import write_dense
 from tests.conftest import ROOT, run_trainer
 from tests.test_eval_core import folder  # noqa: F401 (a fixture)
+from tests.test_models import build
 from trainer.beir import read_search_set
 from trainer.data.sources import QUICKSTART
+from trainer.models import save_model
 
 
 def evaluate(where, *arguments):
@@ -92,8 +96,10 @@ def test_the_spellings_of_older_scripts_still_work(evaluated):
     tasks = ["--tasks", f"{QUICKSTART / 'search'}:no"]
     scores = evaluate(where, "--model-path", "models/tiny/final", *tasks)
     assert (scores.exit_code, "tiny        search: nDCG@10 0." in scores.stdout) == (0, True)
-    sparsity = evaluate(where, "--model-path", "models/tiny/final", "--analyze_sparsity", *tasks)
-    assert (sparsity.exit_code, "sparsity " in sparsity.stdout) == (0, True)
+    for model in (["--model-path", "models/tiny/final"], ["--model-path=models/tiny"]):
+        for flags in ([*model, "--analyze_sparsity"], ["--analyze_sparsity", *model]):
+            sparsity = evaluate(where, *flags, *tasks)
+            assert (sparsity.exit_code, "sparsity " in sparsity.stdout) == (0, True)
 
 
 def test_a_planted_leak_fails_the_command_that_must_not_find_one(trained, folder):  # noqa: F811
@@ -184,6 +190,61 @@ def test_a_task_too_small_to_choose_a_weight_on_is_fused_and_reported_all_the_sa
     assert "a weight needs 10 of each" in (trained / "models/tiny/report/index.html").read_text()
 
 
+def test_a_dense_model_may_not_take_the_runs_name_and_changed_weights_are_scored_again(trained, tmp_path):
+    dense = write_dense(tmp_path / "dense-model").rename(tmp_path / "tiny")
+    tasks = ("--tasks", str(QUICKSTART / "search"))
+    refused = evaluate(trained, "hybrid", "tiny.yaml", "--dense", str(dense), *tasks)
+    assert (refused.exit_code, "Rename the folder" in refused.stderr) == (2, True)
+    assert not (trained / "models/tiny/eval/scores").exists()
+    dense = dense.rename(tmp_path / "other")
+    scores = trained / "models/tiny/eval/scores/other/search.json"
+    evaluate(trained, "hybrid", "tiny.yaml", "--dense", str(dense), *tasks)
+    before = scores.read_text()
+    weights = load_file(dense / "model.safetensors")
+    save_file(
+        {name: torch.randn_like(tensor) for name, tensor in weights.items()},
+        dense / "model.safetensors",
+        {"format": "pt"},
+    )
+    evaluate(trained, "hybrid", "tiny.yaml", "--dense", str(dense), *tasks)
+    assert scores.read_text() != before
+
+
+def test_a_part_that_cannot_run_is_said_and_the_report_is_written_all_the_same(trained, folder):  # noqa: F811
+    (trained / "models/tiny/training_texts.parquet").unlink()
+    result = evaluate(trained, "run", "tiny.yaml", "--tasks", str(folder))
+    assert result.exit_code == 1
+    assert "leakage     not done: " in result.stdout
+    assert "against bm25: mean" in result.stdout
+    assert (trained / "models/tiny/report/index.html").is_file()
+
+
+def test_a_baseline_that_is_not_there_stops_before_anything_is_scored(trained, folder):  # noqa: F811
+    result = evaluate(trained, "run", "tiny.yaml", "--tasks", str(folder), "--baseline", "none.json")
+    assert (result.exit_code, "nDCG" in result.stdout) == (2, False)
+
+
+@pytest.mark.parametrize("part", ["sparsity", "latency", "leakage"])
+def test_a_task_whose_data_is_spoilt_is_said_and_in_the_exit_status_of_every_part(trained, folder, part):  # noqa: F811
+    (folder / "corpus.jsonl").write_text("")
+    result = evaluate(trained, part, "tiny.yaml", "--tasks", f"{folder} {QUICKSTART / 'search'}")
+    assert result.exit_code == 1
+    assert "data        four: FAILED (" in result.stdout
+
+
+def test_a_gate_that_cannot_measure_does_not_pass(trained, folder):  # noqa: F811
+    shutil.copytree(trained / "models/tiny/final", trained / "plain")
+    result = evaluate(trained, "leakage", "--model", "./plain", "--tasks", str(folder), "--fail-on-leak")
+    assert (result.exit_code, "is no run of this project" in result.stderr) == (2, True)
+
+
+def test_a_csr_model_is_measured_too(tmp_path, folder):  # noqa: F811
+    save_model(build(tmp_path, write_dense(tmp_path / "base"), "csr"), tmp_path / "csr")
+    result = evaluate(tmp_path, "run", "--model", "./csr", "--tasks", str(folder))
+    assert result.exit_code == 0, result.output
+    assert "dimensions are no words" in (tmp_path / "csr/report/index.html").read_text()
+
+
 def test_bm25_needs_no_model(tmp_path, folder):  # noqa: F811
     result = evaluate(tmp_path, "bm25", "--tasks", f"{folder}:no")
     assert result.exit_code == 0, result.stderr
@@ -202,6 +263,7 @@ def test_the_hub_being_unreachable_is_one_line_per_task_and_status_1(trained):
     [
         (("run",), "Error: say what to evaluate"),
         (("run", "nothing"), "Error: there is no config 'nothing'"),
+        (("run", "--model", "models/typo"), "Error: there is no model at models/typo"),
         (("run", "tiny.yaml", "--tasks", "NorQuadRetrival"), "Did you mean 'NorQuadRetrieval'?"),
         (("compare", "tiny.yaml", "--baseline", "none.json"), "Error: there are no results at none.json"),
         (

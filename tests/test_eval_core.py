@@ -269,6 +269,66 @@ def test_two_models_of_one_name_never_share_a_result(tmp_path, folder):
         assert results.systems()["model"]["four"].main == expected
 
 
+def test_a_language_said_later_is_another_measurement(tmp_path, folder):
+    results = EvalFolder(tmp_path / "eval")
+    for name, stems in ((str(folder), "words as they are"), (f"{folder}:no", "norwegian stems")):
+        said = []
+        score_system("bm25", BM25, "bm25", select_tasks([name]), results, said.append)
+        assert stems in said[0]
+        assert results.systems()["bm25"]["four"].note in said[0]
+
+
+def test_scores_of_an_earlier_model_do_not_stay_beside_those_of_the_present(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "other")
+    results = EvalFolder(tmp_path / "eval")
+    score_system("m", BM25, "old", select_tasks([str(folder), str(tmp_path / "other")]), results, LINES.append)
+    assert results.systems()["m"].keys() == {"four", "other"}
+    score_system("m", BM25, "new", select_tasks([str(folder)]), results, LINES.append)
+    assert results.systems()["m"].keys() == {"four"}
+    (folder / "corpus.jsonl").write_text("")
+    score_system("m", BM25, "new", select_tasks([str(folder)]), results, LINES.append)
+    assert results.systems() == {}
+
+
+@pytest.mark.parametrize("text", ["{}", "[]"])
+def test_a_spoilt_result_is_measured_again(tmp_path, folder, text):
+    results = EvalFolder(tmp_path / "eval")
+    for _ in range(2):
+        assert score_system("bm25", BM25, "bm25", select_tasks([str(folder)]), results, LINES.append) == {}
+        assert len(results.systems()["bm25"]["four"].per_query) == 4
+        results.query_file("bm25", "four").write_text(text)
+    with pytest.raises(ConfigError, match=r"holds no scores per query. Remove it"):
+        results.systems()
+
+
+def test_damaged_rankings_are_one_line(tmp_path, folder):
+    results = EvalFolder(tmp_path / "eval")
+    score_system("bm25", BM25, "bm25", select_tasks([str(folder)]), results, LINES.append)
+    results.ranking_file("bm25", "four").write_bytes(b"no gzip")
+    with pytest.raises(ConfigError, match=r"four.json.gz cannot be read: .* Remove it"):
+        results.rankings("bm25", "four")
+
+
+def test_two_folders_of_one_name_are_refused_and_one_given_twice_is_one_task(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "deeper/four")
+    assert len(select_tasks([str(folder), f"{folder}/"])) == 1
+    with pytest.raises(ConfigError, match=r"two tasks are called 'four'. Rename one of the folders"):
+        select_tasks([str(folder), str(tmp_path / "deeper/four")])
+
+
+def test_titles_of_a_folder_stay_apart_from_their_texts_and_are_searched_with_them(folder):
+    rows = [json.loads(line) for line in (folder / "corpus.jsonl").read_text().splitlines()]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row | {"title": "Overskrift"}) + "\n" for row in rows))
+    (task,) = select_tasks([str(folder)])
+    corpus = load(task)["default"]["dev"]["corpus"]
+    assert corpus["title"] == ["Overskrift"] * 4
+    assert corpus["text"] == DOCUMENTS
+    system = BM25()
+    system.index(corpus, task_metadata=task.metadata, hf_split="dev", hf_subset="default", encode_kwargs={})
+    ((numbers, _),) = system.search_texts(["overskrift"], 10)
+    assert sorted(numbers) == [0, 1, 2, 3]
+
+
 # ---------------------------------------------------------------------------------- results on disk
 def test_results_of_mteb_itself_are_read(tmp_path):
     """As `mteb.evaluate` leaves them below its cache."""
@@ -322,11 +382,21 @@ def test_a_run_is_found_by_its_folder_and_by_its_model(trained):
     assert subject.load().model_card_data.model_name == "tiny"
 
 
+def test_results_beside_a_model_do_not_change_its_fingerprint(trained):
+    shutil.copytree("models/tiny/final", "plain")
+    before = open_subject(None, "./plain").fingerprint
+    for name in ("eval/scores/x.json", "report/page.json"):
+        file = trained / "plain" / name
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+    assert open_subject(None, "./plain").fingerprint == before
+
+
 def test_another_model_has_another_fingerprint(tmp_path, trained):
-    before = open_subject(None, "models/tiny").fingerprint()
-    assert open_subject(None, "models/tiny").fingerprint() == before
+    before = open_subject(None, "models/tiny").fingerprint
+    assert open_subject(None, "models/tiny").fingerprint == before
     (trained / "models/tiny/final/router_config.json").write_text("{}")
-    assert open_subject(None, "models/tiny").fingerprint() != before
+    assert open_subject(None, "models/tiny").fingerprint != before
 
 
 @pytest.mark.parametrize(

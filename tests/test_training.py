@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -114,6 +115,14 @@ def test_the_final_model_is_the_best_checkpoint_not_the_last(trained_once):
     assert scores[int(found["best_checkpoint"].rpartition("-")[2])] == best
     final, chosen = weights(trained_once / RUN / "final"), weights(trained_once / found["best_checkpoint"])
     assert all(torch.equal(final[name], chosen[name]) for name in final)
+
+
+def test_a_run_keeps_every_text_it_was_trained_on_once_per_data_set(trained):
+    rows = pq.read_table(trained / RUN / "training_texts.parquet").to_pylist()
+    data = load_data(load_config(trained / "tiny.yaml").config)
+    assert {row["text"] for row in rows} == set(data.texts("anchor", "positive", "negative"))
+    assert {row["dataset"] for row in rows} == set(data.halves)
+    assert len({(row["dataset"], row["text"]) for row in rows}) == len(rows)
 
 
 def test_a_checkpoint_that_is_sealed_again_is_complete(tmp_path):

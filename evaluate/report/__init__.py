@@ -92,6 +92,7 @@ class ScoreTable:
     scores: dict[str, dict[str, float]]
     languages: dict[str, tuple[str, ...]]
     failed: dict[str, dict[str, str]]
+    notes: list[str]
 
     @property
     def common(self) -> list[str]:
@@ -131,7 +132,13 @@ def build_table(
     order = sorted({system for row in scores.values() for system in row}, key=lambda name: (name != main, name))
     tried = {task for tasks in failed.values() for task in tasks}
     scores = {task: scores.get(task, {}) for task in sorted(scores.keys() | tried)}
-    return ScoreTable(main, order, scores, languages, failed)
+    notes: dict[str, list[str]] = {}
+    for name, system in systems.items():
+        for task, score in system.items():
+            if score.note:
+                notes.setdefault(f"{name}: {score.note}", []).append(task)
+    found = [f"{note} ({', '.join(tasks)})" for note, tasks in notes.items()]
+    return ScoreTable(main, order, scores, languages, failed, found)
 
 
 def is_current(compare: dict[str, Any], systems: dict[str, System]) -> bool:

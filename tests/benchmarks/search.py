@@ -58,6 +58,10 @@ def best_time(search: Callable[[], Found]) -> tuple[float, Found]:
     return min(seconds) * 1000 / QUERIES, found
 
 
+# How much faster than the library exact search must be.
+GOAL = 10
+
+
 def check_same(ours: Found, theirs: Found) -> None:
     """Raise when scores differ, or passages other than those that tie with the last one."""
     for number, ((ids, scores), (other_ids, other_scores)) in enumerate(zip(ours, theirs, strict=True)):
@@ -113,6 +117,8 @@ def main() -> None:
         memory = f"{found['bytes'] / 1e6:,.0f} MB ({found['bytes'] / PASSAGES:,.0f} B per passage)"
         print(f"| {names[name]} | {found['query_ms']:.2f} ms | {found['ratio']:.0f} | {memory} |")
     print(json.dumps(results))
+    if results["COO"]["ratio"] < GOAL:
+        raise RuntimeError(f"search is less than {GOAL} times as fast as the library's")
 
 
 if __name__ == "__main__":
