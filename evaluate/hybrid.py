@@ -8,7 +8,7 @@ from typing import Any, Literal
 from mteb.models import HybridSearch
 
 from evaluate.results import EvalFolder, Ranking
-from evaluate.scores import ndcg_per_query
+from evaluate.scores import mean_ndcg
 from evaluate.search import SearchSystem
 from trainer.config import ConfigError
 
@@ -112,11 +112,6 @@ def keep(parts: Parts, half: Literal["dev", "test"]) -> Parts:
         if relevant:
             kept[part] = Ranking({query: ranking.found.get(query, {}) for query in relevant}, relevant)
     return kept
-
-
-def mean_ndcg(parts: Parts) -> float:
-    """nDCG@10 as mteb reports it for a task: the mean over the splits and subsets, each the mean over its queries."""
-    return fmean(fmean(ndcg_per_query(ranking).values()) for ranking in parts.values())
 
 
 def hybrid_lines(values: dict[str, Any]) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Runs a search system on tasks through mteb, and keeps what is finished."""
 
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import mteb
@@ -100,6 +101,11 @@ def ndcg_per_query(ranking: Ranking) -> dict[str, float]:
     """nDCG@10 of every query, by trec_eval; a query that found nothing scores 0."""
     scores = pytrec_eval.RelevanceEvaluator(ranking.relevant, {"ndcg_cut.10"}).evaluate(ranking.found)
     return {query: scores[query]["ndcg_cut_10"] if query in scores else 0.0 for query in ranking.relevant}
+
+
+def mean_ndcg(parts: dict[str, Ranking]) -> float:
+    """nDCG@10 as mteb reports it for a task: the mean over its splits and subsets, each the mean over its queries."""
+    return fmean(fmean(ndcg_per_query(ranking).values()) for ranking in parts.values())
 
 
 class Recorder:

@@ -1,6 +1,5 @@
 """One evaluation: a subject, its tasks, and the parts in the order in which they build on each other."""
 
-import random
 import sys
 from collections.abc import Callable
 from functools import cached_property
@@ -19,8 +18,9 @@ from evaluate.latency import latency_lines, measure_latency
 from evaluate.leakage import find_leaks, leakage_lines, write_into_card
 from evaluate.report import is_current, write_report
 from evaluate.results import EvalFolder, read_system
+from evaluate.sample import Sample, sample_texts
 from evaluate.scores import score_system
-from evaluate.search import SparseSearch, language_of
+from evaluate.search import SparseSearch
 from evaluate.sparsity import measure_sparsity, sparsity_lines
 from evaluate.subject import Subject, fingerprint_of
 from evaluate.tasks import load, select_tasks
@@ -33,8 +33,6 @@ BM25_NAME = "bm25"
 BM25_FINGERPRINT = f"bm25s {version('bm25s')}, Lucene, k1 {K1}, b {B}, stop words"
 # Names that a model may not have: they stand for something else among the systems and fusions.
 RESERVED = (BM25_NAME, "rrf", "weighted", "data")
-# Texts that sparsity and latency are measured on: enough for percentiles, few enough for minutes on a CPU.
-MAX_QUERIES, MAX_PASSAGES = 1_000, 2_000
 
 
 class Session:
@@ -46,6 +44,7 @@ class Session:
         configured = subject.config.evaluation.mteb_tasks if subject.config else ["scandinavian"]
         self.task_names = tasks.replace(",", " ").split() or configured
         self.any_failed = False
+        self.said: set[str] = set()  # tasks whose data was said to be missing
         if subject.name in RESERVED:
             raise ConfigError(
                 f"the model is called '{subject.name}', which is the name of something else. Rename its folder"
@@ -68,7 +67,9 @@ class Session:
                 load(task)
             except ConfigError as error:
                 failed[task.metadata.name] = error.format_message()
-                self.say(f"{'data':<12}{task.metadata.name}: FAILED ({error.format_message()})")
+        for name in failed.keys() - self.said:
+            self.say(f"{'data':<12}{name}: FAILED ({failed[name]})")
+        self.said |= failed.keys()
         self._note_failures("data", tasks, failed)
         if len(failed) == len(tasks):
             raise ConfigError(next(iter(failed.values())))
@@ -139,43 +140,25 @@ class Session:
         return all(self.folder.ranking_file(system, task.metadata.name).is_file() for system in systems)
 
     # --------------------------------------------------------------------------------------- the model itself
+    @cached_property
+    def sample(self) -> Sample:
+        """The texts that sparsity and latency are measured on."""
+        return sample_texts(self.loaded_tasks())
+
     def measure_sparsity(self) -> None:
         """Active dims on the tasks' own queries and passages."""
-        queries, passages, relevant, _ = self._texts()
-        values = measure_sparsity(self.model, queries, passages, relevant, self.batch_size)
+        texts = self.sample
+        values = measure_sparsity(self.model, texts.queries, texts.passages, texts.relevant, self.batch_size)
         self._keep("sparsity", values, sparsity_lines(values))
         terms = top_terms(self.model)
         self._keep("terms", terms, terms_lines(terms))
 
     def measure_latency(self) -> None:
         """Time and memory, beside BM25."""
-        queries, passages, _, language = self._texts()
-        values = measure_latency(self.model, list(queries.values()), list(passages.values()), language, self.batch_size)
+        texts = self.sample
+        queries, passages = list(texts.queries.values()), list(texts.passages.values())
+        values = measure_latency(self.model, queries, passages, texts.language, self.batch_size)
         self._keep("latency", values, latency_lines(values))
-
-    def _texts(self) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]], str | None]:
-        """A sample over all tasks: queries, passages (all that are relevant, others at random), relevance, language."""
-        queries, passages, relevant = {}, {}, {}
-        languages = set()
-        for task in self.loaded_tasks():
-            for subset, splits in task.dataset.items():
-                languages.add(language_of(task.metadata, subset))
-                for split, data in splits.items():
-                    mark = f"{task.metadata.name}/{split}/{subset}/"
-                    queries |= {mark + row["id"]: row["text"] for row in data["queries"]}
-                    passages |= {
-                        mark + row["id"]: f"{row.get('title') or ''} {row['text']}".strip() for row in data["corpus"]
-                    }
-                    for query, judged in data["relevant_docs"].items():
-                        relevant[mark + query] = {mark + passage: value for passage, value in judged.items()}
-        chance = random.Random(0)
-        kept = sorted(chance.sample(sorted(queries), min(MAX_QUERIES, len(queries))))
-        relevant = {query: relevant[query] for query in kept if query in relevant}
-        needed = sorted({passage for judged in relevant.values() for passage in judged} & passages.keys())
-        others = sorted(passages.keys() - set(needed))
-        needed += chance.sample(others, min(len(others), max(0, MAX_PASSAGES - len(needed))))
-        language = languages.pop() if len(languages) == 1 else None
-        return {query: queries[query] for query in kept}, {name: passages[name] for name in needed}, relevant, language
 
     def find_leaks(self) -> int:
         """Training texts in the evaluation data; their number."""

@@ -1,7 +1,6 @@
 """How sparse a model's vectors are on real texts, and what keeping fewer dimensions costs."""
 
 from collections.abc import Iterator
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 
 from evaluate.results import Ranking
-from evaluate.scores import DEPTH, ndcg_per_query
+from evaluate.scores import DEPTH, mean_ndcg
 from evaluate.search import InvertedIndex, SparseSearch, encode
 from trainer.config import ConfigError
 
@@ -56,7 +55,7 @@ def measure_sparsity(
         }
         if judged:
             found = index.search(compared(query), DEPTH)
-            row["ndcg_at_10"] = mean_ndcg(found, list(queries), list(passages), judged)
+            row["ndcg_at_10"] = mean_ndcg({"sample": ranking_of(found, list(queries), list(passages), judged)})
         pruned.append(row)
     return {
         "dimensions": vectors["document"].shape[1],
@@ -135,18 +134,18 @@ def judged_here(
     return {query: grades for query, grades in found.items() if any(grade > 0 for grade in grades.values())}
 
 
-def mean_ndcg(
+def ranking_of(
     found: Iterator[tuple[np.ndarray, np.ndarray]],
     queries: list[str],
     passages: list[str],
     judged: dict[str, dict[str, int]],
-) -> float:
-    """nDCG@10 over the judged queries. found: numbers and scores of the best passages of every query."""
-    ranking = {
-        query: {passages[number]: float(score) for number, score in zip(numbers, scores, strict=True)}
-        for query, (numbers, scores) in zip(queries, found, strict=True)
+) -> Ranking:
+    """What the index found, by ids. found: numbers and scores of the best passages of every query."""
+    scores = {
+        query: {passages[number]: float(score) for number, score in zip(numbers, values, strict=True)}
+        for query, (numbers, values) in zip(queries, found, strict=True)
     }
-    return fmean(ndcg_per_query(Ranking(ranking, judged)).values())
+    return Ranking(scores, judged)
 
 
 def sparsity_lines(values: dict[str, Any]) -> Iterator[str]:

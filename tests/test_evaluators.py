@@ -2,8 +2,8 @@ import pytest
 from datasets import Dataset
 from sentence_transformers.sparse_encoder.evaluation import SparseNanoBEIREvaluator
 
-from evaluate.bm25 import mean_ndcg
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
+from tests.oracles import mean_ndcg
 from tests.test_models import config_of
 from trainer.beir import SearchSet
 from trainer.evaluators import SCORE, SearchEvaluator, build_evaluator

@@ -26,7 +26,7 @@ SHARED = {"trainer.config", "trainer.run", "trainer.beir"}
 EVALUATE_ROWS = [
     {"evaluate.results"},
     {"evaluate.tasks", "evaluate.search", "evaluate.subject", "evaluate.terms"},
-    {"evaluate.bm25", "evaluate.scores"},
+    {"evaluate.bm25", "evaluate.scores", "evaluate.sample"},
     {"evaluate.sparsity", "evaluate.latency", "evaluate.leakage", "evaluate.hybrid", "evaluate.compare"},
     {"evaluate.report"},
     {"evaluate.session"},

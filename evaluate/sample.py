@@ -1,0 +1,51 @@
+"""A sample of the tasks' queries and passages, on which the parts measure that do not need all of them."""
+
+import random
+from dataclasses import dataclass
+
+from mteb.abstasks import AbsTaskRetrieval
+
+from evaluate.search import language_of
+from evaluate.tasks import load
+
+# Enough for percentiles, few enough for minutes on a CPU.
+MAX_QUERIES, MAX_PASSAGES = 1_000, 2_000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Texts and relevance by id; `language` is an ISO 639-3 code, or None when there are several or it is not known."""
+
+    queries: dict[str, str]
+    passages: dict[str, str]
+    relevant: dict[str, dict[str, int]]
+    language: str | None
+
+
+def sample_texts(tasks: list[AbsTaskRetrieval]) -> Sample:
+    """Queries at random over all tasks, the passages that are relevant for them, and others at random; always the same."""
+    queries, passages, relevant = {}, {}, {}
+    languages = set()
+    for task in tasks:
+        for subset, splits in load(task).items():
+            languages.add(language_of(task.metadata, subset))
+            for split, data in splits.items():
+                mark = f"{task.metadata.name}/{split}/{subset}/"
+                queries |= {mark + row["id"]: row["text"] for row in data["queries"]}
+                passages |= {
+                    mark + row["id"]: f"{row.get('title') or ''} {row['text']}".strip() for row in data["corpus"]
+                }
+                for query, judged in data["relevant_docs"].items():
+                    relevant[mark + query] = {mark + passage: value for passage, value in judged.items()}
+    chance = random.Random(0)
+    kept = sorted(chance.sample(sorted(queries), min(MAX_QUERIES, len(queries))))
+    relevant = {query: relevant[query] for query in kept if query in relevant}
+    needed = sorted({passage for judged in relevant.values() for passage in judged} & passages.keys())
+    others = sorted(passages.keys() - set(needed))
+    needed += chance.sample(others, min(len(others), max(0, MAX_PASSAGES - len(needed))))
+    return Sample(
+        {query: queries[query] for query in kept},
+        {passage: passages[passage] for passage in needed},
+        relevant,
+        languages.pop() if len(languages) == 1 else None,
+    )
