@@ -181,6 +181,11 @@ def build_csr(config: Config, source: Path, documents: list[str]) -> list[nn.Mod
 
 def load_transformer(config: Config, source: Path) -> Transformer:
     """The base model with its masked-language-model head, in float32."""
+    if (source / "router_config.json").is_file():
+        raise ConfigError(
+            f"model.base_model: {config.model.base_model} is a trained inference-free model, queries and all. "
+            "Name the masked language model it was made from"
+        )
     trust = {"trust_remote_code": config.model.trust_remote_code}
     with _loading(config):
         transformer = Transformer(
