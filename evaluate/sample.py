@@ -21,6 +21,11 @@ class Sample:
     relevant: dict[str, dict[str, int]]
     language: str | None
 
+    @staticmethod
+    def part_of(text_id: str) -> str:
+        """Task, split and subset of a text."""
+        return "/".join(text_id.split("/", 3)[:3])
+
 
 def sample_texts(tasks: list[AbsTaskRetrieval]) -> Sample:
     """Queries at random over all tasks, the passages that are relevant for them, and others at random; always the same."""

@@ -148,7 +148,9 @@ class Session:
     def measure_sparsity(self) -> None:
         """Active dims on the tasks' own queries and passages."""
         texts = self.sample
-        values = measure_sparsity(self.model, texts.queries, texts.passages, texts.relevant, self.batch_size)
+        values = measure_sparsity(
+            self.model, texts.queries, texts.passages, texts.relevant, self.batch_size, texts.part_of
+        )
         self._keep("sparsity", values, sparsity_lines(values))
         terms = top_terms(self.model)
         self._keep("terms", terms, terms_lines(terms))

@@ -1,6 +1,6 @@
 """How sparse a model's vectors are on real texts, and what keeping fewer dimensions costs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,14 @@ def measure_sparsity(
     passages: dict[str, str],
     relevant: dict[str, dict[str, int]] | None = None,
     batch_size: int = 32,
+    part_of: Callable[[str], str] = lambda text_id: "",
 ) -> dict[str, Any]:
     """Active dims of both routes, FLOPS and index size, as they are and pruned to fewer dims per text.
 
     queries, passages: texts by id. With `relevant` (grades by query and passage id), nDCG@10 says what pruning costs. It
     is measured within these passages: what is relevant elsewhere does not count, and a query without a relevant passage
-    among them is left out. Raises ConfigError when there is no query or no passage.
+    among them is left out. `part_of` gives the part of the texts in which a query is searched, and the mean is over the
+    parts. Raises ConfigError when there is no query or no passage.
     """
     if not queries or not passages:
         raise ConfigError(f"sparsity needs texts, and there are {len(queries)} queries and {len(passages)} passages")
@@ -45,17 +47,16 @@ def measure_sparsity(
     pruned = []
     for count in PRUNED_TO:
         query, document = (prune(vectors[route], count) for route in ("query", "document"))
-        index = InvertedIndex(compared(document))
         row = {
             "max_active_dims": count,
             "query_active_dims": query.nnz / len(queries),
             "document_active_dims": document.nnz / len(passages),
-            "index_bytes": index.bytes,
+            "index_bytes": InvertedIndex(document).bytes,
             "flops": flops(query, document),
         }
         if judged:
-            found = index.search(compared(query), DEPTH)
-            row["ndcg_at_10"] = mean_ndcg({"sample": ranking_of(found, list(queries), list(passages), judged)})
+            sides = (compared(query), list(queries)), (compared(document), list(passages))
+            row["ndcg_at_10"] = mean_ndcg(search_parts(*sides, judged, part_of))
         pruned.append(row)
     return {
         "dimensions": vectors["document"].shape[1],
@@ -134,18 +135,30 @@ def judged_here(
     return {query: grades for query, grades in found.items() if any(grade > 0 for grade in grades.values())}
 
 
-def ranking_of(
-    found: Iterator[tuple[np.ndarray, np.ndarray]],
-    queries: list[str],
-    passages: list[str],
+def search_parts(
+    query: tuple[sp.csr_matrix, list[str]],
+    document: tuple[sp.csr_matrix, list[str]],
     judged: dict[str, dict[str, int]],
-) -> Ranking:
-    """What the index found, by ids. found: numbers and scores of the best passages of every query."""
-    scores = {
-        query: {passages[number]: float(score) for number, score in zip(numbers, values, strict=True)}
-        for query, (numbers, values) in zip(queries, found, strict=True)
-    }
-    return Ranking(scores, judged)
+    part_of: Callable[[str], str],
+) -> dict[str, Ranking]:
+    """What every part's queries find among its passages. query, document: vectors, and the ids of their rows."""
+    rankings = {}
+    for part in sorted({part_of(text_id) for text_id in judged}):
+        (queries, query_ids), (passages, passage_ids) = (
+            (
+                vectors[[part_of(text_id) == part for text_id in ids]],
+                [text_id for text_id in ids if part_of(text_id) == part],
+            )
+            for vectors, ids in (query, document)
+        )
+        found = {
+            text_id: {passage_ids[number]: float(score) for number, score in zip(numbers, scores, strict=True)}
+            for text_id, (numbers, scores) in zip(
+                query_ids, InvertedIndex(passages).search(queries, DEPTH), strict=True
+            )
+        }
+        rankings[part] = Ranking(found, {text_id: judged[text_id] for text_id in query_ids if text_id in judged})
+    return rankings
 
 
 def sparsity_lines(values: dict[str, Any]) -> Iterator[str]:
@@ -161,7 +174,11 @@ def sparsity_lines(values: dict[str, Any]) -> Iterator[str]:
         yield f"            in most texts: {terms or 'none'}"
     passages = values["routes"]["document"]["texts"]
     judged = values["judged_queries"]
-    within = f"nDCG@10 of {judged:,} queries within these {passages:,} passages" if judged else "no relevance is known"
+    within = (
+        f"nDCG@10 of {judged:,} queries, each within its task's part of these {passages:,} passages"
+        if judged
+        else "no relevance is known"
+    )
     table = "            {:>9}   {:>7}   {:>8}   {:>9}   {:>7}   {}"
     yield table.format("dims kept", "query", "document", "index", "FLOPS", within)
     for row in values["pruned"]:

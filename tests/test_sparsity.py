@@ -113,6 +113,17 @@ def test_a_model_that_compares_by_cosine_is_searched_by_cosine(pruned_to_two):
     assert measure(RELEVANT, "cosine")["pruned"][-1]["ndcg_at_10"] == pytest.approx((1 + 1 / log2(4)) / 2)
 
 
+def test_a_query_is_searched_in_its_own_part_alone_and_the_mean_is_over_the_parts(pruned_to_two):
+    queries = {"x/a": "1 0 0 0 0 0", "x/b": "1 0 0 0 0 0", "y/c": "1 0 0 0 0 0"}
+    passages = {"x/p": "1 0 0 0 0 0", "x/q": "2 0 0 0 0 0", "y/r": "0.5 0 0 0 0 0"}
+    relevant = {"x/a": {"x/p": 1}, "x/b": {"x/q": 1}, "y/c": {"y/r": 1}}
+    found = measure_sparsity(Written(), queries, passages, relevant, part_of=lambda text_id: text_id[0])
+    # in x, p is second for a and q is first for b; in y, r is first: pooled, it would be third
+    assert found["pruned"][-1]["ndcg_at_10"] == pytest.approx(((1 / log2(3) + 1) / 2 + 1) / 2)
+    pooled = measure_sparsity(Written(), queries, passages, relevant)
+    assert pooled["pruned"][-1]["ndcg_at_10"] == pytest.approx((1 / log2(3) + 1 + 1 / log2(4)) / 3)
+
+
 def test_without_relevance_there_is_no_ndcg():
     values = measure()
     assert values["judged_queries"] == 0
@@ -145,7 +156,7 @@ def test_the_lines_name_both_routes_their_terms_and_every_step():
         "sparsity    query: 2 active dims (p50 2, p95 2, max 2) of 6 in 2 texts; 50% of dims never"
     )
     assert lines[3].endswith("in most texts: og 100%, en 50%, hav 50%, i 25%, båt 25%")
-    assert "2 queries within these 4 passages" in lines[4]
+    assert "2 queries, each within its task's part of these 4 passages" in lines[4]
     assert [line.split()[0] for line in lines[5:]] == ["8", "16", "32", "64", "128", "256", "all"]
     assert lines[-1].endswith(f"0.88   {(1 + 1 / log2(3)) / 2:.4f}")
 
