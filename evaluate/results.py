@@ -126,12 +126,16 @@ class EvalFolder:
 
 
 def read_system(path: Path) -> System:
-    """A system's scores from a results file, or from all below a folder: ours, or a results tree of mteb.
+    """A system's scores from a results file, a run's folder, or all files below a folder: ours, or a results tree of mteb.
 
     Raises ConfigError for a file that holds no mteb results, and for two different results of one task.
     """
     if not path.exists():
         raise ConfigError(f"there are no results at {path}")
+    if (path / "run.json").is_file():
+        path = path / "eval/scores" / path.resolve().name
+        if not path.is_dir():
+            raise ConfigError(f"the run has not been evaluated: there is no {path}")
     files = (
         [path] if path.is_file() else sorted(file for file in path.rglob("*.json") if file.name != "model_meta.json")
     )

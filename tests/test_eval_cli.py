@@ -172,6 +172,18 @@ def test_a_failure_stays_in_the_report_until_the_task_has_run(trained, folder): 
     assert "no passages" not in page.read_text()
 
 
+def test_another_run_is_a_baseline(trained, folder):  # noqa: F811
+    shutil.copytree(trained / "models/tiny", trained / "models/earlier")
+    tasks = ("--tasks", str(folder))
+    refused = evaluate(trained, "compare", "tiny.yaml", *tasks, "--baseline", "models/earlier")
+    assert (refused.exit_code, "the run has not been evaluated" in refused.stderr) == (2, True)
+    for model in ("models/tiny", "models/earlier"):
+        assert evaluate(trained, "mteb", "--model", model, *tasks).exit_code == 0
+    result = evaluate(trained, "compare", "tiny.yaml", *tasks, "--baseline", "models/earlier")
+    assert result.exit_code == 0, result.output
+    assert "against earlier: mean +0.000 over 1 of 1 task, 0 wins, 0 losses, 1 tie" in result.stdout
+
+
 def test_a_report_keeps_the_comparison_with_baselines(trained, folder):  # noqa: F811
     tasks = ("tiny.yaml", "--tasks", str(folder))
     assert evaluate(trained, "mteb", *tasks).exit_code == 0
