@@ -45,6 +45,17 @@ def subject_options(command: Callable) -> Callable:
     return command
 
 
+baseline_option = click.option(
+    "--baseline", multiple=True, type=click.Path(path_type=Path), help="Results to compare with: file or folder."
+)
+dense_option = click.option(
+    "--dense", help="A dense model to score and to fuse with: a path, or a hub name, org/model@revision."
+)
+leak_option = click.option(
+    "--fail-on-leak", is_flag=True, help="Exit with 1 when training texts are in the evaluation data."
+)
+
+
 def open_session(options: dict[str, Any]) -> "Session":
     """The subject and tasks that a command's options name."""
     quiet_libraries()
@@ -90,11 +101,9 @@ def main() -> None:
 
 @main.command()
 @subject_options
-@click.option(
-    "--baseline", multiple=True, type=click.Path(path_type=Path), help="Results to compare with: file or folder."
-)
-@click.option("--dense", help="A dense model to score and to fuse with: a path, or a hub name, org/model@revision.")
-@click.option("--fail-on-leak", is_flag=True, help="Exit with 1 when training texts are in the evaluation data.")
+@baseline_option
+@dense_option
+@leak_option
 def run(baseline: tuple[Path, ...], dense: str | None, fail_on_leak: bool, **options: Any) -> None:
     """Everything: scores of the model and of BM25, their fusion, sparsity, latency, overlap, comparison, report."""
     session = open_session(options)
@@ -148,7 +157,7 @@ def sparsity(**options: Any) -> None:
 
 @main.command()
 @subject_options
-@click.option("--dense", help="Fuse with a dense model too: a path, or a hub name, org/model@revision.")
+@dense_option
 def hybrid(dense: str | None, **options: Any) -> None:
     """The model fused with BM25, and with a dense model, by reciprocal rank and by weighted scores."""
     session = open_session(options)
@@ -172,7 +181,7 @@ def latency(**options: Any) -> None:
 
 @main.command()
 @subject_options
-@click.option("--fail-on-leak", is_flag=True, help="Exit with 1 when training texts are in the evaluation data.")
+@leak_option
 def leakage(fail_on_leak: bool, **options: Any) -> None:
     """Training texts that are in the evaluation data, exactly or nearly."""
     session = open_session(options)
@@ -182,9 +191,7 @@ def leakage(fail_on_leak: bool, **options: Any) -> None:
 
 @main.command()
 @subject_options
-@click.option(
-    "--baseline", multiple=True, type=click.Path(path_type=Path), help="Results to compare with: file or folder."
-)
+@baseline_option
 def compare(baseline: tuple[Path, ...], **options: Any) -> None:
     """The model's scores beside BM25's and any other results, with bootstrap intervals."""
     open_session(options).compare(baseline)

@@ -13,7 +13,7 @@ import torch
 from sentence_transformers import SparseEncoder
 
 from evaluate.bm25 import BM25
-from evaluate.search import InvertedIndex, SparseSearch, encode
+from evaluate.search import InvertedIndex, comparable, encode
 from trainer.config import ConfigError
 
 Item = TypeVar("Item")
@@ -46,15 +46,14 @@ def measure_latency(
     if not queries or not passages:
         raise ConfigError(f"latency needs texts, and there are {len(queries)} queries and {len(passages)} passages")
     queries = list(queries[:MAX_QUERIES])
-    compared = SparseSearch(model, "latency").compared
 
     def encode_query(query: str) -> sp.csr_matrix:
-        return compared(encode(model, [query], "query", 1))
+        return comparable(model, encode(model, [query], "query", 1))
 
     query_encoding = durations(encode_query, queries, clock)
     vectors, seconds = encode_passages(model, passages, batch_size, clock)
     passages = list(passages[: vectors.shape[0]])
-    index = InvertedIndex(compared(vectors))
+    index = InvertedIndex(comparable(model, vectors))
     encoded = [encode_query(query) for query in queries]
     search = durations(lambda query: list(index.search(query, DEPTH)), encoded, clock)
 

@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 from mteb.abstasks import AbsTaskRetrieval
 from scipy.sparse import csr_array
 
+from evaluate.tasks import load
+from trainer.beir import passage_text
 from trainer.config import ConfigError
 
 
@@ -176,18 +178,17 @@ def open_training_texts(file: Path) -> pq.ParquetFile:
 
 def read_items(task: AbsTaskRetrieval, forms: Forms) -> Iterator[Item]:
     """The queries and passages that a task is evaluated on; a row that stands in several splits once."""
-    task.load_data()
-    task.convert_v1_dataset_format_to_v2(num_proc=None)
+    dataset = load(task)
     queries, passages = {}, {}
     for subset in task.hf_subsets:
         for split in task.eval_splits:
-            data = task.dataset[subset][split]
+            data = dataset[subset][split]
             queries.update({(subset, row["id"], row["text"]): None for row in data["queries"]})
             passages.update({(subset, row["id"], row.get("title") or "", row["text"]): None for row in data["corpus"]})
     for *_, text in queries:
         yield Item("query", forms.add(text))
     for *_, title, text in passages:
-        yield Item("passage", forms.add(f"{title} {text}".strip(), text))
+        yield Item("passage", forms.add(passage_text(title, text), text))
 
 
 def best_matches(file: pq.ParquetFile, forms: Forms) -> dict[int, Match]:

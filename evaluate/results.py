@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from trainer.config import ConfigError
+from trainer.run import write_atomically
 
 METRICS = ("ndcg_at_10", "mrr_at_10", "recall_at_10", "recall_at_100")
 MAIN_METRIC = "ndcg_at_10"
@@ -97,9 +98,13 @@ class EvalFolder:
         with gzip.open(file, "wt", encoding="utf-8") as data:
             json.dump({part: asdict(ranking) for part, ranking in rankings.items()}, data)
 
+    def files(self, system: str, task: str) -> tuple[Path, Path, Path]:
+        """All that is kept of a system's score on a task."""
+        return self.score_file(system, task), self.query_file(system, task), self.ranking_file(system, task)
+
     def remove(self, system: str, task: str) -> None:
         """Forget what a system scored on a task."""
-        for file in (self.score_file(system, task), self.query_file(system, task), self.ranking_file(system, task)):
+        for file in self.files(system, task):
             file.unlink(missing_ok=True)
 
     def made_with(self, system: str, task: str) -> dict[str, str]:
@@ -201,11 +206,9 @@ def read_json(file: Path) -> Any:
 
 
 def write_json(file: Path, values: Any) -> None:
-    """Write a file aside and put it in place, so that it is there whole or not at all. Raises ConfigError."""
+    """Write a file, whole or not at all. Raises ConfigError when it cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f".{file.name}")
-        aside.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.replace(file)
+        write_atomically(file, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error.strerror}") from None

@@ -7,6 +7,7 @@ from mteb.abstasks import AbsTaskRetrieval
 
 from evaluate.search import language_of
 from evaluate.tasks import load
+from trainer.beir import passage_text
 
 # Enough for percentiles, few enough for minutes on a CPU.
 MAX_QUERIES, MAX_PASSAGES = 1_000, 2_000
@@ -37,9 +38,7 @@ def sample_texts(tasks: list[AbsTaskRetrieval]) -> Sample:
             for split, data in splits.items():
                 mark = f"{task.metadata.name}/{split}/{subset}/"
                 queries |= {mark + row["id"]: row["text"] for row in data["queries"]}
-                passages |= {
-                    mark + row["id"]: f"{row.get('title') or ''} {row['text']}".strip() for row in data["corpus"]
-                }
+                passages |= {mark + row["id"]: passage_text(row.get("title"), row["text"]) for row in data["corpus"]}
                 for query, judged in data["relevant_docs"].items():
                     relevant[mark + query] = {mark + passage: value for passage, value in judged.items()}
     chance = random.Random(0)

@@ -10,7 +10,7 @@ from mteb.abstasks import AbsTaskRetrieval
 
 from evaluate.results import MAIN_METRIC, EvalFolder, Ranking, TaskScore, read_score, write_json
 from evaluate.tasks import load
-from trainer.config import ConfigError
+from trainer.config import ConfigError, one_line
 
 Say = Callable[[str], None]
 # Passages kept per query, for fusion with other systems.
@@ -49,7 +49,7 @@ def score_system(
                 score = _run(name, search, task, folder, mark)
             except Exception as error:  # one task's failure is reported, and the others go on
                 kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-                failed[task.metadata.name] = kind + " ".join(str(error).split())[:300]
+                failed[task.metadata.name] = kind + one_line(error, 300)
                 folder.remove(name, task.metadata.name)
                 say(f"{name:<12}{task.metadata.name}: FAILED ({failed[task.metadata.name]})")
                 continue
@@ -59,10 +59,9 @@ def score_system(
 
 def finished(folder: EvalFolder, system: str, task: str, mark: dict[str, str]) -> TaskScore | None:
     """A task's earlier score, when it was measured with what this mark says."""
-    files = [kind(system, task) for kind in (folder.score_file, folder.query_file, folder.ranking_file)]
-    if not all(file.is_file() for file in files) or folder.made_with(system, task) != mark:
+    if not all(file.is_file() for file in folder.files(system, task)) or folder.made_with(system, task) != mark:
         return None
-    return read_score(files[0])
+    return read_score(folder.score_file(system, task))
 
 
 def _run(name: str, search: Any, task: AbsTaskRetrieval, folder: EvalFolder, mark: dict[str, str]) -> TaskScore:

@@ -11,6 +11,8 @@ from mteb.models.model_meta import ModelMeta
 from sentence_transformers import SparseEncoder
 from sklearn.preprocessing import normalize
 
+from trainer.beir import passage_text
+
 # Scores of the best passages by query.
 Found = dict[str, dict[str, float]]
 
@@ -65,6 +67,11 @@ def encode(model: SparseEncoder, texts: Sequence[str], route: str, batch_size: i
     return found
 
 
+def comparable(model: SparseEncoder, vectors: sp.csr_matrix) -> sp.csr_matrix:
+    """Vectors whose dot products are the model's similarities: of unit length where it compares by cosine."""
+    return normalize(vectors) if model.similarity_fn_name == "cosine" else vectors
+
+
 class SearchSystem:
     """What mteb's SearchProtocol needs, but for index_texts and search_texts."""
 
@@ -78,8 +85,7 @@ class SearchSystem:
     def index(self, corpus, *, task_metadata, hf_split, hf_subset, encode_kwargs, num_proc=None, **kwargs: Any) -> None:
         """mteb's call: remember the passages' ids and index their texts."""
         self.passages = list(corpus["id"])
-        titles = corpus["title"] if "title" in corpus.column_names else [""] * len(corpus)
-        texts = [f"{title or ''} {text}".strip() for title, text in zip(titles, corpus["text"], strict=True)]
+        texts = [passage_text(row.get("title"), row["text"]) for row in corpus]
         self.index_texts(texts, language_of(task_metadata, hf_subset))
 
     def search(
@@ -120,15 +126,13 @@ class SparseSearch(SearchSystem):
 
     def index_texts(self, texts: list[str], language: str | None) -> None:
         """Encode by the document route."""
-        self.inverted = InvertedIndex(self.compared(encode(self.model, texts, "document", self.batch_size)))
+        vectors = encode(self.model, texts, "document", self.batch_size)
+        self.inverted = InvertedIndex(comparable(self.model, vectors))
 
     def search_texts(self, texts: list[str], depth: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Encode by the query route, and search by dot product, or cosine where the model says so."""
-        return self.inverted.search(self.compared(encode(self.model, texts, "query", self.batch_size)), depth)
-
-    def compared(self, vectors: sp.csr_matrix) -> sp.csr_matrix:
-        """Vectors whose dot products are the model's similarities: of unit length where it compares by cosine."""
-        return normalize(vectors) if self.model.similarity_fn_name == "cosine" else vectors
+        vectors = encode(self.model, texts, "query", self.batch_size)
+        return self.inverted.search(comparable(self.model, vectors), depth)
 
 
 def language_of(metadata, subset: str) -> str | None:

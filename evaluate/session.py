@@ -1,6 +1,7 @@
 """One evaluation: a subject, its tasks, and the parts in the order in which they build on each other."""
 
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cached_property
 from importlib.metadata import version
@@ -19,16 +20,15 @@ from evaluate.leakage import find_leaks, leakage_lines, write_into_card
 from evaluate.report import is_current, write_report
 from evaluate.results import EvalFolder, read_system
 from evaluate.sample import Sample, sample_texts
-from evaluate.scores import score_system
+from evaluate.scores import Say, score_system
 from evaluate.search import SparseSearch
 from evaluate.sparsity import measure_sparsity, sparsity_lines
 from evaluate.subject import Subject, fingerprint_of
 from evaluate.tasks import load, select_tasks
 from evaluate.terms import terms_lines, top_terms
-from trainer.config import ConfigError, is_commit
+from trainer.config import ConfigError, is_commit, one_line
 from trainer.run import Run
 
-Say = Callable[[str], None]
 BM25_NAME = "bm25"
 BM25_FINGERPRINT = f"bm25s {version('bm25s')}, Lucene, k1 {K1}, b {B}, stop words"
 # Names that a model may not have: they stand for something else among the systems and fusions.
@@ -44,7 +44,6 @@ class Session:
         configured = subject.config.evaluation.mteb_tasks if subject.config else ["scandinavian"]
         self.task_names = tasks.replace(",", " ").split() or configured
         self.any_failed = False
-        self.said: set[str] = set()  # tasks whose data was said to be missing
         if subject.name in RESERVED:
             raise ConfigError(
                 f"the model is called '{subject.name}', which is the name of something else. Rename its folder"
@@ -60,20 +59,25 @@ class Session:
         return select_tasks(self.task_names, self.language)
 
     def loaded_tasks(self) -> list[Any]:
-        """The tasks whose data can be had; the others count as failed. Raises ConfigError when there is none."""
-        tasks, failed = self.tasks(), {}
-        for task in tasks:
+        """The tasks whose data can be had. Raises ConfigError when there is none."""
+        loaded, failed = self._loaded
+        if not loaded:
+            raise ConfigError(next(iter(failed.values())))
+        return loaded
+
+    @cached_property
+    def _loaded(self) -> tuple[list[Any], dict[str, str]]:
+        """The tasks whose data can be had, and why not that of the others, which count as failed."""
+        loaded, failed = [], {}
+        for task in self.tasks():
             try:
                 load(task)
+                loaded.append(task)
             except ConfigError as error:
                 failed[task.metadata.name] = error.format_message()
-        for name in failed.keys() - self.said:
-            self.say(f"{'data':<12}{name}: FAILED ({failed[name]})")
-        self.said |= failed.keys()
-        self._note_failures("data", tasks, failed)
-        if len(failed) == len(tasks):
-            raise ConfigError(next(iter(failed.values())))
-        return [task for task in tasks if task.metadata.name not in failed]
+                self.say(f"{'data':<12}{task.metadata.name}: FAILED ({failed[task.metadata.name]})")
+        self._note_failures("data", [task.metadata.name for task in loaded], failed)
+        return loaded, failed
 
     # --------------------------------------------------------------------------------------- scores
     def score(self) -> None:
@@ -117,12 +121,12 @@ class Session:
 
     def _score(self, name: str, make_search: Callable[[], Any], fingerprint: str) -> None:
         tasks = self.tasks()
-        self._note_failures(name, tasks, score_system(name, make_search, fingerprint, tasks, self.folder, self.say))
+        failed = score_system(name, make_search, fingerprint, tasks, self.folder, self.say)
+        self._note_failures(name, [task.metadata.name for task in tasks], failed)
 
-    def _note_failures(self, name: str, tasks: list[Any], failed: dict[str, str]) -> None:
+    def _note_failures(self, name: str, tried: list[str], failed: dict[str, str]) -> None:
         """Keep what failed, in place of what these tasks did before."""
         known = self.folder.read_part("failed") or {}
-        tried = {task.metadata.name for task in tasks}
         known[name] = {task: why for task, why in known.get(name, {}).items() if task not in tried} | failed
         self.folder.write_part("failed", {system: rows for system, rows in known.items() if rows})
         self.any_failed |= bool(failed)
@@ -191,7 +195,7 @@ class Session:
         found, systems = self.folder.read_part("compare"), self.folder.systems()
         if self.subject.name in systems and (found is None or not is_current(found, systems)):
             self.compare(())
-        page = write_report(self.subject, self.folder.read_part("compare"))
+        page = write_report(self.subject)
         self.say(f"report      {page} and {page.with_name('summary.md')}")
 
     def _keep(self, part: str, values: Any, lines: Any) -> None:
@@ -207,8 +211,6 @@ class Session:
 
 def bm25_alone(names: str, language: str | None, output: Path | None, say: Say) -> bool:
     """BM25 without any model; the exit status: 1 when a task failed."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         tasks = select_tasks(names.replace(",", " ").split(), language)
         return bool(score_system(BM25_NAME, BM25, BM25_FINGERPRINT, tasks, EvalFolder(output or Path(folder)), say))
@@ -240,6 +242,6 @@ def load_dense(source: str, trust_remote_code: bool) -> SearchEncoderWrapper:
         trust = trust_remote_code and is_commit(revision)
         model = SentenceTransformer(name, revision=revision, trust_remote_code=trust)
     except Exception as error:  # whatever the hub, mteb's loaders or the model's own code raise
-        raise ConfigError(f"--dense {source} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+        raise ConfigError(f"--dense {source} cannot be loaded: {one_line(error)}") from None
     model.model_card_data.model_name = dense_name(source)
     return SearchEncoderWrapper(SentenceTransformerEncoderWrapper(model))

@@ -10,7 +10,7 @@ from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 
 from evaluate.results import Ranking
 from evaluate.scores import DEPTH, mean_ndcg
-from evaluate.search import InvertedIndex, SparseSearch, encode
+from evaluate.search import InvertedIndex, comparable, encode
 from trainer.config import ConfigError
 
 # Dimensions kept per text, from a short query's worth to more than most documents have; None keeps all.
@@ -41,9 +41,7 @@ def measure_sparsity(
         "document": encode(model, list(passages.values()), "document", batch_size),
     }
     routes = {route: describe(rows, model) for route, rows in vectors.items()}
-    routes["document"]["index_bytes"] = InvertedIndex(vectors["document"]).bytes
     judged = judged_here(queries, passages, relevant or {})
-    compared = SparseSearch(model, "sparsity").compared
     pruned = []
     for count in PRUNED_TO:
         query, document = (prune(vectors[route], count) for route in ("query", "document"))
@@ -55,9 +53,10 @@ def measure_sparsity(
             "flops": flops(query, document),
         }
         if judged:
-            sides = (compared(query), list(queries)), (compared(document), list(passages))
+            sides = (comparable(model, query), list(queries)), (comparable(model, document), list(passages))
             row["ndcg_at_10"] = mean_ndcg(search_parts(*sides, judged, part_of))
         pruned.append(row)
+    routes["document"]["index_bytes"] = pruned[-1]["index_bytes"]
     return {
         "dimensions": vectors["document"].shape[1],
         "routes": routes,

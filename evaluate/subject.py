@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from sentence_transformers import SparseEncoder
 
 from evaluate.results import EvalFolder, read_json
-from trainer.config import Config, ConfigError, find_config, is_commit, is_local, load_config
+from trainer.config import Config, ConfigError, find_config, is_commit, is_local, load_config, one_line
 from trainer.run import MODELS
 
 # Files that make a model what it is.
@@ -51,7 +51,7 @@ class Subject:
         try:
             model = SparseEncoder(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-            raise ConfigError(f"{self.model} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+            raise ConfigError(f"{self.model} cannot be loaded: {one_line(error)}") from None
         if not any(".sparse_encoder." in type(module).__module__ for module in model.modules() if module is not model):
             raise ConfigError(f"{self.model} is not a sparse encoder: its vectors have no zeros")
         model.model_card_data.model_name = self.name  # mteb's name for it: unnamed models would share results
@@ -68,7 +68,7 @@ def fingerprint_of(model: str, revision: str | None) -> str:
         try:
             return f"{model}@{HfApi().model_info(model, revision=revision, timeout=10).sha}"
         except Exception as error:  # whatever the hub and its transport raise
-            raise ConfigError(f"{model} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+            raise ConfigError(f"{model} cannot be loaded: {one_line(error)}") from None
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         inside = file.relative_to(folder)

@@ -12,7 +12,7 @@ from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from trainer.beir import has_split, is_beir, read_json_lines, read_search_set
-from trainer.config import ConfigError, did_you_mean
+from trainer.config import ConfigError, did_you_mean, one_line
 
 NORWEGIAN = ("NorQuadRetrieval", "SNLRetrieval")
 DANISH = ("DanFeverRetrieval", "TV2Nordretrieval", "TwitterHjerneRetrieval")
@@ -103,7 +103,7 @@ def load(task: AbsTaskRetrieval) -> dict[str, dict[str, Any]]:
     except ConfigError:
         raise
     except Exception as error:  # whatever the hub, datasets or the task's own code raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise ConfigError(f"the data of {task.metadata.name} cannot be loaded: {reason}") from None
     return task.dataset
 

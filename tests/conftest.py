@@ -1,6 +1,7 @@
 """Shared pieces: a config of seconds, and one trained run per session that tests copy."""
 
 import atexit
+import json
 import os
 import shutil
 import subprocess
@@ -68,6 +69,25 @@ def trained(trained_once, tmp_path, monkeypatch):
     shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four queries, each answered by the document of the same number."""
+    from tests.checkpoints import DOCUMENTS, QUERIES  # imports libraries, which the environment above is for
+
+    target = tmp_path / "four"
+    target.mkdir()
+    (target / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": f"d{n}", "title": "", "text": text}) + "\n" for n, text in enumerate(DOCUMENTS))
+    )
+    (target / "queries.dev.jsonl").write_text(
+        "".join(json.dumps({"_id": f"q{n}", "text": text}) + "\n" for n, text in enumerate(QUERIES))
+    )
+    (target / "qrels.dev.tsv").write_text(
+        "query-id\tcorpus-id\tscore\n" + "".join(f"q{n}\td{n}\t1\n" for n in range(4))
+    )
+    return target
 
 
 def run_trainer(folder: Path, *arguments: str, **kwargs) -> subprocess.CompletedProcess:

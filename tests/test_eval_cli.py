@@ -20,7 +20,6 @@ from evaluate.results import Ranking
 from evaluate.scores import ndcg_per_query
 from tests.checkpoints import write_dense
 from tests.conftest import ROOT, run_trainer
-from tests.test_eval_core import folder  # noqa: F401 (a fixture)
 from tests.test_models import build
 from trainer.beir import read_search_set
 from trainer.data.sources import QUICKSTART
@@ -102,7 +101,7 @@ def test_the_spellings_of_older_scripts_still_work(evaluated):
             assert (sparsity.exit_code, "sparsity " in sparsity.stdout) == (0, True)
 
 
-def test_a_planted_leak_fails_the_command_that_must_not_find_one(trained, folder):  # noqa: F811
+def test_a_planted_leak_fails_the_command_that_must_not_find_one(trained, folder):
     file = trained / "models/tiny/training_texts.parquet"
     texts = [*pq.read_table(file).to_pylist(), {"dataset": "planted", "text": "HVOR ligger  Mjøsa?"}]
     pq.write_table(pa.Table.from_pylist(texts), file)
@@ -113,7 +112,7 @@ def test_a_planted_leak_fails_the_command_that_must_not_find_one(trained, folder
     assert strict.exit_code == 1
 
 
-def test_a_failed_task_is_in_the_exit_status_and_the_report(trained, folder):  # noqa: F811
+def test_a_failed_task_is_in_the_exit_status_and_the_report(trained, folder):
     (folder / "corpus.jsonl").write_text("")
     result = evaluate(trained, "mteb", "tiny.yaml", "--tasks", f"{folder} {QUICKSTART / 'search'}")
     assert result.exit_code == 1
@@ -145,7 +144,7 @@ def test_a_dense_model_is_scored_and_fused_beside_bm25(trained, tmp_path):
     assert pairs[1]["tasks"]["search"]["all"]["dense"] == pytest.approx(sum(ndcg.values()) / len(ndcg), abs=1e-3)
 
 
-def test_a_baseline_may_not_take_the_name_of_another_system(trained, folder):  # noqa: F811
+def test_a_baseline_may_not_take_the_name_of_another_system(trained, folder):
     assert evaluate(trained, "mteb", "tiny.yaml", "--tasks", str(folder)).exit_code == 0
     assert evaluate(trained, "bm25", "tiny.yaml", "--tasks", str(folder)).exit_code == 0
     shutil.copytree(trained / "models/tiny/eval/scores/bm25", trained / "other/bm25")
@@ -157,7 +156,7 @@ def test_a_baseline_may_not_take_the_name_of_another_system(trained, folder):  #
     assert "against elastic: mean" in result.stdout
 
 
-def test_a_failure_stays_in_the_report_until_the_task_has_run(trained, folder):  # noqa: F811
+def test_a_failure_stays_in_the_report_until_the_task_has_run(trained, folder):
     tasks = ("tiny.yaml", "--tasks", str(folder))
     corpus = (folder / "corpus.jsonl").read_text()
     (folder / "corpus.jsonl").write_text("")
@@ -172,7 +171,7 @@ def test_a_failure_stays_in_the_report_until_the_task_has_run(trained, folder): 
     assert "no passages" not in page.read_text()
 
 
-def test_another_run_is_a_baseline(trained, folder):  # noqa: F811
+def test_another_run_is_a_baseline(trained, folder):
     shutil.copytree(trained / "models/tiny", trained / "models/earlier")
     tasks = ("--tasks", str(folder))
     refused = evaluate(trained, "compare", "tiny.yaml", *tasks, "--baseline", "models/earlier")
@@ -184,7 +183,7 @@ def test_another_run_is_a_baseline(trained, folder):  # noqa: F811
     assert "against earlier: mean +0.000 over 1 of 1 task, 0 wins, 0 losses, 1 tie" in result.stdout
 
 
-def test_a_report_keeps_the_comparison_with_baselines(trained, folder):  # noqa: F811
+def test_a_report_keeps_the_comparison_with_baselines(trained, folder):
     tasks = ("tiny.yaml", "--tasks", str(folder))
     assert evaluate(trained, "mteb", *tasks).exit_code == 0
     shutil.copytree(trained / "models/tiny/eval/scores/tiny", trained / "other/elastic")
@@ -193,7 +192,7 @@ def test_a_report_keeps_the_comparison_with_baselines(trained, folder):  # noqa:
     assert "elastic" in (trained / "models/tiny/report/summary.md").read_text()
 
 
-def test_a_task_too_small_to_choose_a_weight_on_is_fused_and_reported_all_the_same(trained, folder):  # noqa: F811
+def test_a_task_too_small_to_choose_a_weight_on_is_fused_and_reported_all_the_same(trained, folder):
     tasks = ("tiny.yaml", "--tasks", str(folder))
     fused = evaluate(trained, "hybrid", *tasks)
     assert fused.exit_code == 0, fused.output
@@ -222,7 +221,7 @@ def test_a_dense_model_may_not_take_the_runs_name_and_changed_weights_are_scored
     assert scores.read_text() != before
 
 
-def test_a_part_that_cannot_run_is_said_and_the_report_is_written_all_the_same(trained, folder):  # noqa: F811
+def test_a_part_that_cannot_run_is_said_and_the_report_is_written_all_the_same(trained, folder):
     (trained / "models/tiny/training_texts.parquet").unlink()
     result = evaluate(trained, "run", "tiny.yaml", "--tasks", str(folder))
     assert result.exit_code == 1
@@ -231,33 +230,33 @@ def test_a_part_that_cannot_run_is_said_and_the_report_is_written_all_the_same(t
     assert (trained / "models/tiny/report/index.html").is_file()
 
 
-def test_a_baseline_that_is_not_there_stops_before_anything_is_scored(trained, folder):  # noqa: F811
+def test_a_baseline_that_is_not_there_stops_before_anything_is_scored(trained, folder):
     result = evaluate(trained, "run", "tiny.yaml", "--tasks", str(folder), "--baseline", "none.json")
     assert (result.exit_code, "nDCG" in result.stdout) == (2, False)
 
 
 @pytest.mark.parametrize("part", ["sparsity", "latency", "leakage"])
-def test_a_task_whose_data_is_spoilt_is_said_and_in_the_exit_status_of_every_part(trained, folder, part):  # noqa: F811
+def test_a_task_whose_data_is_spoilt_is_said_and_in_the_exit_status_of_every_part(trained, folder, part):
     (folder / "corpus.jsonl").write_text("")
     result = evaluate(trained, part, "tiny.yaml", "--tasks", f"{folder} {QUICKSTART / 'search'}")
     assert result.exit_code == 1
     assert "data        four: FAILED (" in result.stdout
 
 
-def test_a_gate_that_cannot_measure_does_not_pass(trained, folder):  # noqa: F811
+def test_a_gate_that_cannot_measure_does_not_pass(trained, folder):
     shutil.copytree(trained / "models/tiny/final", trained / "plain")
     result = evaluate(trained, "leakage", "--model", "./plain", "--tasks", str(folder), "--fail-on-leak")
     assert (result.exit_code, "is no run of this project" in result.stderr) == (2, True)
 
 
-def test_a_csr_model_is_measured_too(tmp_path, folder):  # noqa: F811
+def test_a_csr_model_is_measured_too(tmp_path, folder):
     save_model(build(tmp_path, write_dense(tmp_path / "base"), "csr"), tmp_path / "csr")
     result = evaluate(tmp_path, "run", "--model", "./csr", "--tasks", str(folder))
     assert result.exit_code == 0, result.output
     assert "dimensions are no words" in (tmp_path / "csr/report/index.html").read_text()
 
 
-def test_bm25_needs_no_model(tmp_path, folder):  # noqa: F811
+def test_bm25_needs_no_model(tmp_path, folder):
     result = evaluate(tmp_path, "bm25", "--tasks", f"{folder}:no")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith("bm25        four: nDCG@10 ")

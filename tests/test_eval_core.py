@@ -27,23 +27,6 @@ from trainer.config import ConfigError
 LINES = []
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Four queries, each answered by the document of the same number."""
-    target = tmp_path / "four"
-    target.mkdir()
-    (target / "corpus.jsonl").write_text(
-        "".join(json.dumps({"_id": f"d{n}", "title": "", "text": text}) + "\n" for n, text in enumerate(DOCUMENTS))
-    )
-    (target / "queries.dev.jsonl").write_text(
-        "".join(json.dumps({"_id": f"q{n}", "text": text}) + "\n" for n, text in enumerate(QUERIES))
-    )
-    (target / "qrels.dev.tsv").write_text(
-        "query-id\tcorpus-id\tscore\n" + "".join(f"q{n}\td{n}\t1\n" for n in range(4))
-    )
-    return target
-
-
 # ---------------------------------------------------------------------------------- tasks
 def test_the_default_group_is_the_seven_scandinavian_retrieval_tasks_of_mteb():
     tasks = select_tasks(["scandinavian"])

@@ -65,14 +65,19 @@ def has_split(folder: Path, split: str) -> bool:
     return (folder / f"qrels.{split}.tsv").is_file()
 
 
+def passage_text(title: str | None, text: str) -> str:
+    """What of a passage is read: its title in front of its text, as in BEIR."""
+    return f"{title or ''} {text}".strip()
+
+
 def read_corpus(folder: Path) -> dict[str, str]:
-    """Passage texts by id; a title goes in front of its text, as in BEIR."""
+    """Passage texts, with their titles, by id."""
     file = folder / "corpus.jsonl"
     corpus = {}
     for number, row in read_json_lines(file):
-        title = text_of(row, "title", file, number, needed=False) or ""
+        title = text_of(row, "title", file, number, needed=False)
         text = text_of(row, "text", file, number) or ""
-        corpus[_id_of(row, file, number)] = f"{title} {text}".strip()
+        corpus[_id_of(row, file, number)] = passage_text(title, text)
     if not corpus:
         raise ConfigError(f"{file}: no passages")
     return corpus

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer.config import ConfigError, is_local
+from trainer.config import ConfigError, is_local, one_line
 
 
 class HubUnreachable(ConfigError):
@@ -77,7 +77,7 @@ def why_unreachable(dataset: str) -> str | None:
     try:
         HfApi().dataset_info(dataset, timeout=10)
     except _connection_errors() as error:
-        return " ".join(str(error).split())[:120] or type(error).__name__
+        return one_line(error, 120) or type(error).__name__
     return None
 
 

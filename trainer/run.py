@@ -89,7 +89,7 @@ class Run:
                 "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
             }
             run.update()
-            _write_atomically(run.folder / "config.yaml", render(loaded))
+            write_atomically(run.folder / "config.yaml", render(loaded))
         except OSError as error:
             raise ConfigError(f"{run.folder} cannot be written: {error.strerror}") from None
         return run
@@ -123,7 +123,7 @@ class Run:
             say(f"changed   {dotted}: {old} → {new}")
         self.manifest.pop("error", None)
         self.update(status="starting", overrides=list(overrides))
-        _write_atomically(self.folder / "config.yaml", render(loaded))
+        write_atomically(self.folder / "config.yaml", render(loaded))
 
     def is_empty(self) -> bool:
         """Whether the run ended before its first step, so that a new one loses nothing."""
@@ -133,7 +133,7 @@ class Run:
     def update(self, **values: Any) -> None:
         """Set values in the manifest and write it; other readers see the old file or the new one, never half of one."""
         self.manifest.update(values, updated=_now())
-        _write_atomically(self.folder / "run.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(self.folder / "run.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
@@ -156,11 +156,19 @@ def git_commit() -> str | None:
         return None
 
 
+def duration(seconds: float) -> str:
+    """Seconds of the manifest in hours, minutes and seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def _write_atomically(file: Path, text: str) -> None:
+def write_atomically(file: Path, text: str) -> None:
+    """Write a file aside and put it in its place: a reader sees the old text or the new, never half of one."""
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with aside.open("w", encoding="utf-8") as handle:

@@ -31,7 +31,7 @@ from trainer.loop import SparseTrainer
 from trainer.losses import build_loss
 from trainer.models import build_model, fetch_base_model, load_model, save_model
 from trainer.plan import data_lines, model_lines, schedule_of, training_lines
-from trainer.run import Run
+from trainer.run import Run, duration
 from trainer.sparsity import BatchStatistics
 
 Say = Callable[[str], None]
@@ -231,16 +231,10 @@ def verdict(before: dict, after: dict, evaluator: SearchEvaluator | None, manife
         documents = fmean(after[f"{name}_document_active_dims"] for name in evaluator.parts)
         parts.append(f"active dims {queries:.0f} per query and {documents:.0f} per document")
     parts.append(
-        f"{_duration(manifest['train_seconds'])}, {manifest['samples_per_second']:.1f} samples/s, "
+        f"{duration(manifest['train_seconds'])}, {manifest['samples_per_second']:.1f} samples/s, "
         f"peak memory {manifest['peak_memory_gib']:.1f} GiB"
     )
     return "verdict   " + " · ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
 def is_disk_full(error: BaseException, folder: Path) -> bool:

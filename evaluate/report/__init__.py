@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from evaluate.report.plots import Plot, Points, bars, finite, histogram, intervals, line_chart, pareto
 from evaluate.results import System
 from evaluate.subject import Subject
+from trainer.run import duration
 
 PARTS = ("sparsity", "latency", "leakage", "hybrid", "terms", "failed")
 # Points per training curve that a plot of 300 pixels can show.
@@ -119,10 +120,13 @@ def build_table(
     """Scores from the folder; for its tasks also those of systems from elsewhere, where they are of the same languages."""
     scores: dict[str, dict[str, float]] = {}
     languages: dict[str, tuple[str, ...]] = {}
+    noted: dict[str, list[str]] = {}
     for name, system in systems.items():
         for task, score in system.items():
             scores.setdefault(task, {})[name] = score.main
             languages[task] = score.languages
+            if score.note:
+                noted.setdefault(f"{name}: {score.note}", []).append(task)
     for name, found in compare["against"].items() if compare else ():
         for task, row in compare["tasks"].items():
             if task in found["tasks"]:
@@ -132,13 +136,8 @@ def build_table(
     order = sorted({system for row in scores.values() for system in row}, key=lambda name: (name != main, name))
     tried = {task for tasks in failed.values() for task in tasks}
     scores = {task: scores.get(task, {}) for task in sorted(scores.keys() | tried)}
-    notes: dict[str, list[str]] = {}
-    for name, system in systems.items():
-        for task, score in system.items():
-            if score.note:
-                notes.setdefault(f"{name}: {score.note}", []).append(task)
-    found = [f"{note} ({', '.join(tasks)})" for note, tasks in notes.items()]
-    return ScoreTable(main, order, scores, languages, failed, found)
+    notes = [f"{note} ({', '.join(tasks)})" for note, tasks in noted.items()]
+    return ScoreTable(main, order, scores, languages, failed, notes)
 
 
 def is_current(compare: dict[str, Any], systems: dict[str, System]) -> bool:
@@ -275,13 +274,6 @@ def size(count: float) -> str:
     return (
         f"{count:,.0f} bytes" if power == 0 else f"{count / 1024**power:,.1f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"
     )
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
 def known(write: Callable[[float], str]) -> Callable[[Any], str]:

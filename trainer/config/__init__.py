@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from trainer.config.checks import find_contradictions, is_commit, is_local
-from trainer.config.errors import ConfigError, did_you_mean
+from trainer.config.errors import ConfigError, did_you_mean, one_line
 from trainer.config.schema import FROM_SCRATCH, Config, LocalSource
 from trainer.config.tree import Origin, Origins, Path_, merge, parse_value, read_file
 
@@ -30,6 +30,7 @@ __all__ = [
     "is_local",
     "json_schema",
     "load_config",
+    "one_line",
     "render",
 ]
 

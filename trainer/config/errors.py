@@ -12,6 +12,11 @@ class ConfigError(click.ClickException):
     exit_code = 2
 
 
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """What a library's error says, on one line of at most `limit` characters; may be empty."""
+    return " ".join(str(error).split())[:limit]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' Did you mean …?' for the nearest of the known words, or the list of them where none is near."""
     known = sorted(known)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.beir import SearchSet, has_split, is_beir, read_search_set
-from trainer.config import ConfigError, is_local
+from trainer.config import ConfigError, is_local, one_line
 from trainer.config.schema import DatasetsConfig, FamilySource, HubSource, LocalSource, ScandiQaConfig
 from trainer.data.rows import Columns, Rows, join, read_files, read_parquet, rows_from_table
 from trainer.hub import Snapshot, fetch
@@ -49,7 +49,7 @@ def read_split(snapshot: Snapshot, subset: str | None, split: str, key: str) -> 
     try:
         rows = datasets.load_dataset(str(snapshot.folder), subset, split=split)
     except Exception as error:  # the library raises a dozen types here, some of them its own
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(
             f"{key}: {snapshot.source} has no readable split '{split}'{f' of {subset}' if subset else ''}: {reason}"
         ) from None

@@ -17,7 +17,7 @@ from sentence_transformers.sparse_encoder.modules import (
 )
 from torch import nn
 
-from trainer.config import FROM_SCRATCH, Config, ConfigError
+from trainer.config import FROM_SCRATCH, Config, ConfigError, one_line
 from trainer.config.schema import FromScratchConfig
 from trainer.hub import fetch
 from trainer.models.card import build_card
@@ -220,8 +220,7 @@ def _loading(config: Config) -> Iterator[None]:
         expected = isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError, ImportError))
         if not expected and not config.model.trust_remote_code:
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"model.base_model: {config.model.base_model} cannot be loaded: {reason}") from None
+        raise ConfigError(f"model.base_model: {config.model.base_model} cannot be loaded: {one_line(error)}") from None
 
 
 def _require_what_the_config_needs(transformer: Transformer, config: Config) -> None:

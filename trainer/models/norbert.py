@@ -262,12 +262,15 @@ def convert_files(texts: dict[str, str], folder: Path, families: dict[str, Famil
     converted = {
         name: convert(text, folder / name, families[name].changes) for name, text in texts.items() if name in families
     }
+    if not converted:
+        return texts
     beside = " and ".join(f"{name} {_digest(text)[:16]}" for name, text in converted.items())
-    others = {name: text for name, text in texts.items() if name not in families}
-    for name, text in others.items():
-        known = converted and changes_in(text, folder / name) is None
-        converted[name] = _with_header(text, f"{BESIDE} {beside}") if known else text
-    return converted
+    others = {
+        name: _with_header(text, f"{BESIDE} {beside}") if changes_in(text, folder / name) is None else text
+        for name, text in texts.items()
+        if name not in families
+    }
+    return converted | others
 
 
 def convert(code: str, file: Path, changes: tuple[Change, ...]) -> str:

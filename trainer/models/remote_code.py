@@ -39,10 +39,11 @@ def with_own_code(snapshot: Snapshot, config: Config) -> BaseModel:
     Raises ConfigError when the config does not trust the code, when the code is not what the pinned commit holds, when
     it cannot be converted, or when the copy cannot be written.
     """
-    if not code_references(snapshot.folder):
+    references = code_references(snapshot.folder)
+    if not references:
         return BaseModel(snapshot.source, snapshot.commit, snapshot.folder)
     _require_trust(snapshot, config)
-    _require_local_code(snapshot)
+    _require_local_code(snapshot, references)
     texts = {}
     for file in sorted(snapshot.folder.glob("*.py")):
         _require_pinned(file, config)
@@ -115,9 +116,9 @@ def _download_note(file: Path) -> tuple[str, str] | None:
     return tuple(note.read_text().split()[:2]) if note.is_file() else None
 
 
-def _require_local_code(snapshot: Snapshot) -> None:
+def _require_local_code(snapshot: Snapshot, references: set[str]) -> None:
     """Stop when code is missing, or would be taken from another repository, at whatever commit that has now."""
-    for reference in sorted(code_references(snapshot.folder)):
+    for reference in sorted(references):
         if not (snapshot.folder / _file_of(reference)).is_file():
             repository = reference.rpartition("--")[0]
             other = f" (it is to come from {repository}, which nothing pins)" if repository else ""
