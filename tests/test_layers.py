@@ -7,6 +7,7 @@ from tests.conftest import ROOT
 # Lowest first: a module imports only from rows above its own, never from a neighbour.
 ROWS = [
     {"trainer.config"},
+    {"trainer.distributed"},
     {"trainer.hub", "trainer.beir", "trainer.device", "trainer.run", "trainer.checkpoints", "trainer.sparsity"},
     {
         "trainer.data",
@@ -17,7 +18,7 @@ ROWS = [
         "trainer.evaluators",
     },
     {"trainer.loop", "trainer.plan"},
-    {"trainer.train"},
+    {"trainer.train", "trainer.launch"},
     {"trainer.cli"},
     {"trainer.__main__"},
 ]

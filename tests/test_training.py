@@ -528,21 +528,31 @@ def test_the_model_card_shows_no_row_of_the_training_data(trained):
 
 # ---------------------------------------------------------------------------------- what this machine cannot do
 @pytest.mark.parametrize(
-    ("overrides", "environment", "says"),
+    ("overrides", "says"),
     [
-        (["training.bf16=true"], {}, "training.bf16: this CPU has no matrix units"),
-        (["training.fp16=true", "hardware.device=auto"], {}, "training.fp16 is for CUDA"),
-        (["hardware.tf32=true", "hardware.device=auto"], {}, "hardware.tf32 is for CUDA"),
-        ([], {"WORLD_SIZE": "2"}, "training over several processes is not supported yet"),
+        (["training.bf16=true"], "training.bf16: this CPU has no matrix units"),
+        (["training.fp16=true", "hardware.device=auto"], "training.fp16 is for CUDA"),
+        (["hardware.tf32=true", "hardware.device=auto"], "hardware.tf32 is for CUDA"),
     ],
 )
-def test_what_this_machine_cannot_do_is_one_line(tiny, monkeypatch, overrides, environment, says):
+def test_what_this_machine_cannot_do_is_one_line(tiny, monkeypatch, overrides, says):
     from trainer.config import ConfigError
     from trainer.device import choose_device
 
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for key, value in environment.items():
-        monkeypatch.setenv(key, value)
     with pytest.raises(ConfigError, match=says):
         choose_device(load_config(tiny, overrides).config)
+
+
+def test_several_gpus_want_to_be_counted(tiny, monkeypatch):
+    from trainer.config import ConfigError
+    from trainer.device import choose_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    config = load_config(tiny, ["hardware.device=cuda"]).config
+    with pytest.raises(ConfigError, match="8 GPUs"):
+        choose_device(config)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert choose_device(config)[0] == "cuda"

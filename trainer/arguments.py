@@ -35,6 +35,10 @@ def build_arguments(
         activation_checkpointing=config.hardware.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if config.hardware.gradient_checkpointing else None,
         router_mapping=ROUTES if config.model.architecture == "inference-free-splade" else {},
+        # A query's vector and its document's come from different parameters (Router), in separate forward passes: DDP may
+        # not take those of the last pass for all. GradCache has a backward pass for every forward pass: there it must.
+        ddp_broadcast_buffers=False,  # the trainer shares the one buffer that changes, CSR's count of dead dims
+        ddp_find_unused_parameters=config.loss.cached,
         learning_rate_mapping=query_rate_mapping(config, loss),
         push_to_hub=config.hub.push,
         hub_model_id=config.hub.repo,

@@ -16,6 +16,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from trainer.checkpoints import seal
 from trainer.device import peak_memory_gib
+from trainer.distributed import largest, total
 from trainer.sparsity import BatchStatistics
 
 PROBES = (
@@ -29,7 +30,10 @@ PROBES = (
 
 
 class Throughput:
-    """Rows and tokens that went through the model: in the current interval, and in all."""
+    """Rows and tokens that went through the model in all processes: in the current interval, and in all.
+
+    `restart` and `read` are called by every process at the same steps.
+    """
 
     def __init__(self):
         self.total_rows = self.total_tokens = 0
@@ -42,9 +46,14 @@ class Throughput:
 
     def settle(self) -> None:
         """Count what was seen towards the totals."""
-        self.total_rows += getattr(self, "rows", 0)
-        self.total_tokens += sum(int(count) for count in getattr(self, "tokens", ()))
+        rows, tokens = self._seen() if hasattr(self, "rows") else (0, 0)
+        self.total_rows += rows
+        self.total_tokens += tokens
         self.rows, self.tokens = 0, []
+
+    def _seen(self) -> tuple[int, int]:
+        rows, tokens = total(self.rows, sum(int(count) for count in self.tokens))
+        return int(rows), int(tokens)
 
     def add(self, features: list[dict[str, torch.Tensor]]) -> None:
         """The columns of one batch, with their attention masks [rows, length]."""
@@ -55,8 +64,8 @@ class Throughput:
     def read(self) -> dict[str, float]:
         """Rows (samples) and tokens per second of the current interval."""
         seconds = time.perf_counter() - self.start
-        tokens = sum(int(count) for count in self.tokens)
-        return {"samples_per_second": self.rows / seconds, "tokens_per_second": tokens / seconds}
+        rows, tokens = self._seen()
+        return {"samples_per_second": rows / seconds, "tokens_per_second": tokens / seconds}
 
 
 class TensorBoardLog(TrainerCallback):
@@ -83,16 +92,26 @@ class TensorBoardLog(TrainerCallback):
 
     def on_log(self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
         """One line of scalars: losses, learning rates, sparsity, speed, memory."""
-        writer = self._open(state)
-        if writer is None or not logs:
-            return
-        if any(key.startswith("eval_") for key in logs):
+        trained = bool(logs) and "loss" in logs
+        speed = self.throughput.read() if trained else {}
+        if trained and self._open(state):
+            self._training_scalars(logs, speed, state, kwargs["optimizer"], kwargs["model"])
+        elif logs and self._open(state):
             found = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
             # how fast each set was evaluated would bury the scores
             self._scalars("eval", {k: v for k, v in found.items() if not k.endswith(("_second", "_runtime"))}, state)
-            return
-        if "loss" not in logs:
-            return
+        if trained:
+            self.statistics.reset()
+            self.throughput.restart()
+
+    def _training_scalars(
+        self,
+        logs: dict[str, Any],
+        speed: dict[str, float],
+        state: TrainerState,
+        optimizer: torch.optim.Optimizer,
+        model: torch.nn.Module,
+    ) -> None:
         names = {"loss": "loss/total", "grad_norm": "optimizer/gradient_norm", "epoch": "progress/epoch"}
         for key, value in logs.items():
             if key.endswith("_weight"):
@@ -100,16 +119,14 @@ class TensorBoardLog(TrainerCallback):
             else:
                 name = names.get(key, f"loss/{key}" if "loss" in key else None)
             if name:
-                writer.add_scalar(name, value, state.global_step)
-        for name, rate in learning_rates(kwargs["optimizer"], kwargs["model"]).items():
-            writer.add_scalar(f"optimizer/learning_rate_{name}", rate, state.global_step)
+                self.writer.add_scalar(name, value, state.global_step)
+        for name, rate in learning_rates(optimizer, model).items():
+            self.writer.add_scalar(f"optimizer/learning_rate_{name}", rate, state.global_step)
         for route, values in self.statistics.summary().items():
             kept = {k: v for k, v in values.items() if k not in ("busiest_dim", "active_share")}
             self._scalars("sparsity" if route == "both" else f"sparsity/{route}", kept, state)
-        self._scalars("speed", self.throughput.read(), state)
+        self._scalars("speed", speed, state)
         self._scalars("memory", {"peak (GiB)": peak_memory_gib(self.device)}, state)
-        self.statistics.reset()
-        self.throughput.restart()
 
     def _scalars(self, group: str, values: dict[str, float], state: TrainerState) -> None:
         for key, value in values.items():
@@ -319,7 +336,9 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Save and stop after the step in which the signal came."""
-        if self.received is not None:
+        # one process may be told alone, or a step later than another: all stop after the same step
+        if number := largest(self.received or 0):
+            self.received = signal.Signals(number)
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs) -> None:

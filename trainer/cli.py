@@ -5,7 +5,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -36,30 +38,106 @@ def main() -> None:
 @config_options
 @click.option("--resume", is_flag=True, help="Continue the run from its newest complete checkpoint.")
 @click.option("--name", help="Name of the run folder under models/; the config's name by default.")
+@click.option(
+    "--processes", default=1, type=click.IntRange(min=1), help="Processes that train together here, one per GPU."
+)
+@click.option("--nodes", default=1, type=click.IntRange(min=1), help="Machines that train together.")
+@click.option("--rendezvous", metavar="HOST:PORT", help="Where the machines meet: one of them, and a free port of it.")
 @click.option("-v", "--verbose", is_flag=True, help="Show what the libraries log.")
-def train(config: str, overrides: tuple[str, ...], resume: bool, name: str | None, verbose: bool) -> None:
+def train(
+    config: str,
+    overrides: tuple[str, ...],
+    resume: bool,
+    name: str | None,
+    processes: int,
+    nodes: int,
+    rendezvous: str | None,
+    verbose: bool,
+) -> None:
     """Train CONFIG into models/<name>/."""
     file = find_config(config)
     loaded = load_config(file, overrides)
+    if nodes > 1 and rendezvous is None:
+        raise ConfigError("--nodes needs --rendezvous HOST:PORT, the same on every machine, where HOST is one of them")
+    again = f"python -m trainer train {config} --name {name} --resume" if name else f"make resume CONFIG={config}"
+    if nodes * processes > 1:
+        _launch(loaded, name, processes, nodes, rendezvous)
+    with _one_of_several(again):
+        loaded, run = _open_run(file, loaded, name, overrides, resume)
+        set_up_libraries(verbose, loaded.config.training.dataloader_num_workers)
+        _train(loaded, run, resume, again)
+
+
+@contextlib.contextmanager
+def _one_of_several(again: str) -> Iterator[None]:
+    """End quietly when another process of the training has gone: it has said why, unless it was killed."""
+    from trainer.distributed import is_first, lost_another
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not lost_another(error):
+            raise
+        if is_first():
+            click.echo(
+                f"Error: another process of this training ended. Nothing saved is lost. To go on: {again}", err=True
+            )
+        sys.exit(1)
+
+
+def _launch(loaded: LoadedConfig, name: str | None, processes: int, nodes: int, rendezvous: str | None) -> None:
+    """Start this command in several processes, and exit as they do."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported: no stack per closed connection
+    from trainer.device import choose_device
+    from trainer.launch import launch
+
+    os.environ["WORLD_SIZE"] = str(processes * nodes)
+    choose_device(loaded.config)  # what this machine cannot do is said once, not by every process
+    with_value = ("--processes", "--nodes", "--rendezvous")
+    arguments = iter(sys.argv[1:])
+    kept = []
+    for argument in arguments:
+        if argument in with_value:
+            next(arguments)
+        elif not argument.startswith(tuple(f"{option}=" for option in with_value)):
+            kept.append(argument)
+    sys.exit(launch(kept, name or loaded.name, processes, nodes, rendezvous))
+
+
+def _open_run(
+    file: Path, loaded: LoadedConfig, name: str | None, overrides: tuple[str, ...], resume: bool
+) -> tuple[LoadedConfig, "Run"]:
+    """The run folder, and the config with the overrides the run was started with.
+
+    Of several processes the first makes or opens it, and the others follow.
+    """
+    from trainer.distributed import from_first, is_first, processes
     from trainer.run import Run
 
-    if resume:
+    if processes() > 1:
+        from trainer.device import choose_device
+        from trainer.distributed import connect
+
+        connect(choose_device(loaded.config)[0])
+    run = None
+    if is_first() and resume:
         run = Run.open(loaded, name)
         overrides = (*run.manifest.get("overrides", ()), *overrides)
         loaded = load_config(file, overrides)
         run.go_on_with(loaded, overrides, click.echo)
-    else:
+    elif is_first():
         run = Run.create(loaded, name, overrides)
-    set_up_libraries(verbose, loaded.config.training.dataloader_num_workers)
-    again = (
-        f"make resume CONFIG={config}" if name is None else f"python -m trainer train {config} --name {name} --resume"
-    )
-    _train(loaded, run, resume, again)
+    manifest, overrides = from_first((run.manifest if run else None, overrides))
+    if run is None:
+        loaded = load_config(file, overrides)
+        run = Run.follow(loaded, name, manifest)
+    return loaded, run
 
 
 def _train(loaded: LoadedConfig, run: "Run", resume: bool, again: str) -> None:
     """Train; note how it ended in the manifest, and turn what can go wrong into one line each."""
     from trainer.callbacks import NonFiniteLoss
+    from trainer.distributed import is_first, wait
     from trainer.train import Stopped, is_disk_full, train
 
     def ended(status: str, error: BaseException) -> None:
@@ -70,7 +148,9 @@ def _train(loaded: LoadedConfig, run: "Run", resume: bool, again: str) -> None:
         train(loaded, run, resume=resume, say=click.echo)
     except Stopped as stopped:
         ended("stopped", stopped)
-        click.echo(f"Stopped at step {stopped.step}; everything up to it is saved. To go on: {again}", err=True)
+        if is_first():
+            click.echo(f"Stopped at step {stopped.step}; everything up to it is saved. To go on: {again}", err=True)
+        wait()  # a launcher stops all processes when one ends
         sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt as interrupted:
         ended("interrupted", interrupted)
@@ -130,6 +210,7 @@ def set_up_libraries(verbose: bool, loader_workers: int = 0) -> None:
     from huggingface_hub.utils import disable_progress_bars
 
     logging.basicConfig(level=logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)  # of the libraries to each other
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

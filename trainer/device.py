@@ -1,21 +1,27 @@
 """Which device training runs on, and why."""
 
-import os
 import resource
 import sys
 
 import torch
 
 from trainer.config import Config, ConfigError
+from trainer.distributed import processes
 
 
 def choose_device(config: Config) -> tuple[str, str]:
     """The device's name and the reason for it. Raises ConfigError when the config asks for what this machine cannot do."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("training over several processes is not supported yet: start one process without torchrun")
     device, reason = _choose(config.hardware.device)
-    if device == "cuda" and torch.cuda.device_count() > 1:
-        raise ConfigError("training on several GPUs is not supported yet: set CUDA_VISIBLE_DEVICES=0")
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if gpus > 1 and processes() == 1:
+        raise ConfigError(
+            f"this machine has {gpus} GPUs. Say how many to train on: PROCS={gpus} (--processes {gpus}), "
+            "or CUDA_VISIBLE_DEVICES=0 for one"
+        )
+    if device == "mps" and processes() > 1:
+        raise ConfigError(
+            'several processes cannot share the GPU of a Mac. Start one, or set SET="hardware.device=cpu"'
+        )
     if device == "cpu" and config.training.bf16 and not torch.cpu._is_amx_tile_supported():
         raise ConfigError(
             "training.bf16: this CPU has no matrix units for bfloat16, and a step would take 13 times as long as in "
@@ -44,8 +50,10 @@ def _choose(wanted: str) -> tuple[str, str]:
 def describe_device(device: str) -> str:
     """A device's name for the manifest."""
     if device == "cuda":
-        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    return f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else device
+        return f"{processes()} × {torch.cuda.get_device_name()}"
+    if device == "cpu":
+        return f"cpu, {torch.get_num_threads()} threads" + (f" × {processes()} processes" if processes() > 1 else "")
+    return device
 
 
 def peak_memory_gib(device: str) -> float:

@@ -1,14 +1,17 @@
 """SparseEncoderTrainer with our batches, a stop on a non-finite loss, and a best checkpoint that is really loaded."""
 
+import tempfile
 from pathlib import Path
 
 import torch
 from sentence_transformers.sparse_encoder import SparseEncoderTrainer
+from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from trainer.callbacks import NonFiniteLoss, Throughput
 from trainer.data import MixedBatches, Mixture, NoDuplicateBatches
+from trainer.distributed import from_all, keep_smallest, processes
 from trainer.models import keep_code
 
 
@@ -25,14 +28,20 @@ class SparseTrainer(SparseEncoderTrainer):
             self.remove_callback(default)  # ours stand in the callbacks argument
 
     def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
-        """Batches of one data set in which no text occurs twice."""
-        return NoDuplicateBatches(dataset, batch_size, drop_last=drop_last, seed=seed)
+        """Batches of one data set in which no text occurs twice; the last is dealt out in equal parts too, not dropped."""
+        return NoDuplicateBatches(dataset, batch_size, seed=seed, processes=processes())
 
     def get_multi_dataset_batch_sampler(self, dataset, batch_samplers, generator=None, seed=0):
         """Batches of all data sets, triplets and pairs of one set sharing its turns."""
-        counts = iter(len(sampler) for sampler in batch_samplers)
+        counts = iter(len(sampler.sizes) for sampler in batch_samplers)
         groups = [[next(counts) for _ in names] for names in self.halves.values()]
-        return MixedBatches(dataset, batch_samplers, Mixture(groups, *self.sampling, seed), seed=seed)
+        self.order = MixedBatches(dataset, batch_samplers, Mixture(groups, *self.sampling, seed))
+        return self.order
+
+    def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
+        """With several processes and a resumed epoch, the library's wrappers do not pass the epoch on to our order."""
+        self.order.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def collect_features(self, inputs):
         """The batch's columns, counted."""
@@ -46,6 +55,9 @@ class SparseTrainer(SparseEncoderTrainer):
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise NonFiniteLoss(self.state.global_step + 1, loss.item())
+        for module in self.model.modules():
+            if isinstance(module, SparseAutoEncoder):
+                keep_smallest(module.stats_last_nonzero)  # passes since a dim was active, in any process
         return loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
@@ -62,6 +74,14 @@ class SparseTrainer(SparseEncoderTrainer):
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """One process writes: the first, every process's state."""
+        with tempfile.TemporaryDirectory() as own:
+            super()._save_rng_state(own)
+            for files in from_all({file.name: file.read_bytes() for file in Path(own).iterdir()}):
+                for name, content in files.items():
+                    (Path(output_dir) / name).write_bytes(content)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)

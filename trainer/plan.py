@@ -11,6 +11,7 @@ from trainer.arguments import query_rate_mapping
 from trainer.config import FROM_SCRATCH, Config, ConfigError, LoadedConfig
 from trainer.data import TrainingData, load_data
 from trainer.device import choose_device
+from trainer.distributed import processes
 from trainer.hub import HubUnreachable
 from trainer.losses import build_loss
 from trainer.models import BaseModel, build_model, fetch_base_model, vocabulary_of
@@ -43,7 +44,9 @@ def schedule_of(config: Config, data: TrainingData, stopped_at: int | None = Non
     per_epoch = max(math.ceil(len(mixture) / training.gradient_accumulation_steps), 1)
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
     full, rest = divmod(steps if stopped_at is None else stopped_at, per_epoch)
-    data.count_rows(mixture, full * len(mixture) + min(rest * training.gradient_accumulation_steps, len(mixture)))
+    data.count_rows(
+        config, mixture, full * len(mixture) + min(rest * training.gradient_accumulation_steps, len(mixture))
+    )
     return Schedule(steps, steps / per_epoch)
 
 
@@ -74,6 +77,8 @@ def data_lines(config: Config, data: TrainingData, schedule: Schedule) -> Iterat
         how += f", an epoch ends with the {datasets.epoch} set"
     training = config.training
     batch = f"{training.per_device_train_batch_size} rows"
+    if processes() > 1:
+        batch += f" × {processes()} processes"
     if training.gradient_accumulation_steps > 1:
         batch += f" × {training.gradient_accumulation_steps} accumulated"
     yield f"steps     {schedule.steps:,} of {batch} ({schedule.epochs:.3g} epochs; {how})"

@@ -1,9 +1,11 @@
 """The run folder models/<name>/: everything of one training run, and the manifest that says how it came about."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +17,9 @@ from typing import Any
 from trainer.config import ConfigError, LoadedConfig, load_config, render
 
 MODELS = Path("models")
+REQUIREMENTS = Path(__file__).parents[1] / "docker" / "requirements"
+# How long a network file system may take to show another machine a new file: NFS keeps what it knows for 3 to 60 s.
+SHARED_SECONDS = 60.0
 PACKAGES = (
     "torch",
     "sentence-transformers",
@@ -28,10 +33,13 @@ PACKAGES = (
 
 
 class Run:
-    """One run folder. run.json is written first, and replaced atomically at every change."""
+    """One run folder. run.json is written first, and replaced atomically at every change.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    Of several processes that train together only the first writes; in the others, `is_mine` is False.
+    """
+
+    def __init__(self, folder: Path, is_mine: bool = True):
+        self.folder, self.is_mine = folder, is_mine
         self.manifest: dict[str, Any] = {}
 
     @property
@@ -85,13 +93,18 @@ class Run:
                 "config_file": str(loaded.file),
                 "overrides": list(overrides),
                 "git_commit": git_commit(),
+                "image": os.environ.get("NORDSPARSE_IMAGE"),  # docker/run says it: a container does not know its image
+                "lock": lock_hash(),
                 "python": sys.version.split()[0],
                 "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
             }
             run.update()
             write_atomically(run.folder / "config.yaml", render(loaded))
         except OSError as error:
-            raise ConfigError(f"{run.folder} cannot be written: {error.strerror}") from None
+            remedy = (
+                f": sudo chown -R {os.getuid()}:{os.getgid()} {MODELS}" if isinstance(error, PermissionError) else ""
+            )
+            raise ConfigError(f"{run.folder} cannot be written: {error.strerror}{remedy}") from None
         return run
 
     @classmethod
@@ -106,6 +119,30 @@ class Run:
         except (OSError, json.JSONDecodeError) as error:
             raise ConfigError(f"{file} cannot be read: {error}. Remove the folder to train anew") from None
         return run
+
+    @classmethod
+    def follow(cls, loaded: LoadedConfig, name: str | None, manifest: dict[str, Any]) -> "Run":
+        """The run that the first process opened, as another process sees it: never written.
+
+        Raises ConfigError when models/ is not one folder for all of them.
+        """
+        run = cls(MODELS / (name or loaded.name), is_mine=False)
+        run.manifest = manifest
+        deadline = time.monotonic() + SHARED_SECONDS
+        while not run._is_on_disk():
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{run.folder} on {socket.gethostname()} is not the folder that the first process writes to. "
+                    f"Training over several machines needs one {MODELS}/ that all of them share"
+                )
+            time.sleep(0.2)
+        return run
+
+    def _is_on_disk(self) -> bool:
+        try:
+            return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["id"] == self.id
+        except (OSError, ValueError, KeyError):
+            return False
 
     def go_on_with(self, loaded: LoadedConfig, overrides: Sequence[str], say: Callable[[str], None]) -> None:
         """Take over what was changed in the config (read with these overrides) since the run started, and say it.
@@ -133,7 +170,8 @@ class Run:
     def update(self, **values: Any) -> None:
         """Set values in the manifest and write it; other readers see the old file or the new one, never half of one."""
         self.manifest.update(values, updated=_now())
-        write_atomically(self.folder / "run.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+        if self.is_mine:
+            write_atomically(self.folder / "run.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
@@ -146,7 +184,10 @@ def differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[tupl
 
 
 def git_commit() -> str | None:
-    """The checkout's commit, with '+changes' when files differ from it; None outside a git checkout."""
+    """The checkout's commit, with '+changes' when files differ from it; in an image, that of the checkout it was built
+    from. None where neither is known."""
+    if built_from := os.environ.get("NORDSPARSE_COMMIT"):
+        return built_from if built_from != "unknown" else None
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -154,6 +195,13 @@ def git_commit() -> str | None:
         return f"{commit}+changes" if changed.strip() else commit
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def lock_hash() -> str:
+    """SHA-256 of the requirement files that the packages here were installed from, as in the label of an image."""
+    kind = "cpu" if importlib.metadata.version("torch").endswith("+cpu") else "cuda"
+    files = [REQUIREMENTS / name for name in ("base.txt", f"torch-{kind}.txt")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def duration(seconds: float) -> str:

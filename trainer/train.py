@@ -11,6 +11,7 @@ from typing import Any
 
 import transformers
 from sentence_transformers import SparseEncoder
+from sentence_transformers.util.distributed import distributed_evaluation
 
 from trainer.arguments import build_arguments
 from trainer.callbacks import (
@@ -26,6 +27,13 @@ from trainer.checkpoints import newest_complete, step_of
 from trainer.config import Config, ConfigError, LoadedConfig
 from trainer.data import TrainingData, load_data
 from trainer.device import choose_device, describe_device, peak_memory_gib
+from trainer.distributed import (
+    first_on_each_machine_first,
+    from_first,
+    is_first,
+    processes,
+    take_weights_of_first,
+)
 from trainer.evaluators import SCORE, SearchEvaluator, build_evaluator
 from trainer.loop import SparseTrainer
 from trainer.losses import build_loss
@@ -51,14 +59,17 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
     Raises ConfigError for what the user can mend, NonFiniteLoss, and Stopped after Ctrl-C or SIGTERM.
     """
     config = loaded.config
+    if not is_first():
+        say = silent
     with StopOnSignal() as stop:
-        checkpoint = newest_complete(run.checkpoints, run.id, say) if resume else None
+        checkpoint = from_first(newest_complete(run.checkpoints, run.id, say) if resume and is_first() else None)
         if resume:
             say(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint: starting from step 0")
 
         # 1. Data: one named set per source, so the sampler can balance them
-        base = None if checkpoint else fetch_base_model(config)  # first: it may not be trusted, and data is larger
-        data = load_data(config)
+        with first_on_each_machine_first():
+            base = None if checkpoint else fetch_base_model(config)  # first: it may not be trusted, and data is larger
+            data = load_data(config)
         check_same_data(data, run)
         schedule = schedule_of(config, data)
         for line in data_lines(config, data, schedule):
@@ -82,7 +93,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             say(line)
 
         # 4. Evaluation and arguments
-        evaluator = build_evaluator(config, data.search, say)
+        evaluator = shared_evaluator(config, data, say)
         best_metric = f"eval_{SCORE}" if evaluator else "eval_loss" if data.eval else None
         say(f"result    {_which_checkpoint(config, best_metric)}")
         arguments = build_arguments(config, run, model, loss, device, best_metric=best_metric)
@@ -93,13 +104,15 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             seed=config.training.seed,
             base_model=base.manifest() if base else run.manifest.get("base_model", {"source": config.model.base_model}),
             datasets=data.manifest(),
+            processes=processes(),
             steps=schedule.steps,
         )
 
-        data.write_texts(run.training_texts)
+        if is_first():
+            data.write_texts(run.training_texts)
 
         # 5. Score before training
-        before = run.manifest.get("before") if checkpoint else None
+        before = run.manifest.get("before") if checkpoint else None  # all processes hold the same manifest
         before = before or _score(model, evaluator, run, "before", say)
 
         # 6. Train
@@ -123,30 +136,46 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             ],
         )
         ledger = Ledger(run, throughput, watchdog, device)
+        came_to_an_end = False
         try:
             if checkpoint and step_of(checkpoint) >= schedule.steps:  # the library would train one step more
                 trainer.finish_from(checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            came_to_an_end = True
         finally:
-            if (made_by_the_library := run.checkpoints / "eval").is_dir():
+            if is_first() and (made_by_the_library := run.checkpoints / "eval").is_dir():
                 made_by_the_library.rmdir()
             schedule_of(config, data, stopped_at=trainer.state.global_step)
-            ledger.close(steps_done=trainer.state.global_step, datasets=data.manifest())
+            ledger.close(came_to_an_end, steps_done=trainer.state.global_step, datasets=data.manifest())
         if stop.received is not None and trainer.state.global_step < schedule.steps:
             raise Stopped(trainer.state.global_step, stop.received)
 
         # 7. Save, evaluate, report: in the precision in which users will open the model, not under training's autocast
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        save_final(model, run)
+        take_weights_of_first(model)  # another process may not have seen the best checkpoint when it was written
+        if is_first():
+            save_final(model, run)
         after = _score(model, evaluator, run, "after", say)
         run.update(
             status="finished",
             best_checkpoint=trainer.state.best_model_checkpoint,
             best_metric={"name": best_metric, "value": trainer.state.best_metric},
         )
-        say(verdict(before, after, evaluator, run.manifest))
+        if is_first():
+            say(verdict(before, after, evaluator, run.manifest))
     return after
+
+
+def silent(line: str) -> None:
+    """Say nothing: the first of several processes speaks for all."""
+
+
+def shared_evaluator(config: Config, data: TrainingData, say: Say) -> SearchEvaluator | None:
+    """The evaluator. The first process runs it and the others encode for it, so theirs has no searches of its own."""
+    evaluator = build_evaluator(config, data.search, say) if is_first() else None
+    is_there = from_first(evaluator is not None)
+    return evaluator if is_first() else SearchEvaluator({}) if is_there else None
 
 
 def check_same_data(data: TrainingData, run: Run) -> None:
@@ -166,9 +195,13 @@ class Ledger:
         self.run, self.throughput, self.watchdog, self.device = run, throughput, watchdog, device
         self.start = time.perf_counter()
 
-    def close(self, **values: Any) -> None:
-        """Write the totals: seconds (evaluation included), rows, tokens, their rates, peak memory, warnings."""
-        self.throughput.settle()
+    def close(self, came_to_an_end: bool, **values: Any) -> None:
+        """Write the totals: seconds (evaluation included), rows, tokens, their rates, peak memory, warnings.
+
+        After a failure the other processes are gone, so what was trained since the last log line is not counted.
+        """
+        if came_to_an_end or processes() == 1:
+            self.throughput.settle()
         known = self.run.manifest
         seconds = known.get("train_seconds", 0.0) + time.perf_counter() - self.start
         rows = known.get("rows_trained", 0) + self.throughput.total_rows
@@ -199,7 +232,9 @@ def _score(model: SparseEncoder, evaluator: SearchEvaluator | None, run: Run, wh
     """Search scores, also into the manifest; empty without searches."""
     if evaluator is None:
         return {}
-    found = {key: round(value, 5) for key, value in evaluator(model).items()}
+    with distributed_evaluation(model) as runs_here:
+        scores = evaluator(model) if runs_here else {}
+    found = {key: round(value, 5) for key, value in from_first(scores).items()}
     run.update(**{when: found})
     for name in evaluator.parts:
         say(f"{when:<10}{name}: nDCG@10 {found[f'{name}_ndcg@10']:.3f}, {_dims(found, name)}")

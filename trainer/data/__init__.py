@@ -11,9 +11,10 @@ from datasets import Dataset, DatasetDict
 
 from trainer.beir import SearchSet, has_split, is_beir, read_search_set
 from trainer.config import Config, ConfigError
-from trainer.data.batches import MixedBatches, Mixture, NoDuplicateBatches
+from trainer.data.batches import MixedBatches, Mixture, NoDuplicateBatches, batch_sizes
 from trainer.data.rows import ROLES, Rows, fingerprint
 from trainer.data.sources import LoadedSource, sample, sources_of
+from trainer.distributed import processes
 from trainer.hub import HubUnreachable
 
 __all__ = ["MixedBatches", "Mixture", "NoDuplicateBatches", "SearchSet", "SetSummary", "TrainingData", "load_data"]
@@ -56,29 +57,30 @@ class TrainingData:
 
     def mixture(self, config: Config) -> Mixture:
         """The order in which batches of the sets are drawn."""
-        size = config.training.per_device_train_batch_size
-        groups = [[-(-len(self.train[half]) // size) for half in halves] for halves in self.halves.values()]
+        groups = [[len(self._sizes(half, config)) for half in halves] for halves in self.halves.values()]
         datasets = config.datasets
         return Mixture(groups, datasets.sampling_strategy, datasets.epoch, config.training.seed)
 
+    def _sizes(self, half: str, config: Config) -> list[int]:
+        """Rows of each batch of one pass over a half; a batch is shared by all processes."""
+        together = config.training.per_device_train_batch_size * processes()
+        return batch_sizes(len(self.train[half]), together, processes())
+
     def rows_without_a_batch(self, config: Config, name: str) -> int:
         """Rows of a set that sit out its first pass, because every batch already holds one of their texts."""
-        training = config.training
+        size, seed = config.training.per_device_train_batch_size, config.training.seed
         samplers = [
-            NoDuplicateBatches(self.train[half], training.per_device_train_batch_size, seed=training.seed)
-            for half in self.halves[name]
+            NoDuplicateBatches(self.train[half], size, seed=seed, processes=processes()) for half in self.halves[name]
         ]
         return sum(sampler.rows - sum(map(len, sampler.batches(0))) for sampler in samplers)
 
-    def count_rows(self, mixture: Mixture, batches: int) -> None:
+    def count_rows(self, config: Config, mixture: Mixture, batches: int) -> None:
         """Note in the summaries how many rows the first batches of a run draw, and how many different ones."""
         for (name, halves), counts in zip(self.halves.items(), mixture.drawn(batches), strict=True):
             summary = self.summaries[name]
             summary.rows_drawn = summary.rows_seen = 0
             for number, half in enumerate(halves):
-                rows, size = len(self.train[half]), mixture.groups[list(self.halves).index(name)][number]
-                for batch in range(size):
-                    in_batch = rows // size + (batch < rows % size)
+                for batch, in_batch in enumerate(self._sizes(half, config)):
                     summary.rows_drawn += in_batch * counts[number, batch]
                     summary.rows_seen += in_batch * (counts[number, batch] > 0)
 

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from sentence_transformers.base.sampler import DefaultBatchSampler, MultiDatasetDefaultBatchSampler
+from sentence_transformers.base.sampler import DefaultBatchSampler
+
+from trainer.config import ConfigError
 
 # Random exchange partners tried for a row that collides with its batch before it sits out the pass.
 MAX_SWAPS = 200
@@ -26,6 +28,17 @@ def text_ids(dataset) -> np.ndarray:
     return ids.reshape(len(columns), table.num_rows).T
 
 
+def batch_sizes(rows: int, batch_size: int, processes: int) -> list[int]:
+    """Rows of each batch of a pass, before any row sits out: as equal as can be, the last is not a small rest.
+
+    Each size is a multiple of the number of processes, so that a batch can be dealt out in equal parts; fewer rows than
+    there are processes sit out the pass.
+    """
+    units, per_batch = rows // processes, batch_size // processes
+    count = -(-units // per_batch)
+    return [processes * (units // count + (number < units % count)) for number in range(count)]
+
+
 class NoDuplicateBatches(DefaultBatchSampler):
     """Batches of one data set in which no text occurs twice.
 
@@ -33,39 +46,48 @@ class NoDuplicateBatches(DefaultBatchSampler):
     as a negative of a query it answers. A pass shuffles the rows, cuts them into batches of equal size (the last is not
     a small rest), and exchanges rows that collide with rows of other batches; a row for which no partner is found in
     MAX_SWAPS tries sits out this pass. Start-up hashes each text once; a pass costs a sort.
+
+    `batch_size` is what one process reads at a step. Several processes share a batch of so many times that size: it is
+    one batch to the rule above and to in-batch negatives, and is dealt out in equal slices, one after the other, since
+    that is how accelerate hands batches to processes.
     """
 
-    def __init__(self, dataset, batch_size: int, drop_last: bool = False, seed: int = 0, **kwargs):
-        super().__init__(dataset, batch_size=batch_size, drop_last=drop_last, seed=seed, **kwargs)
-        self.rows = len(dataset)
+    def __init__(self, dataset, batch_size: int, seed: int = 0, processes: int = 1):
+        super().__init__(dataset, batch_size=batch_size, drop_last=False, seed=seed)
+        self.rows, self.processes = len(dataset), processes
         self.ids = text_ids(dataset)
+        self.sizes = np.array(batch_sizes(self.rows, batch_size * processes, processes), dtype=int)
+        # accelerate leaves out batches of another size than this, and ours differ by one
+        self.batch_size = None
+        if self.rows and not len(self.sizes):
+            raise ConfigError(
+                f"{self.rows} rows are too few for {processes} processes. Start fewer, or leave the set out"
+            )
 
     def __len__(self) -> int:
-        full, rest = divmod(self.rows, self.batch_size)
-        return full if self.drop_last and full else full + bool(rest)
+        return len(self.sizes) * self.processes
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches(self.epoch):
-            yield batch.tolist()
-
-    def sizes(self) -> np.ndarray:
-        """Rows of each batch of a pass, before any row sits out."""
-        count = len(self)
-        rows = min(self.rows, count * self.batch_size) if self.drop_last else self.rows
-        return np.array([rows // count + (i < rows % count) for i in range(count)])
+            yield from slices(batch, self.processes)
 
     def batches(self, pass_number: int) -> list[np.ndarray]:
         """Row numbers of every batch of a pass."""
         rng = np.random.default_rng([self.seed, pass_number])
-        sizes = self.sizes()
-        order = rng.permutation(self.rows)[: sizes.sum()]
-        batch_of = np.repeat(np.arange(len(sizes)), sizes)
-        starts = np.concatenate([[0], np.cumsum(sizes)])
+        order = rng.permutation(self.rows)[: self.sizes.sum()]
+        batch_of = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        starts = np.concatenate([[0], np.cumsum(self.sizes)])
         repair = _Repair(self.ids, order, batch_of, starts, rng)
         out = np.array([slot for slot in self._collisions(order, batch_of) if not repair.swap(slot)], dtype=int)
         keep = np.ones(len(order), dtype=bool)
         keep[out] = False
-        return [order[a:b][keep[a:b]] for a, b in itertools.pairwise(starts)]
+        batches = [order[a:b][keep[a:b]] for a, b in itertools.pairwise(starts)]
+        batches = [batch[: len(batch) // self.processes * self.processes] for batch in batches]
+        if not all(map(len, batches)):
+            raise ConfigError(
+                f"so many rows share a text that a batch has less than one for each of {self.processes} processes"
+            )
+        return batches
 
     def _collisions(self, order: np.ndarray, batch_of: np.ndarray) -> list[int]:
         """Slots whose row shares a text with an earlier row of the same batch."""
@@ -75,6 +97,12 @@ class NoDuplicateBatches(DefaultBatchSampler):
         by_key = np.lexsort((slot, key))
         same = (key[by_key][1:] == key[by_key][:-1]) & (slot[by_key][1:] != slot[by_key][:-1])
         return sorted(set(slot[by_key][1:][same].tolist()))
+
+
+def slices(batch: np.ndarray, processes: int) -> Iterator[list[int]]:
+    """The equal parts of a batch, one per process."""
+    for part in np.split(batch, processes):
+        yield part.tolist()
 
 
 class _Repair:
@@ -181,17 +209,20 @@ class Mixture:
         return counts
 
 
-class MixedBatches(MultiDatasetDefaultBatchSampler):
+class MixedBatches(DefaultBatchSampler):
     """Draws batches from several NoDuplicateBatches in the order of a Mixture."""
 
-    def __init__(self, dataset, batch_samplers, mixture: Mixture, seed: int = 0, **kwargs):
-        super().__init__(dataset, batch_samplers=batch_samplers, seed=seed, **kwargs)
-        self.mixture = mixture
+    def __init__(self, dataset, batch_samplers: Sequence[NoDuplicateBatches], mixture: Mixture):
+        super().__init__(dataset, batch_size=1, drop_last=False)
+        self.batch_size = None  # as in NoDuplicateBatches
+        self.dataset, self.batch_samplers, self.mixture = dataset, batch_samplers, mixture
         firsts = np.cumsum([0, *(len(group) for group in mixture.groups)])
         self.first_half = firsts.tolist()
 
+        self.processes = batch_samplers[0].processes
+
     def __len__(self) -> int:
-        return len(self.mixture)
+        return len(self.mixture) * self.processes
 
     def __iter__(self) -> Iterator[list[int]]:
         offsets = np.cumsum([0, *(len(part) for part in self.dataset.datasets)])
@@ -200,4 +231,4 @@ class MixedBatches(MultiDatasetDefaultBatchSampler):
             index = self.first_half[group] + half
             if passes.get(index, (None,))[0] != pass_number:
                 passes[index] = (pass_number, self.batch_samplers[index].batches(pass_number))
-            yield (passes[index][1][batch] + offsets[index]).tolist()
+            yield from slices(passes[index][1][batch] + offsets[index], self.processes)

@@ -19,6 +19,7 @@ from torch import nn
 
 from trainer.config import FROM_SCRATCH, Config, ConfigError, one_line
 from trainer.config.schema import FromScratchConfig
+from trainer.distributed import is_first, share_files
 from trainer.hub import fetch
 from trainer.models.card import build_card
 from trainer.models.heads import check_not_dense, decoder_of, silence_special_tokens
@@ -54,7 +55,9 @@ def build_model(
     with tempfile.TemporaryDirectory() as folder:
         source = base.folder if base else Path(folder)
         if base is None:
-            build_from_scratch(config.model.from_scratch or FromScratchConfig(), queries + documents, source)
+            if is_first():  # transformers saves in the first process only
+                build_from_scratch(config.model.from_scratch or FromScratchConfig(), queries + documents, source)
+            share_files(source)
         modules = ARCHITECTURES[config.model.architecture](config, source, documents)
     model = SparseEncoder(
         modules=modules,

@@ -1,0 +1,261 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from tests.conftest import ROOT, run_trainer
+from trainer.config import ConfigError, load_config
+from trainer.data import NoDuplicateBatches, batch_sizes
+from trainer.launch import exit_status
+from trainer.run import Run
+
+QUICKSTART = ROOT / "trainer" / "data" / "quickstart"
+
+# Two sets, of triplets and of pairs, whose batches can be shared equally; no dropout, whose noise depends on the process.
+EVEN = """
+model:
+  base_model: from-scratch
+  architecture: inference-free-splade
+  from_scratch: {vocab_size: 800, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32,
+                 dropout: 0.0}
+training: {max_steps: 24, per_device_train_batch_size: 16, learning_rate: 1e-3, query_learning_rate: 1e-2,
+           max_seq_length: 32, eval_steps: 4, save_steps: 4, save_total_limit: 9, logging_steps: 1}
+loss: {type: splade, document_regularizer_weight: 1e-2, scale: 0.1}
+datasets:
+  triplets: {source: triplets.jsonl, max_samples: 80, eval_rows: 0}
+  pairs: {source: pairs.jsonl, max_samples: 80, eval_rows: 0}
+evaluation: {nanobeir_datasets: [], search: [SEARCH]}
+hardware: {device: cpu}
+"""
+TWO = ("--processes", "2", "--set", "training.per_device_train_batch_size=8")
+
+
+def write_even_rows(folder):
+    """triplets.jsonl and pairs.jsonl, of the embedded sets."""
+    for name, source, roles in (
+        ("triplets", "nli", {"anchor": "anchor", "positive": "positive", "negative": "negative"}),
+        ("pairs", "scandi_qa", {"anchor": "question", "positive": "context"}),
+    ):
+        rows = [json.loads(line) for line in (QUICKSTART / f"{source}.jsonl").read_text().splitlines()]
+        lines = [json.dumps({role: row[column] for role, column in roles.items()}) for row in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+
+
+@pytest.fixture
+def even(tmp_path, monkeypatch):
+    write_even_rows(tmp_path)
+    (tmp_path / "even.yaml").write_text(EVEN.replace("SEARCH", str(QUICKSTART / "search")))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(folder, name, *arguments):
+    result = run_trainer(folder, "train", "even.yaml", "--name", name, *arguments)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def losses(folder, name):
+    states = (folder / "models" / name / "checkpoints").glob("checkpoint-*/trainer_state.json")
+    newest = max(states, key=lambda file: int(file.parent.name.rpartition("-")[2]))
+    return [entry["loss"] for entry in json.loads(newest.read_text())["log_history"] if "loss" in entry]
+
+
+def start(folder, *arguments):
+    command = [sys.executable, "-m", "trainer", "train", "even.yaml", "--name", "two", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def until_saved(folder, step):
+    seal = folder / "models" / "two" / "checkpoints" / f"checkpoint-{step}" / "complete.json"
+    deadline = time.monotonic() + 120
+    while not seal.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def workers_of(launcher):
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return [int(child) for child in children if b"trainer" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+# ------------------------------------------------------------------------------------------- batches
+def test_every_process_gets_a_part_of_every_batch_and_all_parts_are_equal():
+    rows = Dataset.from_dict({"anchor": [f"q{n}" for n in range(72)], "positive": [f"d{n}" for n in range(72)]})
+    alone, shared = NoDuplicateBatches(rows, 12, seed=1), NoDuplicateBatches(rows, 4, seed=1, processes=3)
+    parts = list(shared)
+    assert len(parts) == len(shared) == 3 * len(alone) == 18
+    # the rows divide evenly, so one process with three times the rows draws the very same batches
+    assert [parts[n] + parts[n + 1] + parts[n + 2] for n in range(0, len(parts), 3)] == list(alone)
+    assert {len(part) for part in parts} == {4}
+
+
+def test_batch_sizes_are_multiples_of_the_processes_and_lose_less_than_one_row_each():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        processes, per_process, rows = (int(rng.integers(low, high)) for low, high in ((1, 9), (1, 40), (8, 3000)))
+        sizes = batch_sizes(rows, per_process * processes, processes)
+        assert all(size % processes == 0 and 0 < size <= per_process * processes for size in sizes)
+        assert rows - processes < sum(sizes) <= rows
+        assert max(sizes) - min(sizes) in (0, processes)
+
+
+def test_more_processes_than_rows_are_refused():
+    rows = Dataset.from_dict({"anchor": ["q0", "q1"], "positive": ["d0", "d1"]})
+    with pytest.raises(ConfigError, match="2 rows are too few for 4 processes"):
+        NoDuplicateBatches(rows, 4, processes=4)
+
+
+def test_texts_that_fill_every_row_leave_a_batch_with_too_few():
+    rows = Dataset.from_dict({"anchor": ["q"] * 4, "positive": ["a", "b", "c", "d"]})
+    with pytest.raises(ConfigError, match="share a text"):
+        NoDuplicateBatches(rows, 2, processes=2).batches(0)
+
+
+# ------------------------------------------------------------------------------------------- the launcher
+def test_the_launcher_ends_as_the_process_that_failed_by_itself():
+    assert exit_status([143, -signal.SIGTERM]) == 143
+    assert exit_status([-signal.SIGTERM, 2]) == 2
+    assert exit_status([-signal.SIGKILL, -signal.SIGTERM]) == 137
+    assert exit_status([-signal.SIGTERM, -signal.SIGTERM]) == 143
+
+
+def test_machines_without_a_meeting_point_are_one_line(tiny):
+    result = run_trainer(tiny.parent, "train", "tiny.yaml", "--nodes", "2")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "--rendezvous HOST:PORT" in result.stderr
+
+
+def test_a_device_that_is_not_here_is_named_once_for_all_processes(tiny):
+    result = run_trainer(tiny.parent, "train", "tiny.yaml", "--processes", "2", "--set", "hardware.device=cuda")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "finds no such device" in result.stderr
+
+
+def test_a_run_folder_that_is_not_shared_is_named(tiny, monkeypatch):
+    monkeypatch.setattr("trainer.run.SHARED_SECONDS", 0.1)
+    loaded = load_config(tiny)
+    Run.create(loaded)
+    manifest = json.loads(Path("models/tiny/run.json").read_text())
+    assert not Run.follow(loaded, None, manifest).is_mine
+    with pytest.raises(ConfigError, match="one models/ that all of them share"):
+        Run.follow(loaded, None, manifest | {"id": "of another folder"})
+
+
+def test_a_process_that_follows_writes_nothing(tiny):
+    loaded = load_config(tiny)
+    run = Run.create(loaded)
+    before = Path("models/tiny/run.json").read_text()
+    follower = Run.follow(loaded, None, dict(run.manifest))
+    follower.update(status="running")
+    assert follower.manifest["status"] == "running"
+    assert Path("models/tiny/run.json").read_text() == before
+
+
+# ------------------------------------------------------------------------------------------- whole runs
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--set", "loss.cached=true", "--set", "loss.mini_batch_size=4"),
+        ("--set", "training.gradient_accumulation_steps=2", "--set", "hardware.gradient_checkpointing=true"),
+        (
+            *("--set", "model.architecture=splade", "--set", "loss.query_regularizer_weight=1e-3"),
+            *("--set", "training.query_learning_rate=null"),
+        ),
+    ],
+    ids=["plain", "cached", "accumulated", "splade"],
+)
+def test_two_processes_give_the_loss_curve_of_one_with_the_same_batch(even, options):
+    train(even, "one", *options)
+    result = train(even, "two", *TWO, *options)
+    one, two = losses(even, "one"), losses(even, "two")
+    assert len(one) == 24
+    assert two == pytest.approx(one, rel=1e-5)
+    assert one[0] != one[-1]
+    manifests = [json.loads((even / "models" / name / "run.json").read_text()) for name in ("one", "two")]
+    assert [manifest["processes"] for manifest in manifests] == [1, 2]
+    for key in ("rows_trained", "tokens_trained", "steps_done"):
+        assert manifests[0][key] == manifests[1][key], key
+    assert manifests[0]["after"] == pytest.approx(manifests[1]["after"], rel=1e-3)
+    assert result.stdout.count("verdict") == 1
+
+
+@pytest.mark.slow
+def test_the_plan_of_several_processes_is_what_they_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ("--set", "training.num_train_epochs=1", "--set", "training.per_device_train_batch_size=8")
+    result = run_trainer(tmp_path, "train", "quickstart", "--processes", "3", *options)
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads(Path("models/quickstart/run.json").read_text())
+    # 162 rows per set in batches of 24: seven each
+    assert manifest["steps"] == manifest["steps_done"] == 21
+    assert manifest["rows_trained"] == sum(found["rows_drawn"] for found in manifest["datasets"].values())
+    assert f"steps     {manifest['steps']} of 8 rows × 3 processes" in result.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_loss_curve_of_one_for_csr_too(even):
+    from tests.checkpoints import write_dense
+
+    base = write_dense(even / "base")
+    options = [
+        *(f"model.base_model={base}", "model.from_scratch=null", "model.architecture=csr", "loss.type=csr"),
+        *("loss.document_regularizer_weight=null", "training.query_learning_rate=null", "model.csr_k=8"),
+        *("model.csr_hidden_dim=64", "model.csr_k_aux=16", "loss.scale=20.0"),
+    ]
+    pairs = [part for option in options for part in ("--set", option)]
+    train(even, "one", *pairs)
+    train(even, "two", *TWO, *pairs)
+    assert losses(even, "two") == pytest.approx(losses(even, "one"), rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", ["launcher", "one worker"])
+def test_a_signal_to_any_of_them_saves_a_checkpoint_stops_all_and_resume_goes_on(even, told):
+    train(even, "whole", *TWO, "--set", "training.max_steps=80")
+    launcher = start(even, *TWO, "--set", "training.max_steps=80")
+    until_saved(even, 8)
+    os.kill(launcher.pid if told == "launcher" else workers_of(launcher)[1], signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 143, errors
+    assert errors.count("Stopped at step") == 1
+    assert errors.count("\n") == 1
+    step = int(errors.split("step ")[1].split(";")[0])
+    assert 8 <= step < 80
+    assert (even / "models" / "two" / "checkpoints" / f"checkpoint-{step}" / "complete.json").exists()
+    assert json.loads((even / "models" / "two" / "run.json").read_text())["status"] == "stopped"
+
+    resumed = run_trainer(even, "train", "even.yaml", "--name", "two", "--resume", "--processes", "2")
+    assert resumed.returncode == 0, resumed.stderr
+    # ten batches an epoch: the resumed run also goes through epochs that the stopped one had not come to
+    assert losses(even, "two") == losses(even, "whole")
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_with_one_line_each_and_resume_goes_on(even):
+    launcher = start(even, *TWO, "--set", "training.max_steps=80")
+    until_saved(even, 8)
+    killed = time.monotonic()
+    os.kill(workers_of(launcher)[1], signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=60)
+    assert time.monotonic() - killed < 30
+    assert launcher.returncode == 137
+    assert "process 1 was ended by SIGKILL" in errors
+    assert "Traceback" not in errors
+    resumed = run_trainer(even, "train", "even.yaml", "--name", "two", "--resume", "--processes", "2")
+    assert resumed.returncode == 0, resumed.stderr
+    assert len(losses(even, "two")) == 80

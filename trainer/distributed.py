@@ -1,0 +1,131 @@
+"""Several processes training one model, as torchrun starts them: how many there are, which is the first, what they share.
+
+The first process alone writes. Every function is a no-op, or the identity, in an ordinary single process.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+# Longer than the first process ever works alone (a checkpoint, a download), shorter than a night.
+TIMEOUT = timedelta(minutes=30)
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def connect(device: str) -> None:
+    """Join the other processes: over gloo, and NCCL for what lies on GPUs, of which each process takes its own."""
+    import torch
+    from torch import distributed
+
+    if processes() == 1 or distributed.is_initialized():
+        return
+
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value, in all of them."""
+    if processes() == 1:
+        return value
+    from torch import distributed
+
+    holder = [value]
+    distributed.broadcast_object_list(holder)
+    return holder[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every process's value, by rank; an empty list in all but the first process."""
+    if processes() == 1:
+        return [value]
+    from torch import distributed
+
+    found: list[Any] | None = [None] * processes() if is_first() else None
+    distributed.gather_object(value, found)
+    return found or []
+
+
+def total(*values: float) -> list[float]:
+    """The sums of these numbers over all processes."""
+    return _reduced(values, "SUM")
+
+
+def largest(value: int) -> int:
+    """The largest of the processes' numbers."""
+    return int(_reduced([value], "MAX")[0])
+
+
+def _reduced(values: Sequence[float], operation: str) -> list[float]:
+    if processes() == 1:
+        return list(values)
+    import torch
+    from torch import distributed
+
+    numbers = torch.tensor(values, dtype=torch.float64)
+    distributed.all_reduce(numbers, getattr(distributed.ReduceOp, operation))
+    return numbers.tolist()
+
+
+def share_files(folder: Path) -> None:
+    """Write the files that the first process has in this folder into the folder of every other."""
+    found = {file.name: file.read_bytes() for file in folder.iterdir()} if processes() > 1 and is_first() else {}
+    for name, content in from_first(found).items():
+        if not is_first():
+            (folder / name).write_bytes(content)
+
+
+def take_weights_of_first(model: Any) -> None:
+    """Set every parameter and buffer to the first process's."""
+    if processes() > 1:
+        from torch import distributed
+
+        for tensor in model.state_dict().values():
+            distributed.broadcast(tensor, 0)
+
+
+def keep_smallest(tensor: Any) -> None:
+    """Set each element to the smallest that any process has there."""
+    if processes() > 1:
+        from torch import distributed
+
+        distributed.all_reduce(tensor, distributed.ReduceOp.MIN)
+
+
+def wait() -> None:
+    """Return when every process has come here."""
+    largest(0)
+
+
+@contextlib.contextmanager
+def first_on_each_machine_first() -> Iterator[None]:
+    """Let one process per machine go ahead (it downloads), then the others (they find it in the cache)."""
+    ahead = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not ahead:
+        wait()
+    yield
+    if ahead:
+        wait()
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error only says that another process of this training has gone."""
+    if processes() == 1 or not isinstance(error, RuntimeError):
+        return False
+    from torch import distributed
+
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "TCPStore")
+    return isinstance(error, distributed.DistError) or any(word in str(error) for word in words)

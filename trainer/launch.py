@@ -1,0 +1,55 @@
+"""Starts the processes that train one model together: torchrun's launcher, with our exit codes and without its tables."""
+
+import logging
+import os
+import signal
+import sys
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+# Seconds from a signal until processes that have not ended are killed: time for a step and a checkpoint. It has to be
+# less than the time the container is given (stop_grace_period in compose.yaml).
+SHUTDOWN_SECONDS = 100
+
+KILLED = ": by hand, or because memory ran out (then lower training.per_device_train_batch_size)"
+
+
+def launch(arguments: list[str], name: str, processes: int, machines: int, rendezvous: str | None) -> int:
+    """Run `python -m trainer <arguments>` in `processes` processes here, together with those on other machines.
+
+    `rendezvous` is HOST:PORT of the first machine, where all of them meet under `name`; None on a single one. Returns
+    the exit status: 0, 128 plus the signal after one, or that of the process that failed.
+    """
+    logging.disable(logging.ERROR)  # this process only waits: a table per ended process helps nobody
+    # torchrun's own choice is one thread per process
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
+    config = LaunchConfig(
+        min_nodes=machines,
+        max_nodes=machines,
+        nproc_per_node=processes,
+        run_id=name,
+        rdzv_backend="c10d",
+        rdzv_endpoint=rendezvous or "localhost:0",
+        max_restarts=0,  # a run is gone on with from its checkpoint, by `resume`
+        logs_specs=DefaultLogsSpecs(),
+        shutdown_timeout=int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)),
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "trainer", *arguments)
+    except SignalException as error:
+        return 128 + error.sigval
+    except ChildFailedError as error:
+        for rank, failure in sorted(error.failures.items()):
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+                name = signal.Signals(-failure.exitcode).name
+                print(f"Error: process {rank} was ended by {name}" + KILLED * (name == "SIGKILL"), file=sys.stderr)
+        return exit_status([failure.exitcode for failure in error.failures.values()])
+    return 0
+
+
+def exit_status(codes: list[int]) -> int:
+    """One status for several processes, of which the launcher has stopped (-SIGTERM) those that did not fail themselves."""
+    own = [code for code in codes if code != -signal.SIGTERM] or codes
+    return next((code for code in own if code > 0), 128 - own[0])
