@@ -17,7 +17,11 @@ SETS    := $(foreach pair,$(SET),--set '$(pair)')
 # An MPS kernel that does not exist yet runs on the CPU instead of raising.
 export PYTORCH_ENABLE_MPS_FALLBACK ?= 1
 
-.PHONY: help train resume eval check show bm25 tensorboard test lint smoke bench lock schema clean
+# In a container or in $(VENV), as RUNTIME=auto|docker|host says; docker/run prints which, and why.
+RUN     := docker/run
+export CONFIG SET RUNTIME VENV NODES PROCS RENDEZVOUS PORT IMAGE
+
+.PHONY: help train resume eval check show bm25 tensorboard images test test-docker lint smoke bench lock schema clean
 .DEFAULT_GOAL := help
 
 help: ## this help
@@ -25,28 +29,33 @@ help: ## this help
 	@echo
 	@echo "CONFIG is one of: $(sort $(patsubst configs/training_config_%.yaml,%,$(wildcard configs/training_config_*.yaml))), or a path."
 	@echo 'Any key can be overridden: make train CONFIG=splade SET="training.max_steps=50 hardware.device=cpu"'
+	@echo 'RUNTIME=docker|host: in a container, or in $(VENV). Without it: in a container where a Docker engine answers, except on a Mac.'
+	@echo 'PROCS=8: one training process per GPU. NODES=2 RENDEZVOUS=host:port: the same on each of two machines.'
 
-train: $(VENV)/.ok ## train CONFIG (quickstart) into models/<CONFIG>
-	@$(BIN)/python -m trainer train $(CONFIG) $(SETS)
+train: ## train CONFIG (quickstart) into models/<CONFIG>
+	@$(RUN) trainer train '$(CONFIG)' $(SETS)
 
-resume: $(VENV)/.ok ## continue CONFIG from its newest complete checkpoint
-	@$(BIN)/python -m trainer train $(CONFIG) --resume $(SETS)
+resume: ## continue CONFIG from its newest complete checkpoint
+	@$(RUN) trainer train '$(CONFIG)' --resume $(SETS)
 
-check: $(VENV)/.ok ## print the plan of CONFIG without training
-	@$(BIN)/python -m trainer check $(CONFIG) $(SETS)
+check: ## print the plan of CONFIG without training
+	@$(RUN) trainer check '$(CONFIG)' $(SETS)
 
-show: $(VENV)/.ok ## print CONFIG flat, each value with its origin
-	@$(BIN)/python -m trainer show $(CONFIG) $(SETS)
+show: ## print CONFIG flat, each value with its origin
+	@$(RUN) trainer show '$(CONFIG)' $(SETS)
 
-eval: $(VENV)/.ok ## measure the run of CONFIG, or MODEL=path: TASKS=… BASELINE=results DENSE=model
-	@$(BIN)/python -m evaluate run $(if $(MODEL),--model '$(MODEL)',$(CONFIG)) $(if $(TASKS),--tasks '$(TASKS)') \
+eval: ## measure the run of CONFIG, or MODEL=path: TASKS=… BASELINE=results DENSE=model
+	@$(RUN) evaluate run $(if $(MODEL),--model '$(MODEL)','$(CONFIG)') $(if $(TASKS),--tasks '$(TASKS)') \
 	  $(if $(LANGUAGE),--language $(LANGUAGE)) $(foreach file,$(BASELINE),--baseline '$(file)') $(if $(DENSE),--dense '$(DENSE)') $(ARGS)
 
-bm25: $(VENV)/.ok ## nDCG@10 of BM25: TASKS=folder:no (BEIR layout) or mteb tasks
-	@$(BIN)/python -m evaluate bm25 --tasks '$(TASKS)' $(if $(LANGUAGE),--language $(LANGUAGE)) $(ARGS)
+bm25: ## nDCG@10 of BM25: TASKS=folder:no (BEIR layout) or mteb tasks
+	@$(RUN) evaluate bm25 --tasks '$(TASKS)' $(if $(LANGUAGE),--language $(LANGUAGE)) $(ARGS)
 
-tensorboard: $(VENV)/.ok ## watch runs at http://127.0.0.1:6006
-	@$(BIN)/tensorboard --logdir models --host 127.0.0.1 --port 6006
+tensorboard: ## watch runs at http://127.0.0.1:6006, or PORT=…
+	@$(RUN) tensorboard
+
+images: ## build the container images nordsparse:cpu and nordsparse:cuda
+	@$(RUN) images
 
 test: $(VENV)/.dev ## the fast tests, offline
 	@$(BIN)/python -m pytest -q -n 2 $(ARGS)
@@ -67,6 +76,9 @@ lock: ## remake the hash-locked requirement files (needs uv)
 
 schema: $(VENV)/.ok ## remake configs/schema.json
 	@$(BIN)/python -m trainer schema > configs/schema.json
+
+test-docker: $(VENV)/.dev ## what the containers promise, tried in real ones (needs a Docker engine)
+	@$(BIN)/python -m pytest -q -m docker tests/test_containers.py $(ARGS)
 
 clean: ## remove the virtual environment (models stay)
 	rm -rf $(VENV)

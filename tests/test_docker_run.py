@@ -1,0 +1,228 @@
+"""What docker/run decides and says, with a docker command that only pretends: no engine is needed here."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from tests.test_shipped_configs import NAMES
+from trainer.run import lock_hash
+
+# All that docker/run calls besides docker, nvidia-smi and sudo.
+TOOLS = ("bash", "sh", "env", "make", "uname", "id", "git", "sed", "awk", "cut", "cat", "df", "ls", "mkdir", "basename")
+TOOLS += ("dirname", "sha256sum", "seq")
+
+PRETEND = """#!/bin/sh
+case "$1 $2" in
+  "version "*) {version} ;;
+  "compose version"|"buildx version") exit 0 ;;
+  "image inspect") echo sha256:0123 ;;
+  "buildx build") exit {build} ;;
+  "info "*) echo / ;;
+  "compose "*) case "$*" in *" show "*) printf 'hardware:\\n  device: {device}\\n';; *) echo "RAN docker $*";; esac ;;
+  *) echo "unexpected: $*" >&2; exit 9 ;;
+esac
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A checkout's files that docker/run reads, a virtual environment that is this one, and a PATH of our own."""
+    for name in ("docker", "compose.yaml", "Makefile", "configs", "trainer"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / ".venv" / ".ok").touch()
+    (tmp_path / "bin").mkdir()
+    return tmp_path
+
+
+def pretend(project, version="echo 20.10", device="cpu", build=0):
+    command = project / "bin" / "docker"
+    command.write_text(PRETEND.format(version=version, device=device, build=build))
+    command.chmod(0o755)
+
+
+def run(project, *arguments, user=None, **environment):
+    # without the real docker and nvidia-smi: only what a shell script needs
+    tools = project / "tools"
+    tools.mkdir(exist_ok=True)
+    for tool in TOOLS:
+        if not (tools / tool).exists() and shutil.which(tool):
+            (tools / tool).symlink_to(shutil.which(tool))
+    command = [*(["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []), "docker/run"]
+    return subprocess.run(
+        [*command, *arguments],
+        cwd=project,
+        env={"PATH": f"{project}/bin:{tools}", "HOME": str(project), "CONFIG": "quickstart"} | environment,
+        executable=shutil.which(command[0]) if user else None,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def one_line_of(result):
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1, result.stderr
+    assert "unbound variable" not in result.stderr
+    return errors[0]
+
+
+# ------------------------------------------------------------------------------------------- where
+def test_without_an_engine_the_host_is_used_and_said(project):
+    result = run(project, "trainer", "show", "quickstart", "--plain")
+    assert "runtime   host (auto: Docker is not installed)" in result.stderr
+    assert yaml.safe_load(result.stdout)["hardware"]["device"] == "cpu"
+
+
+def test_with_an_engine_a_container_is_used_and_said(project):
+    pretend(project)
+    result = run(project, "trainer", "check", "quickstart")
+    assert "runtime   docker (auto: an engine answers; RUNTIME=host uses .venv)" in result.stderr
+    assert "RAN docker compose" in result.stdout
+    assert result.stdout.rstrip().endswith("--entrypoint python -m trainer train check quickstart")
+
+
+def test_runtime_host_leaves_an_engine_alone(project):
+    pretend(project)
+    result = run(project, "trainer", "show", "quickstart", "--plain", RUNTIME="host")
+    assert "runtime   host (RUNTIME says so)" in result.stderr
+    assert yaml.safe_load(result.stdout)
+
+
+def test_runtime_docker_without_an_engine_is_one_line(project):
+    assert "RUNTIME=docker, but Docker is not installed" in one_line_of(
+        run(project, "trainer", "check", RUNTIME="docker")
+    )
+
+
+def test_an_engine_that_does_not_answer_is_one_line(project):
+    pretend(project, version='echo "Cannot connect to the Docker daemon" >&2; exit 1')
+    assert "no Docker engine answers: start it" in one_line_of(run(project, "trainer", "check", RUNTIME="docker"))
+
+
+def test_an_engine_without_permission_is_one_line_with_the_remedy(project):
+    pretend(project, version='echo "permission denied while trying to connect to the socket" >&2; exit 1')
+    said = one_line_of(run(project, "trainer", "check", RUNTIME="docker"))
+    assert "sudo usermod -aG docker" in said
+
+
+def test_an_unknown_runtime_is_one_line(project):
+    assert "RUNTIME is auto, docker or host, not podman" in one_line_of(
+        run(project, "trainer", "check", RUNTIME="podman")
+    )
+
+
+# ------------------------------------------------------------------------------------------- what
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_the_cpu_image_trains_configs_of_the_cpu(project, device):
+    pretend(project, device=device)
+    result = run(project, "trainer", "train", "quickstart", "--set", "training.seed=1", PROCS="2")
+    assert f"image     nordsparse:cpu (hardware.device is {device})" in result.stderr
+    assert "compose.cuda.yaml" not in result.stdout
+    assert result.stdout.rstrip().endswith("train quickstart --set training.seed=1 --processes 2")
+
+
+def test_the_cuda_image_trains_configs_of_the_gpu(project):
+    pretend(project, device="cuda")
+    (project / "bin" / "nvidia-smi").write_text("#!/bin/sh\n")
+    (project / "bin" / "nvidia-smi").chmod(0o755)
+    docker = project / "bin" / "docker"
+    docker.write_text(docker.read_text().replace('"info "*)', '"run --rm") exit 0 ;;\n  "info "*)'))
+    result = run(
+        project, "trainer", "train", "splade_h100", CONFIG="splade_h100", PROCS="8", NODES="2", RENDEZVOUS="a:1"
+    )
+    assert "image     nordsparse:cuda (hardware.device is cuda)" in result.stderr
+    assert "--file docker/compose.cuda.yaml --file docker/compose.machines.yaml" in result.stdout
+    assert result.stdout.rstrip().endswith("train splade_h100 --processes 8 --nodes 2 --rendezvous a:1")
+
+    docker.write_text(docker.read_text().replace('"run --rm") exit 0', '"run --rm") exit 125'))
+    said = one_line_of(run(project, "trainer", "train", "splade_h100", CONFIG="splade_h100"))
+    assert "NVIDIA Container Toolkit" in said
+
+
+def test_a_config_of_the_gpu_without_one_is_one_line(project):
+    pretend(project, device="cuda")
+    said = one_line_of(run(project, "trainer", "train", "splade_h100", CONFIG="splade_h100"))
+    assert "CONFIG=splade_h100 needs an NVIDIA GPU" in said
+    assert 'SET="hardware.device=cpu' in said
+
+
+def test_a_config_of_the_mac_is_sent_to_the_host(project):
+    pretend(project, device="mps")
+    assert "Set RUNTIME=host" in one_line_of(run(project, "trainer", "train", "splade", CONFIG="splade"))
+
+
+def test_each_command_runs_in_its_service(project):
+    pretend(project)
+    for arguments, ends in {
+        ("evaluate", "run", "quickstart"): "evaluate run quickstart",
+        ("trainer", "publish", "quickstart", "--dry-run"): "publish quickstart --dry-run",
+    }.items():
+        assert run(project, *arguments).stdout.rstrip().endswith(ends)
+
+
+def test_make_maps_every_config_to_docker_run(project):
+    pretend(project)
+    for name in NAMES:
+        for target, words in {"train": f"trainer train {name}", "resume": f"trainer train {name} --resume"}.items():
+            printed = subprocess.run(
+                ["make", "--dry-run", target, f"CONFIG={name}"], cwd=project, capture_output=True, text=True, check=True
+            ).stdout
+            assert printed.replace("'", "").strip() == f"docker/run {words}"
+
+
+# ------------------------------------------------------------------------------------------- what goes wrong
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs another user to be")
+def test_a_folder_of_someone_else_is_one_line_with_the_remedy(project):
+    pretend(project)
+    (project / "models").mkdir()
+    for folder in (project, *project.parents[:3]):
+        folder.chmod(0o755)
+    said = one_line_of(run(project, "trainer", "check", "quickstart", user=12345, RUNTIME="docker"))
+    assert "models/ belongs to root, and you may not write there: sudo chown -R 12345:12345 models" in said
+
+
+def test_a_taken_port_is_one_line_with_another(project):
+    pretend(project)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = one_line_of(run(project, "tensorboard", PORT=str(port), RUNTIME="docker"))
+    assert f"port {port} of 127.0.0.1 is taken" in said
+    assert f"PORT={port + 1}" in said
+
+
+def test_an_image_that_cannot_be_built_is_one_line(project):
+    pretend(project, build=1)
+    assert "nordsparse:cpu could not be built" in one_line_of(run(project, "trainer", "check", RUNTIME="docker"))
+
+
+def test_a_full_disk_of_the_engine_is_one_line_with_the_remedy(project):
+    pretend(project, build=1)
+    df = project / "bin" / "df"
+    df.write_text("#!/bin/sh\necho header\necho /dev/x 100 99 1024 100% /\n")
+    df.chmod(0o755)
+    said = one_line_of(run(project, "trainer", "check", RUNTIME="docker"))
+    assert "the disk of the Docker engine is full (0 GiB left in /): docker system prune" in said
+
+
+def test_the_label_of_an_image_and_run_json_name_the_same_lock(project):
+    printed = subprocess.run(
+        ["bash", "-c", "eval \"$(sed -n '/^lock_hash()/,/^}/p' docker/run)\"; lock_hash cpu; lock_hash cuda"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert lock_hash() in printed.stdout.split()
+    assert len(set(printed.stdout.split())) == 2
