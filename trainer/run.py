@@ -1,5 +1,6 @@
 """The run folder models/<name>/: everything of one training run, and the manifest that says how it came about."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -12,9 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config import ConfigError, LoadedConfig, load_config, render
+from trainer.config import Config, ConfigError, LoadedConfig, load_config, render
 
 MODELS = Path("models")
+# What makes a model: a hash of these tells whether two folders hold the same one.
+MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".py")
 PACKAGES = (
     "torch",
     "sentence-transformers",
@@ -107,6 +110,28 @@ class Run:
             raise ConfigError(f"{file} cannot be read: {error}. Remove the folder to train anew") from None
         return run
 
+    @classmethod
+    def finished(cls, name: str) -> "Run":
+        """A run that ended with a model. Raises ConfigError when there is none."""
+        run = cls(MODELS / name)
+        file = run.folder / "run.json"
+        if not file.exists():
+            raise ConfigError(f"{run.folder} holds no trained model. Train it first: make train CONFIG={name}")
+        try:
+            run.manifest = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{file} cannot be read: {error}") from None
+        status = run.manifest.get("status")
+        if status != "finished" or not run.final.is_dir():
+            raise ConfigError(
+                f"{run.folder} holds no finished run (its status is '{status}'). To finish it: make resume CONFIG={name}"
+            )
+        return run
+
+    def config(self) -> Config:
+        """The resolved config of the run."""
+        return load_config(self.folder / "config.yaml").config
+
     def go_on_with(self, loaded: LoadedConfig, overrides: Sequence[str], say: Callable[[str], None]) -> None:
         """Take over what was changed in the config (read with these overrides) since the run started, and say it.
 
@@ -154,6 +179,18 @@ def git_commit() -> str | None:
         return f"{commit}+changes" if changed.strip() else commit
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def hash_of_model(folder: Path) -> str:
+    """The same for two folders that hold the same model, whatever their cards, evaluations and reports say."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder)
+        if inside.parts[0] not in ("eval", "report") and file.suffix in MODEL_FILES and file.is_file():
+            digest.update(str(inside).encode())
+            with file.open("rb") as data:
+                digest.update(hashlib.file_digest(data, "sha256").digest())
+    return digest.hexdigest()
 
 
 def duration(seconds: float) -> str:
