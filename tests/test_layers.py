@@ -7,7 +7,16 @@ from tests.conftest import ROOT
 # Lowest first: a module imports only from rows above its own, never from a neighbour.
 ROWS = [
     {"trainer.config"},
-    {"trainer.hub", "trainer.beir", "trainer.device", "trainer.run", "trainer.checkpoints", "trainer.sparsity"},
+    {
+        "trainer.hub",
+        "trainer.beir",
+        "trainer.device",
+        "trainer.run",
+        "trainer.checkpoints",
+        "trainer.sparsity",
+        "trainer.stock",
+        "trainer.upload",
+    },
     {
         "trainer.data",
         "trainer.models",
@@ -15,9 +24,10 @@ ROWS = [
         "trainer.arguments",
         "trainer.callbacks",
         "trainer.evaluators",
+        "trainer.measured",
     },
-    {"trainer.loop", "trainer.plan"},
-    {"trainer.train"},
+    {"trainer.loop", "trainer.plan", "trainer.card"},
+    {"trainer.train", "trainer.publish"},
     {"trainer.cli"},
     {"trainer.__main__"},
 ]

@@ -1,4 +1,4 @@
-"""python -m trainer: train, check, show. Heavy imports are inside the commands, so help and errors are quick."""
+"""python -m trainer: train, check, show, publish. Heavy imports are inside the commands, so help and errors are quick."""
 
 import contextlib
 import logging
@@ -107,6 +107,26 @@ def check(config: str, overrides: tuple[str, ...]) -> None:
 def show(config: str, overrides: tuple[str, ...], plain: bool) -> None:
     """Print the flat config, each value with its origin. The output is itself a valid config."""
     click.echo(render(load_config(find_config(config), overrides), origins=not plain), nl=False)
+
+
+@main.command()
+@click.argument("config", metavar="CONFIG")
+@click.option("--repo", required=True, metavar="OWNER/NAME", help="Model repository on the hub; made if there is none.")
+@click.option("--public", is_flag=True, help="Let everyone read it. Private by default.")
+@click.option("--dry-run", is_flag=True, help="Build and check the upload, list its files, and stop.")
+@click.option("--name", help="Name of the run folder under models/; the config's name by default.")
+def publish(config: str, repo: str, public: bool, dry_run: bool, name: str | None) -> None:
+    """Upload the trained model of CONFIG, once a fresh process has given the same vectors.
+
+    The access token is taken from HF_TOKEN or from `hf auth login`.
+    """
+    from trainer.run import Run
+
+    run = Run.finished(name or load_config(find_config(config)).name)
+    set_up_libraries(verbose=False)
+    from trainer.publish import publish
+
+    publish(run, repo, public=public, dry_run=dry_run, say=click.echo)
 
 
 @main.command()
