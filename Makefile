@@ -17,7 +17,7 @@ SETS    := $(foreach pair,$(SET),--set '$(pair)')
 # An MPS kernel that does not exist yet runs on the CPU instead of raising.
 export PYTORCH_ENABLE_MPS_FALLBACK ?= 1
 
-.PHONY: help train resume eval check show bm25 publish tensorboard test lint smoke bench lock schema clean
+.PHONY: help train resume eval check show bm25 publish export tensorboard test lint smoke bench lock schema clean
 .DEFAULT_GOAL := help
 
 help: ## this help
@@ -48,6 +48,10 @@ bm25: $(VENV)/.ok ## nDCG@10 of BM25: TASKS=folder:no (BEIR layout) or mteb task
 publish: $(VENV)/.ok ## upload the trained model of CONFIG: REPO=owner/name, PUBLIC=1, DRY_RUN=1
 	@$(BIN)/python -m trainer publish $(CONFIG) --repo '$(REPO)' \
 	  $(if $(filter-out 0,$(PUBLIC)),--public) $(if $(filter-out 0,$(DRY_RUN)),--dry-run)
+
+export: $(VENV)/.ok ## files for a search engine: TO=lucene CORPUS=file.jsonl QUERIES=… OUTPUT=folder SHARD=1/4
+	@$(BIN)/python -m trainer export $(CONFIG) --to '$(TO)' $(if $(CORPUS),--corpus '$(CORPUS)') \
+	  $(if $(QUERIES),--queries '$(QUERIES)') $(if $(OUTPUT),--output '$(OUTPUT)') $(if $(SHARD),--shard $(SHARD)) $(ARGS)
 
 tensorboard: $(VENV)/.ok ## watch runs at http://127.0.0.1:6006
 	@$(BIN)/tensorboard --logdir models --host 127.0.0.1 --port 6006

@@ -27,7 +27,7 @@ ROWS = [
         "trainer.measured",
     },
     {"trainer.loop", "trainer.plan", "trainer.card"},
-    {"trainer.train", "trainer.publish"},
+    {"trainer.train", "trainer.publish", "trainer.export"},
     {"trainer.cli"},
     {"trainer.__main__"},
 ]

@@ -1,4 +1,4 @@
-"""python -m trainer: train, check, show, publish. Heavy imports are inside the commands, so help and errors are quick."""
+"""python -m trainer: train, check, show, publish, export. Heavy imports are inside the commands: help is quick."""
 
 import contextlib
 import logging
@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -127,6 +128,42 @@ def publish(config: str, repo: str, public: bool, dry_run: bool, name: str | Non
     from trainer.publish import publish
 
     publish(run, repo, public=public, dry_run=dry_run, say=click.echo)
+
+
+@main.command()
+@click.argument("config", metavar="CONFIG")
+@click.option("--to", required=True, metavar="ENGINE", help="lucene, opensearch or elasticsearch.")
+@click.option("--corpus", type=Path, help="Documents: .jsonl or .parquet with _id, text and perhaps title.")
+@click.option("--queries", type=Path, help="Queries to write beside them, in the same form.")
+@click.option("--output", type=Path, help="Folder to write to; models/<name>/export/<ENGINE> by default.")
+@click.option(
+    "--shard", default="1/1", metavar="I/N", show_default=True, help="Encode every N-th document, from the I-th."
+)
+@click.option(
+    "--scale", default=100, show_default=True, type=click.IntRange(1), help="lucene: weights times this, rounded."
+)
+@click.option("--name", help="Name of the run folder under models/; the config's name by default.")
+def export(
+    config: str,
+    to: str,
+    corpus: Path | None,
+    queries: Path | None,
+    output: Path | None,
+    shard: str,
+    scale: int,
+    name: str | None,
+) -> None:
+    """Encode documents with the trained model of CONFIG into files that a search engine takes.
+
+    Run it again after a kill: it goes on where it stopped. The files are read back and scored before it ends.
+    """
+    from trainer.run import Run
+
+    run = Run.finished(name or load_config(find_config(config)).name)
+    set_up_libraries(verbose=False)
+    from trainer.export import export
+
+    export(run, to, corpus=corpus, queries=queries, output=output, shard=shard, scale=scale, say=click.echo)
 
 
 @main.command()

@@ -13,7 +13,7 @@ def choose_device(config: Config) -> tuple[str, str]:
     """The device's name and the reason for it. Raises ConfigError when the config asks for what this machine cannot do."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("training over several processes is not supported yet: start one process without torchrun")
-    device, reason = _choose(config.hardware.device)
+    device, reason = find_device(config.hardware.device)
     if device == "cuda" and torch.cuda.device_count() > 1:
         raise ConfigError("training on several GPUs is not supported yet: set CUDA_VISIBLE_DEVICES=0")
     if device == "cpu" and config.training.bf16 and not torch.cpu._is_amx_tile_supported():
@@ -27,7 +27,8 @@ def choose_device(config: Config) -> tuple[str, str]:
     return device, reason
 
 
-def _choose(wanted: str) -> tuple[str, str]:
+def find_device(wanted: str) -> tuple[str, str]:
+    """The device that `auto`, or a name, stands for on this machine, and the reason."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted != "auto":
         if not here[wanted]:

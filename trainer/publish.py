@@ -19,7 +19,7 @@ from trainer.config import Config, ConfigError, load_config, render
 from trainer.data.sources import QUICKSTART
 from trainer.models import check_code
 from trainer.run import Run
-from trainer.stock import SCRIPT, SIDES, encode_both, open_model
+from trainer.stock import SCRIPT, SIDES, carries_code, encode_both, open_model
 from trainer.upload import access_tokens, require_repo_name, upload
 
 Say = Callable[[str], None]
@@ -163,11 +163,6 @@ def sample_texts() -> dict[str, list[str]]:
     search = read_search_set(QUICKSTART / "search", "dev", "quickstart")
     found = {"query": list(search.queries.values()), "document": list(search.corpus.values())}
     return {side: texts[:: len(texts) // SAMPLE[side]][: SAMPLE[side]] for side, texts in found.items()}
-
-
-def carries_code(folder: Path) -> bool:
-    """Whether a saved model brings Python code, without which it does not open."""
-    return any(folder.glob("*.py"))
 
 
 def encode_in_a_fresh_process(folder: Path, texts: dict[str, list[str]]) -> dict[str, np.ndarray]:

@@ -16,11 +16,16 @@ SCRIPT = __file__
 SIDES = ("query", "document")
 
 
-def open_model(folder: Path, trust_remote_code: bool) -> Any:
-    """The SparseEncoder in a folder, on the CPU, where every machine gives the same numbers."""
+def carries_code(folder: Path) -> bool:
+    """Whether a saved model brings Python code, without which it does not open."""
+    return any(folder.glob("*.py"))
+
+
+def open_model(folder: Path, trust_remote_code: bool, device: str = "cpu") -> Any:
+    """The SparseEncoder in a folder. On the CPU, one machine always gives the same numbers."""
     from sentence_transformers import SparseEncoder
 
-    return SparseEncoder(str(folder), trust_remote_code=trust_remote_code, device="cpu", local_files_only=True)
+    return SparseEncoder(str(folder), trust_remote_code=trust_remote_code, device=device, local_files_only=True)
 
 
 def encode_both(model: Any, texts: dict[str, list[str]]) -> dict[str, np.ndarray]:

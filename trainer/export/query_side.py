@@ -1,0 +1,62 @@
+"""The query side of inference-free models as files: a tokenizer, and a weight for every token."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+from tokenizers import Tokenizer
+
+from trainer.config import ConfigError
+from trainer.export.vectors import Encoder
+from trainer.models import static_embedding
+
+# The engine refuses weights of 0 or less, and a token that is not listed would weigh 1.
+SMALLEST, LARGEST = 1e-6, 64.0
+
+
+def write_query_tokenizer(folder: Path, encoder: Encoder) -> bool:
+    """idf.json and tokenizer.json, as OpenSearch's tokenizer models read them; False when queries need a network.
+
+    OpenSearch names a token by decoding it alone, and gives those that idf.json lacks the weight 1. The tokenizer is
+    written without a decoder, so that it gives tokens as they are in the vocabulary: decoded, the bytes of byte-level
+    tokenizers would all be one replacement character.
+    """
+    embedding = static_embedding(encoder.model)
+    if embedding is None:
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = json.loads(embedding.tokenizer.backend_tokenizer.to_str())
+    tokenizer |= {"decoder": None, "truncation": None, "padding": None}
+    weights = dict(zip(encoder.terms, embedding.weight.tolist(), strict=True))
+    if max(weights.values()) > LARGEST:
+        raise ConfigError(f"a query weight is {max(weights.values()):.1f}; OpenSearch takes {LARGEST:.0f} at most")
+    idf = {term: float(f"{max(weight, SMALLEST):.6g}") for term, weight in weights.items()}
+    for name, values in (("tokenizer.json", tokenizer), ("idf.json", idf)):
+        (folder / name).write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+    return True
+
+
+def queries_by_files(folder: Path, texts: list[str], terms: list[str]) -> sp.csr_matrix:
+    """Query vectors as OpenSearch makes them from the two files: [queries, dimensions]."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    idf = json.loads((folder / "idf.json").read_text(encoding="utf-8"))
+    number = {term: dimension for dimension, term in enumerate(terms)}
+    found = sp.lil_matrix((len(texts), len(terms)))
+    for row, text in enumerate(texts):
+        for token in dict.fromkeys(tokenizer.encode(text).ids):
+            if term := tokenizer.decode([token], skip_special_tokens=True):
+                found[row, number[term]] = idf.get(term, 1.0)
+    return found.tocsr()
+
+
+def require_same_queries(folder: Path, texts: list[str], exact: sp.csr_matrix, terms: list[str]) -> float:
+    """The largest difference between the model's query vectors and those from the files; ConfigError for a real one."""
+    difference = abs(queries_by_files(folder, texts, terms) - exact.maximum(0))
+    largest = float(difference.max()) if difference.nnz else 0.0
+    if not largest <= 1e-5 * max(1.0, float(np.abs(exact.data).max(initial=0.0))):
+        query = int(difference.tocsr().max(axis=1).toarray().argmax())
+        raise ConfigError(
+            f"the exported tokenizer and weights give another vector than the model for '{texts[query][:60]}'"
+        )
+    return largest
