@@ -132,7 +132,7 @@ def publish(config: str, repo: str, public: bool, dry_run: bool, name: str | Non
 
 @main.command()
 @click.argument("config", metavar="CONFIG")
-@click.option("--to", required=True, metavar="ENGINE", help="lucene, opensearch or elasticsearch.")
+@click.option("--to", required=True, metavar="ENGINE", help="lucene, opensearch, elasticsearch, qdrant or onnx.")
 @click.option("--corpus", type=Path, help="Documents: .jsonl or .parquet with _id, text and perhaps title.")
 @click.option("--queries", type=Path, help="Queries to write beside them, in the same form.")
 @click.option("--output", type=Path, help="Folder to write to; models/<name>/export/<ENGINE> by default.")
@@ -141,6 +141,9 @@ def publish(config: str, repo: str, public: bool, dry_run: bool, name: str | Non
 )
 @click.option(
     "--scale", default=100, show_default=True, type=click.IntRange(1), help="lucene: weights times this, rounded."
+)
+@click.option(
+    "--upsert", metavar="URL", help="qdrant: upload the points to this server, into a collection named like the run."
 )
 @click.option("--name", help="Name of the run folder under models/; the config's name by default.")
 def export(
@@ -151,6 +154,7 @@ def export(
     output: Path | None,
     shard: str,
     scale: int,
+    upsert: str | None,
     name: str | None,
 ) -> None:
     """Encode documents with the trained model of CONFIG into files that a search engine takes.
@@ -161,9 +165,17 @@ def export(
 
     run = Run.finished(name or load_config(find_config(config)).name)
     set_up_libraries(verbose=False)
-    from trainer.export import export
+    from trainer.export import FORMATS, export
+    from trainer.export.corpus import Shard
+    from trainer.export.qdrant import upsert as upload_points
+    from trainer.export.request import Request
 
-    export(run, to, corpus=corpus, queries=queries, output=output, shard=shard, scale=scale, say=click.echo)
+    request = Request(run, corpus, queries, output, Shard.parse(shard), scale, click.echo)
+    if upsert and to != "qdrant":
+        raise ConfigError(f"--upsert is for qdrant; {to} has its own way to take files. Formats: {', '.join(FORMATS)}")
+    export(to, request)
+    if upsert:
+        upload_points(request.folder(to), upsert, run.name, click.echo)
 
 
 @main.command()

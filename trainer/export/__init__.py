@@ -1,181 +1,27 @@
-"""Exports a trained model's documents to the search engines that hold sparse vectors, and checks what was written."""
+"""Exports a trained model, and the documents it encodes, to the search engines that hold them."""
 
-import json
-import time
 from collections.abc import Callable
-from dataclasses import replace
-from itertools import islice
-from pathlib import Path
-from typing import Any
+from functools import partial
 
-import scipy.sparse as sp
-
-from trainer.beir import read_search_set
 from trainer.config import ConfigError
-from trainer.data.sources import QUICKSTART
-from trainer.device import find_device
-from trainer.export.check import Vectors, compare
-from trainer.export.corpus import Passage, Shard, chunks, describe, keep_whole, read_passages
-from trainer.export.lines import Elasticsearch, LineFormat, Lucene, OpenSearch
-from trainer.export.query_side import require_same_queries
-from trainer.export.vectors import Encoder, matrix_of, vectors_of
+from trainer.export.documents import export_documents
+from trainer.export.lines import Elasticsearch, Lucene, OpenSearch
+from trainer.export.qdrant import Qdrant
+from trainer.export.request import Request
 from trainer.models import check_code
-from trainer.run import Run, hash_of_model, write_atomically
-
-Say = Callable[[str], None]
-
-# Documents encoded before they are written: what a kill can lose, and the vectors that are in memory.
-CHUNK = 512
-# What is scored again: the first documents of the shard, and queries of which some are their first words.
-CHECKED_DOCUMENTS, CHECKED_QUERIES, QUERY_WORDS = 200, 64, 8
-PROGRESS_SECONDS = 10.0
 
 
-def export(
-    run: Run,
-    to: str,
-    *,
-    corpus: Path | None,
-    queries: Path | None,
-    output: Path | None,
-    shard: str,
-    scale: int,
-    say: Say,
-) -> None:
-    """Write a corpus, or a shard of it, as `to` takes it, with what must stand beside it, and check the files.
-
-    Raises ConfigError for what the user can mend, and when the files would rank documents differently from the model.
-    """
+def export(to: str, request: Request) -> None:
+    """Write what `to` takes, and check it. Raises ConfigError, one line, for what the user can mend."""
     if to not in FORMATS:
         raise ConfigError(f"--to {to}: known are {', '.join(FORMATS)}")
-    if corpus is None:
-        raise ConfigError(f"say which documents to encode for {to}: CORPUS=file.jsonl (--corpus), or .parquet")
-    part, form = Shard.parse(shard), FORMATS[to](scale)
-    check_code(run.final)
-    folder = output or run.folder / "export" / to
-    device, reason = find_device("auto")
-    say(f"device    {device} ({reason})")
-    claim(
-        folder,
-        {"to": to, "scale": scale, "model": hash_of_model(run.final), "corpus": describe(corpus), "shards": part.of},
-    )
-    encoder = Encoder.open(run.final, device, run.config().training.per_device_eval_batch_size)
-    tokens, encoder = encoder.terms, replace(encoder, terms=form.terms(encoder.terms))
-    suffix = f"{part.number}-of-{part.of}{form.suffix}"
-    documents = folder / f"documents-{suffix}"
-    count = write_documents(encoder, form, part.of_passages(read_passages(corpus)), documents, say)
-    form.write_beside(folder, replace(encoder, terms=tokens))
-    given = list(read_passages(queries)) if queries else []
-    if given and part.number == 1:
-        write_queries(encoder, form, given, folder / "queries.jsonl")
-    sample = list(islice(part.of_passages(read_passages(corpus)), CHECKED_DOCUMENTS))
-    figures = {"to": to, "quantisation": form.quantisation, "documents_written": count}
-    figures |= check(encoder, form, documents, sample, given)
-    write_atomically(folder / f"check-{part.number}-of-{part.of}.json", json.dumps(figures, indent=1) + "\n")
-    for line in check_lines(figures):
-        say(line)
-    say(f"exported  {count:,} documents to {documents}")
+    check_code(request.run.final)
+    FORMATS[to](to, request)
 
 
-def claim(folder: Path, made_with: dict[str, Any]) -> None:
-    """Note what an export folder is made with. Raises ConfigError when it holds an export of something else."""
-    file = folder / "export.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else made_with
-    for key, value in made_with.items():
-        if known.get(key) != value:
-            raise ConfigError(
-                f"{folder} holds an export with another {key}. Remove the folder, or name another: OUTPUT=folder (--output)"
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(made_with, indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written: {error.strerror}") from None
-
-
-def write_documents(encoder: Encoder, form: LineFormat, passages: Any, file: Path, say: Say) -> int:
-    """Append the passages that the file does not hold yet, whole chunks at a time; the number of all it holds."""
-    done = start = keep_whole(file, form.lines_per_document)
-    if done:
-        say(f"resuming  {file} holds {done:,} documents")
-    began = last = time.monotonic()
-    with file.open("a", encoding="utf-8") as out:
-        for chunk in chunks(islice(passages, done, None), CHUNK):
-            rows = encoder.documents([passage.text for passage in chunk])
-            vectors = vectors_of(rows, encoder.terms)
-            out.write("".join(form.document(p.id, p.text, v) for p, v in zip(chunk, vectors, strict=True)))
-            out.flush()
-            done += len(chunk)
-            if (now := time.monotonic()) - last > PROGRESS_SECONDS:
-                last = now
-                say(f"encoded   {done:,} documents, {(done - start) / (now - began):.0f} per second")
-    if not done:
-        raise ConfigError(f"there are no documents to write to {file}")
-    return done
-
-
-def write_queries(encoder: Encoder, form: LineFormat, queries: list[Passage], file: Path) -> None:
-    """One line per query."""
-    with file.open("w", encoding="utf-8") as out:
-        for chunk in chunks(queries, CHUNK):
-            vectors = vectors_of(encoder.queries([query.text for query in chunk]), encoder.terms)
-            out.writelines(
-                form.query(query.id, query.text, vector) for query, vector in zip(chunk, vectors, strict=True)
-            )
-
-
-def check(
-    encoder: Encoder, form: LineFormat, file: Path, sample: list[Passage], given: list[Passage]
-) -> dict[str, Any]:
-    """Score queries against the first documents as they stand in the file, beside the model's own scores."""
-    with file.open(encoding="utf-8") as lines:
-        wanted = len(sample) * form.lines_per_document
-        read = list(islice(lines, wanted))
-    size = form.lines_per_document
-    found = [form.read_document(read[start : start + size]) for start in range(0, len(read), size)]
-    if [name for name, _ in found] != [passage.id for passage in sample]:
-        raise ConfigError(
-            f"{file} does not hold the documents of the corpus in their order. Remove it and export again"
-        )
-    texts = [query.text for query in given[:CHECKED_QUERIES]] or list(_embedded_queries())
-    texts += [" ".join(p.text.split()[:QUERY_WORDS]) for p in sample[:CHECKED_QUERIES]]
-    queries = [Passage(f"check-{number}", text) for number, text in enumerate(texts, 1)]
-    written = file.with_name(f"check-queries-{file.stem.removeprefix('documents-')}.jsonl")
-    write_queries(encoder, form, queries, written)
-    read_queries = [form.read_query(line) for line in written.read_text(encoding="utf-8").splitlines()]
-    exact = Vectors(encoder.queries(texts), encoder.documents([passage.text for passage in sample]))
-    exported = Vectors(matrix_of(read_queries, encoder.terms), matrix_of([v for _, v in found], encoder.terms))
-    errors = Vectors(
-        _with_data(exact.queries, form.query_errors(exact.queries.data)),
-        _with_data(exact.documents, form.document_errors(exact.documents.data)),
-    )
-    figures = compare(exact, exported, errors)
-    if (beside := file.parent / "query").is_dir():
-        figures["query_files_largest_difference"] = require_same_queries(beside, texts, exact.queries, encoder.terms)
-    return figures
-
-
-def _embedded_queries() -> list[str]:
-    return list(read_search_set(QUICKSTART / "search", "dev", "quickstart").queries.values())
-
-
-def _with_data(rows: sp.csr_matrix, data: Any) -> sp.csr_matrix:
-    return sp.csr_matrix((data, rows.indices, rows.indptr), shape=rows.shape)
-
-
-def check_lines(figures: dict[str, Any]) -> list[str]:
-    """What the check found, to print."""
-    swapped = figures["top_10_near_ties_swapped"]
-    ties = f"; in {swapped} near ties swapped, at most {figures['largest_gap_swapped']:.2%} apart" if swapped else ""
-    return [
-        f"checked   {figures['pairs']:,} pairs as the engine will score them ({figures['quantisation']}): "
-        f"off by {figures['largest_difference']:.4f} at most, of scores up to {figures['largest_score']:.1f}",
-        f"          top 10 the same for {figures['top_10_unchanged']} of {figures['queries']} queries{ties}",
-    ]
-
-
-FORMATS: dict[str, Callable[[int], LineFormat]] = {
-    "lucene": Lucene,
-    "opensearch": OpenSearch,
-    "elasticsearch": Elasticsearch,
+FORMATS: dict[str, Callable[[str, Request], None]] = {
+    "lucene": partial(export_documents, Lucene),
+    "opensearch": partial(export_documents, OpenSearch),
+    "elasticsearch": partial(export_documents, Elasticsearch),
+    "qdrant": partial(export_documents, Qdrant),
 }

@@ -21,6 +21,7 @@ class LineFormat:
 
     suffix: ClassVar[str] = ".jsonl"
     lines_per_document: ClassVar[int] = 1
+    signed: ClassVar[bool] = False  # whether the engine takes weights below 0, which a trained query word may have
     quantisation: str
 
     def __init__(self, scale: int):
@@ -52,7 +53,8 @@ class LineFormat:
 
     def query_errors(self, weights: np.ndarray) -> np.ndarray:
         """How far each weight of a query may be off; one below 0 is left out."""
-        return np.where(weights < 0, -weights, SIX_DIGITS * np.abs(weights))
+        left_out = (weights < 0) & (not self.signed)
+        return np.where(left_out, -weights, SIX_DIGITS * np.abs(weights))
 
     def write_beside(self, folder: Path, encoder: Encoder) -> None:
         """Mappings and the like."""
@@ -164,7 +166,7 @@ class OpenSearch(Bulk):
     def write_beside(self, folder: Path, encoder: Encoder) -> None:
         """The index, and query/ with the tokenizer and its weights where queries need no neural network."""
         super().write_beside(folder, encoder)
-        write_query_tokenizer(folder / "query", encoder)
+        write_query_tokenizer(folder / "query", encoder, for_lucene=True)
 
 
 class Elasticsearch(Bulk):

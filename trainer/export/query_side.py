@@ -11,29 +11,37 @@ from trainer.config import ConfigError
 from trainer.export.vectors import Encoder
 from trainer.models import static_embedding
 
-# The engine refuses weights of 0 or less, and a token that is not listed would weigh 1.
+# transformers' model_max_length of tokenizers that read texts of any length is greater.
+NO_LIMIT = 10**9
+# Lucene refuses query weights of 0 or less, and greater ones; a token that is not listed would weigh 1.
 SMALLEST, LARGEST = 1e-6, 64.0
 
 
-def write_query_tokenizer(folder: Path, encoder: Encoder) -> bool:
+def write_query_tokenizer(folder: Path, encoder: Encoder, *, for_lucene: bool) -> bool:
     """idf.json and tokenizer.json, as OpenSearch's tokenizer models read them; False when queries need a network.
 
-    OpenSearch names a token by decoding it alone, and gives those that idf.json lacks the weight 1. The tokenizer is
-    written without a decoder, so that it gives tokens as they are in the vocabulary: decoded, the bytes of byte-level
-    tokenizers would all be one replacement character.
+    OpenSearch names a token by decoding it alone. The tokenizer is written without a decoder, so that it gives tokens as
+    they are in the vocabulary: decoded, the bytes of byte-level tokenizers would all be one replacement character. It
+    adds no special tokens, so that it cuts a text where the model does.
     """
     embedding = static_embedding(encoder.model)
     if embedding is None:
         return False
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = json.loads(embedding.tokenizer.backend_tokenizer.to_str())
-    tokenizer |= {"decoder": None, "truncation": None, "padding": None}
     weights = dict(zip(encoder.terms, embedding.weight.tolist(), strict=True))
-    if max(weights.values()) > LARGEST:
-        raise ConfigError(f"a query weight is {max(weights.values()):.1f}; OpenSearch takes {LARGEST:.0f} at most")
-    idf = {term: float(f"{max(weight, SMALLEST):.6g}") for term, weight in weights.items()}
-    for name, values in (("tokenizer.json", tokenizer), ("idf.json", idf)):
-        (folder / name).write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+    if for_lucene:
+        if max(weights.values()) > LARGEST:
+            raise ConfigError(f"a query weight is {max(weights.values()):.1f}; OpenSearch takes {LARGEST:.0f} at most")
+        weights = {term: max(weight, SMALLEST) for term, weight in weights.items()}
+    tokenizer = Tokenizer.from_str(embedding.tokenizer.backend_tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if embedding.tokenizer.model_max_length < NO_LIMIT:
+        tokenizer.enable_truncation(embedding.tokenizer.model_max_length)
+    values = json.loads(tokenizer.to_str()) | {"decoder": None, "post_processor": None}
+    folder.mkdir(parents=True, exist_ok=True)
+    idf = {term: float(f"{weight:.6g}") for term, weight in weights.items()}
+    for name, content in (("tokenizer.json", values), ("idf.json", idf)):
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     return True
 
 

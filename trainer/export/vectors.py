@@ -72,12 +72,12 @@ def require_distinct(terms: list[str]) -> list[str]:
     return terms
 
 
-def vectors_of(rows: sp.csr_matrix, terms: list[str]) -> Iterator[Vector]:
-    """The positive weights of each row by term, heaviest first. No engine takes weights of 0 or less."""
+def vectors_of(rows: sp.csr_matrix, terms: list[str], signed: bool = False) -> Iterator[Vector]:
+    """The weights of each row by term, heaviest first; those below 0 only if `signed`: few engines take them."""
     for start, end in zip(rows.indptr, rows.indptr[1:], strict=False):
         weights, dimensions = rows.data[start:end], rows.indices[start:end]
         order = np.argsort(-weights, kind="stable")
-        yield {terms[dimensions[i]]: float(weights[i]) for i in order if weights[i] > 0}
+        yield {terms[dimensions[i]]: float(weights[i]) for i in order if signed or weights[i] > 0}
 
 
 def matrix_of(vectors: list[Vector], terms: list[str]) -> sp.csr_matrix:
