@@ -1,4 +1,4 @@
-"""Exports a trained model, and the documents it encodes, to the search engines that hold them."""
+"""Exports a trained model, and the documents it encodes, to what runs them: search engines and ONNX."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,9 +19,16 @@ def export(to: str, request: Request) -> None:
     FORMATS[to](to, request)
 
 
+def _onnx(to: str, request: Request) -> None:
+    from trainer.export.onnx import export_onnx  # onnxruntime is for this format alone
+
+    export_onnx(to, request)
+
+
 FORMATS: dict[str, Callable[[str, Request], None]] = {
     "lucene": partial(export_documents, Lucene),
     "opensearch": partial(export_documents, OpenSearch),
     "elasticsearch": partial(export_documents, Elasticsearch),
     "qdrant": partial(export_documents, Qdrant),
+    "onnx": _onnx,
 }
