@@ -52,6 +52,5 @@ def test_the_project_speaks_of_no_package_registry_and_no_machine_path():
 
 def test_the_documents_have_no_blank_left_to_fill():
     for name in ("README.md", "CHANGELOG.md", "configs/README.md"):
-        assert not re.findall(
-            r"\b(?:TODO|FIXME|XXX|[A-Z]+_[A-Z]+)\b", (ROOT / name).read_text().replace("HF_TOKEN", "")
-        ), name
+        text = re.sub(r"\b(?:HF_TOKEN|DRY_RUN)\b", "", (ROOT / name).read_text())
+        assert not re.findall(r"\b(?:TODO|FIXME|XXX|[A-Z]+_[A-Z]+)\b", text), name

@@ -141,6 +141,8 @@ def test_a_model_with_code_of_its_own_is_uploaded_with_the_code_and_opens_from_i
     publish(run, "org/model", dry_run=True, say=lines.append)
     assert "largest difference 0" in lines[0]
     assert any(line.endswith("  modeling_gptbert.py") for line in lines)
+    build_upload_folder(run, trained / "upload", "org/model", 395)
+    assert str(trained).encode() not in every_byte(trained / "upload")
 
 
 # ---------------------------------------------------------------------------------- secrets
