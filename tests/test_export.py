@@ -3,6 +3,7 @@
 import json
 import struct
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ from trainer.config import ConfigError
 from trainer.export import export
 from trainer.export.check import Vectors, allowed_by, compare, largest_gap
 from trainer.export.corpus import Passage, Shard, keep_whole, read_passages
-from trainer.export.documents import claim, write_documents
+from trainer.export.documents import append, claim, write_documents
 from trainer.export.lines import Elasticsearch, Lucene, OpenSearch, kept_bits
 from trainer.export.query_side import queries_by_files, require_same_queries, write_query_tokenizer
 from trainer.export.request import Request
@@ -116,6 +117,21 @@ def test_opensearch_and_elasticsearch_get_an_index_for_their_fields(trained, cor
         run_export(to, corpus)
         index = json.loads((trained / f"models/tiny/export/{to}/index.json").read_text())
         assert index["mappings"]["properties"]["vector"] == {"type": kind}
+
+
+def test_texts_with_line_separators_of_other_kinds_stay_one_line(trained):
+    text = "Mjøsa\u2028er Norges\u0085største\x0c innsjø\r\nog ligger på Østlandet"
+    file = trained / "corpus.jsonl"
+    file.write_text("".join(json.dumps({"_id": f"d\u2028{n}", "text": text}) + "\n" for n in range(3)))
+    run_export("opensearch", file, queries=file)
+    lines = (trained / "models/tiny/export/opensearch/documents-1-of-1.ndjson").read_text().split("\n")
+    assert [json.loads(line)["index"]["_id"] for line in lines[:-1:2]] == [f"d\u2028{n}" for n in range(3)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_full_disk_is_one_line():
+    with pytest.raises(ConfigError, match=r"^/dev/full cannot be written: No space left .* run this again"):
+        append(Path("/dev/full"), ["{}\n"])
 
 
 def test_a_parquet_corpus_gives_the_same_files_as_jsonl(trained, corpus):
@@ -371,7 +387,7 @@ def test_only_the_first_ten_places_count():
 
 
 def test_too_coarse_a_quantisation_is_refused(trained, corpus):
-    with pytest.raises(ConfigError, match=r"the order of the best 10 changes: .* quantise less \(--scale\)"):
+    with pytest.raises(ConfigError, match=r"the order of the best 10 changes: .* Quantise less: ARGS=.--scale 10."):
         run_export("lucene", corpus, scale=1)
     assert not (trained / "models/tiny/export/lucene/check-1-of-1.json").exists()
 

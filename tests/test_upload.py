@@ -85,6 +85,14 @@ def test_a_repository_is_open_only_when_that_was_asked_for(hub, files):
     assert not private.private
 
 
+def test_files_that_arrived_in_a_repository_that_cannot_be_opened_are_said_to_have_arrived(hub, files):
+    found = hub.create("org/model")
+    hub.refuse = {"PUT .*/settings": 403}
+    message = refusal(send(hub, files, visibility="public"))
+    assert message.endswith("The files have arrived, but only you can see them: open the repository in its settings")
+    assert len(found.revisions) == 2
+
+
 def test_a_public_repository_is_not_written_to_as_if_it_were_private(hub, files):
     found = hub.create("org/model", private=False)
     assert re.fullmatch(r"org/model is public, so nothing was uploaded\. .*PUBLIC=1 .*", refusal(send(hub, files)))

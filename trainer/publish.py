@@ -20,7 +20,7 @@ from trainer.data.sources import QUICKSTART
 from trainer.models import check_code
 from trainer.run import Run
 from trainer.stock import SCRIPT, SIDES, carries_code, encode_both, open_model
-from trainer.upload import access_tokens, require_repo_name, upload
+from trainer.upload import access_tokens, require_repo_name, require_token, upload
 
 Say = Callable[[str], None]
 
@@ -60,6 +60,8 @@ def publish(run: Run, repo: str, *, public: bool = False, dry_run: bool = False,
     Raises ConfigError for what the user can mend; then nothing was uploaded, or the revision before is in place.
     """
     require_repo_name(repo)
+    if not dry_run:
+        require_token(repo)
     check_code(run.final)
     texts = sample_texts()
     expected = encode_both(open_model(run.final, carries_code(run.final)), texts)
@@ -84,9 +86,13 @@ def publish(run: Run, repo: str, *, public: bool = False, dry_run: bool = False,
 # ------------------------------------------------------------------------------------------- the folder
 @contextmanager
 def upload_folder(run: Run) -> Iterator[Path]:
-    """An empty folder beside final/, gone afterwards. There, large weights can be links instead of copies."""
-    with tempfile.TemporaryDirectory(dir=run.folder, prefix=".upload-") as aside:
-        yield Path(aside) / "model"
+    """A folder to make beside final/, gone afterwards. There, large weights can be links instead of copies."""
+    try:
+        aside = tempfile.TemporaryDirectory(dir=run.folder, prefix=".upload-")
+    except OSError as error:
+        raise ConfigError(f"{run.folder} cannot be written: {error.strerror}") from None
+    with aside as folder:
+        yield Path(folder) / "model"
 
 
 def build_upload_folder(run: Run, folder: Path, repo: str, dimensions: int) -> None:
@@ -170,7 +176,7 @@ def encode_in_a_fresh_process(folder: Path, texts: dict[str, list[str]]) -> dict
     with tempfile.TemporaryDirectory() as aside:
         sample, vectors = Path(aside) / "texts.json", Path(aside) / "vectors.npz"
         sample.write_text(json.dumps(texts), encoding="utf-8")
-        environment = {key: value for key, value in os.environ.items() if not key.endswith("TOKEN")}
+        environment = {key: value for key, value in os.environ.items() if "TOKEN" not in key}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": aside}
         trust = "trust" if carries_code(folder) else "no-code"
         found = subprocess.run(

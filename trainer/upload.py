@@ -1,6 +1,7 @@
 """Uploads a folder to the Hugging Face hub in one commit, with one clear line for what can go wrong."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,17 +34,27 @@ def require_repo_name(repo: str) -> None:
         raise ConfigError(f"--repo {repo}: a repository is written owner/name")
 
 
-def upload(files: dict[str, Path], repo: str, *, public: bool, message: str, say: Callable[[str], None]) -> str:
-    """Make the repository hold these files and nothing else, in one commit; its address and commit.
-
-    Raises ConfigError, one line, for what the user can mend. Until the commit, the revision before is what others get.
-    """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+def require_token(repo: str) -> None:
+    """Raise ConfigError when there is no access token to upload with."""
+    from huggingface_hub import get_token
 
     if get_token() is None:
         raise ConfigError(
             f"there is no access token for {repo}. Set HF_TOKEN to one that may write there, or run: hf auth login"
         )
+
+
+def upload(files: dict[str, Path], repo: str, *, public: bool, message: str, say: Callable[[str], None]) -> str:
+    """Make the repository hold these files and nothing else, in one commit; its address and commit.
+
+    Raises ConfigError, one line, for what the user can mend. Until the commit, the revision before is what others get.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.utils import enable_progress_bars
+
+    require_token(repo)
+    if sys.stderr.isatty():  # gigabytes take their time
+        enable_progress_bars()
     api = HfApi()
     with explained(repo, "nothing was uploaded"):
         api.create_repo(repo, private=not public, exist_ok=True)
@@ -61,7 +72,8 @@ def upload(files: dict[str, Path], repo: str, *, public: bool, message: str, say
     say(f"uploading {len(files)} files to {repo} ({'public' if public else 'private'}), in one commit")
     with explained(repo, again):
         commit = api.create_commit(repo, operations, commit_message=message, parent_commit=before.sha)
-        if public and before.private:
+    if public and before.private:
+        with explained(repo, "the files have arrived, but only you can see them: open the repository in its settings"):
             api.update_repo_settings(repo, private=False)
     return f"{api.endpoint}/{repo} at {commit.oid}"
 

@@ -45,11 +45,13 @@ def allowed_by(exact: Vectors, errors: Vectors) -> np.ndarray:
     ).toarray()
 
 
-def compare(wanted: np.ndarray, found: np.ndarray, allowed: np.ndarray, near_tie: float = NEAR_TIE) -> dict[str, Any]:
+def compare(
+    wanted: np.ndarray, found: np.ndarray, allowed: np.ndarray, near_tie: float = NEAR_TIE, remedy: str = ""
+) -> dict[str, Any]:
     """Figures of a comparison of scores [queries, documents]: the model's, the export's, and by how much they may differ.
 
     Raises ConfigError when one differs by more, or when the order of a query's best ten documents changes, except among
-    those whose exact scores are within the share `near_tie` of the best score from each other.
+    those whose exact scores are within the share `near_tie` of the best score from each other. `remedy` ends the message.
     """
     allowed = allowed + ROUNDING * np.abs(wanted).max(initial=1.0)
     difference = np.abs(found - wanted)
@@ -64,7 +66,7 @@ def compare(wanted: np.ndarray, found: np.ndarray, allowed: np.ndarray, near_tie
     if max(gaps, default=0.0) > near_tie:
         raise ConfigError(
             f"the order of the best {DEPTH} changes: for query {int(np.argmax(gaps)) + 1}, documents change places whose "
-            f"scores are {max(gaps):.1%} apart. The export is not to be used; quantise less (--scale)"
+            f"scores are {max(gaps):.1%} apart. The export is not to be used{remedy}"
         )
     return {
         "queries": wanted.shape[0],

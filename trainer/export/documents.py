@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -70,25 +70,31 @@ def claim(folder: Path, made_with: dict[str, Any]) -> None:
         raise ConfigError(f"{folder} cannot be written: {error.strerror}") from None
 
 
-def write_documents(encoder: Encoder, form: LineFormat, passages: Any, file: Path, say: Say) -> int:
+def write_documents(encoder: Encoder, form: LineFormat, passages: Iterable[Passage], file: Path, say: Say) -> int:
     """Append the passages that the file does not hold yet, whole chunks at a time; the number of all it holds."""
     done = start = keep_whole(file, form.lines_per_document)
     if done:
         say(f"resuming  {file} holds {done:,} documents")
     began = last = time.monotonic()
-    with file.open("a", encoding="utf-8") as out:
-        for chunk in chunks(islice(passages, done, None), CHUNK):
-            rows = encoder.documents([passage.text for passage in chunk])
-            vectors = vectors_of(rows, encoder.terms)
-            out.write("".join(form.document(p.id, p.text, v) for p, v in zip(chunk, vectors, strict=True)))
-            out.flush()
-            done += len(chunk)
-            if (now := time.monotonic()) - last > PROGRESS_SECONDS:
-                last = now
-                say(f"encoded   {done:,} documents, {(done - start) / (now - began):.0f} per second")
+    for chunk in chunks(islice(passages, done, None), CHUNK):
+        vectors = vectors_of(encoder.documents([passage.text for passage in chunk]), encoder.terms)
+        append(file, (form.document(p.id, p.text, v) for p, v in zip(chunk, vectors, strict=True)))
+        done += len(chunk)
+        if (now := time.monotonic()) - last > PROGRESS_SECONDS:
+            last = now
+            say(f"encoded   {done:,} documents, {(done - start) / (now - began):.0f} per second")
     if not done:
         raise ConfigError(f"there are no documents to write to {file}")
     return done
+
+
+def append(file: Path, documents: Iterable[str]) -> None:
+    """Add whole documents to a file. Raises ConfigError when the disk is full or gone."""
+    try:
+        with file.open("a", encoding="utf-8") as out:
+            out.write("".join(documents))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}. To go on from there, run this again") from None
 
 
 def write_queries(encoder: Encoder, form: LineFormat, queries: list[Passage], file: Path) -> None:
@@ -119,14 +125,15 @@ def check(
     queries = [Passage(f"check-{number}", text) for number, text in enumerate(texts, 1)]
     written = file.with_name(f"check-queries-{file.stem.removeprefix('documents-')}.jsonl")
     write_queries(encoder, form, queries, written)
-    read_queries = [form.read_query(line) for line in written.read_text(encoding="utf-8").splitlines()]
+    with written.open(encoding="utf-8") as lines:  # not splitlines: a text may hold other line separators
+        read_queries = [form.read_query(line) for line in lines]
     exact = Vectors(encoder.queries(texts), encoder.documents([passage.text for passage in sample]))
     exported = Vectors(matrix_of(read_queries, encoder.terms), matrix_of([v for _, v in found], encoder.terms))
     errors = Vectors(
         _with_data(exact.queries, form.query_errors(exact.queries.data)),
         _with_data(exact.documents, form.document_errors(exact.documents.data)),
     )
-    figures = compare(exact.scores(), exported.scores(), allowed_by(exact, errors))
+    figures = compare(exact.scores(), exported.scores(), allowed_by(exact, errors), remedy=form.remedy)
     if not form.signed:
         figures["query_weights_below_0_left_out"] = int((exact.queries.data < 0).sum())
     if (beside := file.parent / "query").is_dir():

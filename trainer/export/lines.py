@@ -23,6 +23,7 @@ class LineFormat:
     lines_per_document: ClassVar[int] = 1
     signed: ClassVar[bool] = False  # whether the engine takes weights below 0, which a trained query word may have
     quantisation: str
+    remedy: str = ""  # what to do when quantisation changes the order
 
     def __init__(self, scale: int):
         self.scale = scale
@@ -67,6 +68,11 @@ class Lucene(LineFormat):
     def quantisation(self) -> str:
         """In words."""
         return f"weights times {self.scale}, rounded to whole numbers"
+
+    @property
+    def remedy(self) -> str:
+        """A finer scale."""
+        return f'. Quantise less: ARGS="--scale {10 * self.scale}"'
 
     def terms(self, tokens: list[str]) -> list[str]:
         """Without whitespace and control characters: the index is made with a whitespace analyzer."""
