@@ -1,5 +1,6 @@
 """The model card says what the run folder holds, in words and in metadata that the hub's own classes read back."""
 
+import hashlib
 import json
 import re
 import runpy
@@ -9,6 +10,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from tests.conftest import ROOT
 from trainer.card import build_model_card
 from trainer.config import ConfigError
 from trainer.run import Run, hash_of_model
@@ -129,6 +131,8 @@ def test_a_card_says_how_the_model_came_about(trained):
     nli = manifest["datasets"]["quickstart_nli"]
     text = card_of().text
     assert f"Trained at commit `{manifest['git_commit']}` of nordsparse" in text
+    locked = hashlib.sha256((ROOT / "docker/requirements/base.txt").read_bytes()).hexdigest()
+    assert f"whose SHA-256 is `{locked}`" in text
     assert (
         "| quickstart_nli | embedded in nordsparse | Apache-2.0 | 162 (nb 41, da 41, nn 40, sv 40) "
         f"| {nli['rows_seen']} ({nli['rows_drawn']} drawn) |" in text

@@ -118,6 +118,17 @@ def test_a_folder_that_does_not_open_is_not_uploaded(upload):
         encode_in_a_fresh_process(upload, sample_texts())
 
 
+def test_a_run_folder_that_cannot_be_written_is_one_line(trained, monkeypatch):
+    def full(*arguments, **settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trainer.publish.build_upload_folder", full)
+    with pytest.raises(
+        ConfigError, match=r"the upload folder cannot be made in models/tiny: .*No space left on device"
+    ):
+        publish(Run.finished("tiny"), "org/model", dry_run=True, say=print)
+
+
 def test_vectors_that_are_not_numbers_or_have_another_shape_differ():
     vectors = {"query": np.ones((2, 3)), "document": np.ones((2, 3))}
     assert largest_difference(vectors, vectors) == 0

@@ -99,10 +99,11 @@ def test_a_public_repository_is_not_written_to_as_if_it_were_private(hub, files)
     assert len(found.revisions) == 1
 
 
-def test_files_of_an_earlier_model_go_in_the_same_commit(hub, files):
+def test_files_of_an_earlier_model_go_in_the_same_commit_and_are_named(hub, files):
     found = hub.create("org/model")
     found.commit(found.files | {"modeling_old.py": b"", "README.md": b"old"})
-    assert send(hub, files).returncode == 0
+    result = send(hub, files)
+    assert "removing  what the revision before had besides: modeling_old.py\n" in result.stdout
     assert set(found.files) == {".gitattributes", "README.md", "model.safetensors"}
     assert len(found.revisions) == 3
 

@@ -74,6 +74,7 @@ def build_model_card(run: Run, repo: str, dimensions: int) -> ModelCard:
         scores_in_training=_scores_in_training(manifest),
         leakage=_leakage(measured),
         commit=manifest.get("git_commit") or "unknown",
+        requirements=manifest.get("requirements_sha256"),
         local_sources=local_sources(manifest),
         limitations=limitations(config, manifest, measured),
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from trainer.beir import read_search_set
 from trainer.card import build_model_card, public_name
-from trainer.config import Config, ConfigError, load_config, render
+from trainer.config import Config, ConfigError, load_config, one_line, render
 from trainer.data.sources import QUICKSTART
 from trainer.models import check_code
 from trainer.run import Run
@@ -33,6 +33,7 @@ PUBLIC = (
     "name",
     "started",
     "git_commit",
+    "requirements_sha256",
     "python",
     "packages",
     "device",
@@ -88,11 +89,10 @@ def publish(run: Run, repo: str, *, public: bool = False, dry_run: bool = False,
 def upload_folder(run: Run) -> Iterator[Path]:
     """A folder to make beside final/, gone afterwards. There, large weights can be links instead of copies."""
     try:
-        aside = tempfile.TemporaryDirectory(dir=run.folder, prefix=".upload-")
+        with tempfile.TemporaryDirectory(dir=run.folder, prefix=".upload-") as aside:
+            yield Path(aside) / "model"
     except OSError as error:
-        raise ConfigError(f"{run.folder} cannot be written: {error.strerror}") from None
-    with aside as folder:
-        yield Path(folder) / "model"
+        raise ConfigError(f"the upload folder cannot be made in {run.folder}: {one_line(error)}") from None
 
 
 def build_upload_folder(run: Run, folder: Path, repo: str, dimensions: int) -> None:
@@ -116,10 +116,8 @@ def public_config(run: Run) -> str:
     loaded = load_config(run.folder / "config.yaml")
     values = _without_paths(loaded.config.model_dump())
     loaded = type(loaded)(loaded.name, loaded.file, Config.model_validate(values), {})
-    return (
-        "# Resolved config of the training run. To train from it with nordsparse: make train CONFIG=config.yaml\n"
-        + (render(loaded, origins=False))
-    )
+    head = "# Resolved config of the training run. To train from it with nordsparse: make train CONFIG=config.yaml\n"
+    return head + render(loaded, origins=False)
 
 
 def public_summary(manifest: dict[str, Any]) -> dict[str, Any]:

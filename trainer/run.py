@@ -16,6 +16,7 @@ from typing import Any
 from trainer.config import Config, ConfigError, LoadedConfig, load_config, render
 
 MODELS = Path("models")
+REQUIREMENTS = Path(__file__).parents[1] / "docker/requirements/base.txt"
 # What makes a model: a hash of these tells whether two folders hold the same one.
 MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".py")
 PACKAGES = (
@@ -88,6 +89,7 @@ class Run:
                 "config_file": str(loaded.file),
                 "overrides": list(overrides),
                 "git_commit": git_commit(),
+                "requirements_sha256": requirements_hash(),
                 "python": sys.version.split()[0],
                 "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
             }
@@ -178,6 +180,14 @@ def git_commit() -> str | None:
         changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
         return f"{commit}+changes" if changed.strip() else commit
     except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def requirements_hash() -> str | None:
+    """SHA-256 of the locked requirements that this checkout installs; None where they are not beside the code."""
+    try:
+        return hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
+    except OSError:
         return None
 
 

@@ -65,9 +65,11 @@ def upload(files: dict[str, Path], repo: str, *, public: bool, message: str, say
         )
     held = (before.sha or "an empty one")[:12]
     again = f"the revision before, {held}, is in place: a commit arrives whole or not at all. To go on, run this again"
-    stale = {file.rfilename for file in before.siblings or ()} - files.keys() - {".gitattributes"}
+    stale = sorted({file.rfilename for file in before.siblings or ()} - files.keys() - {".gitattributes"})
+    if stale:
+        say(f"removing  what the revision before had besides: {', '.join(stale)}")
     # upload_folder would split a large folder into several commits, and others would see halves of two models.
-    operations = [CommitOperationDelete(name) for name in sorted(stale)]
+    operations = [CommitOperationDelete(name) for name in stale]
     operations += [CommitOperationAdd(name, str(file)) for name, file in files.items()]
     say(f"uploading {len(files)} files to {repo} ({'public' if public else 'private'}), in one commit")
     with explained(repo, again):
