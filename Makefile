@@ -21,7 +21,7 @@ export PYTORCH_ENABLE_MPS_FALLBACK ?= 1
 RUN     := docker/run
 export CONFIG SET RUNTIME VENV NODES PROCS RENDEZVOUS PORT IMAGE
 
-.PHONY: help train resume eval check show bm25 tensorboard images test test-docker lint smoke bench lock schema clean
+.PHONY: help train resume eval check show bm25 publish export tensorboard images test test-docker lint smoke bench lock schema clean
 .DEFAULT_GOAL := help
 
 help: ## this help
@@ -50,6 +50,14 @@ eval: ## measure the run of CONFIG, or MODEL=path: TASKS=… BASELINE=results DE
 
 bm25: ## nDCG@10 of BM25: TASKS=folder:no (BEIR layout) or mteb tasks
 	@$(RUN) evaluate bm25 --tasks '$(TASKS)' $(if $(LANGUAGE),--language $(LANGUAGE)) $(ARGS)
+
+publish: ## upload the trained model of CONFIG: REPO=owner/name, PUBLIC=1, DRY_RUN=1
+	@$(RUN) trainer publish '$(CONFIG)' --repo '$(REPO)' \
+	  $(if $(filter-out 0,$(PUBLIC)),--public) $(if $(filter-out 0,$(DRY_RUN)),--dry-run)
+
+export: ## files for a search engine: TO=lucene CORPUS=file.jsonl QUERIES=… OUTPUT=folder SHARD=1/4
+	@$(RUN) trainer export '$(CONFIG)' --to '$(TO)' $(if $(CORPUS),--corpus '$(CORPUS)') \
+	  $(if $(QUERIES),--queries '$(QUERIES)') $(if $(OUTPUT),--output '$(OUTPUT)') $(if $(SHARD),--shard $(SHARD)) $(ARGS)
 
 tensorboard: ## watch runs at http://127.0.0.1:6006, or PORT=…
 	@$(RUN) tensorboard

@@ -1,6 +1,5 @@
 """What is evaluated: a run of this project, a local model, or one on the hub."""
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +11,7 @@ from sentence_transformers import SparseEncoder
 
 from evaluate.results import EvalFolder, read_json
 from trainer.config import Config, ConfigError, find_config, is_commit, is_local, load_config, one_line
-from trainer.run import MODELS
-
-# Files that make a model what it is.
-CONTENT = (".json", ".safetensors", ".bin", ".txt", ".model", ".py")
+from trainer.run import MODELS, hash_of_model
 
 
 @dataclass(frozen=True)
@@ -69,14 +65,7 @@ def fingerprint_of(model: str, revision: str | None) -> str:
             return f"{model}@{HfApi().model_info(model, revision=revision, timeout=10).sha}"
         except Exception as error:  # whatever the hub and its transport raise
             raise ConfigError(f"{model} cannot be loaded: {one_line(error)}") from None
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        inside = file.relative_to(folder)
-        if inside.parts[0] not in ("eval", "report") and file.suffix in CONTENT and file.is_file():
-            digest.update(str(inside).encode())
-            with file.open("rb") as data:
-                digest.update(hashlib.file_digest(data, "sha256").digest())
-    return digest.hexdigest()
+    return hash_of_model(folder)
 
 
 def require_sparse(model: str) -> None:

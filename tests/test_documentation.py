@@ -52,7 +52,7 @@ def test_the_project_speaks_of_no_package_registry_and_no_machine_path():
 
 def test_the_documents_have_no_blank_left_to_fill():
     settings = set()
-    for name in ("compose.yaml", "docker/run"):
+    for name in ("compose.yaml", "docker/run", "Makefile"):
         settings |= set(re.findall(r"\b[A-Z]+_[A-Z]+(?:_[A-Z]+)*\b", (ROOT / name).read_text()))
     for name in ("README.md", "CHANGELOG.md", "configs/README.md"):
         found = set(re.findall(r"\b(?:TODO|FIXME|XXX|[A-Z]+_[A-Z]+(?:_[A-Z]+)*)\b", (ROOT / name).read_text()))

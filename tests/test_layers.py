@@ -8,7 +8,16 @@ from tests.conftest import ROOT
 ROWS = [
     {"trainer.config"},
     {"trainer.distributed"},
-    {"trainer.hub", "trainer.beir", "trainer.device", "trainer.run", "trainer.checkpoints", "trainer.sparsity"},
+    {
+        "trainer.hub",
+        "trainer.beir",
+        "trainer.device",
+        "trainer.run",
+        "trainer.checkpoints",
+        "trainer.sparsity",
+        "trainer.stock",
+        "trainer.upload",
+    },
     {
         "trainer.data",
         "trainer.models",
@@ -16,9 +25,10 @@ ROWS = [
         "trainer.arguments",
         "trainer.callbacks",
         "trainer.evaluators",
+        "trainer.measured",
     },
-    {"trainer.loop", "trainer.plan"},
-    {"trainer.train", "trainer.launch"},
+    {"trainer.loop", "trainer.plan", "trainer.card"},
+    {"trainer.train", "trainer.launch", "trainer.publish", "trainer.export"},
     {"trainer.cli"},
     {"trainer.__main__"},
 ]

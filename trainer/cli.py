@@ -1,4 +1,4 @@
-"""python -m trainer: train, check, show. Heavy imports are inside the commands, so help and errors are quick."""
+"""python -m trainer: train, check, show, publish, export. Heavy imports are inside the commands: help is quick."""
 
 import contextlib
 import logging
@@ -187,6 +187,74 @@ def check(config: str, overrides: tuple[str, ...]) -> None:
 def show(config: str, overrides: tuple[str, ...], plain: bool) -> None:
     """Print the flat config, each value with its origin. The output is itself a valid config."""
     click.echo(render(load_config(find_config(config), overrides), origins=not plain), nl=False)
+
+
+@main.command()
+@click.argument("config", metavar="CONFIG")
+@click.option("--repo", required=True, metavar="OWNER/NAME", help="Model repository on the hub; made if there is none.")
+@click.option("--public", is_flag=True, help="Let everyone read it. Private by default.")
+@click.option("--dry-run", is_flag=True, help="Build and check the upload, list its files, and stop.")
+@click.option("--name", help="Name of the run folder under models/; the config's name by default.")
+def publish(config: str, repo: str, public: bool, dry_run: bool, name: str | None) -> None:
+    """Upload the trained model of CONFIG, once a fresh process has given the same vectors.
+
+    The access token is taken from HF_TOKEN or from `hf auth login`.
+    """
+    from trainer.run import Run
+
+    run = Run.finished(name or load_config(find_config(config)).name)
+    set_up_libraries(verbose=False)
+    from trainer.publish import publish
+
+    publish(run, repo, public=public, dry_run=dry_run, say=click.echo)
+
+
+@main.command()
+@click.argument("config", metavar="CONFIG")
+@click.option("--to", required=True, metavar="ENGINE", help="lucene, opensearch, elasticsearch, qdrant or onnx.")
+@click.option("--corpus", type=Path, help="Documents: .jsonl or .parquet with _id, text and perhaps title.")
+@click.option("--queries", type=Path, help="Queries to write beside them, in the same form.")
+@click.option("--output", type=Path, help="Folder to write to; models/<name>/export/<ENGINE> by default.")
+@click.option(
+    "--shard", default="1/1", metavar="I/N", show_default=True, help="Encode every N-th document, from the I-th."
+)
+@click.option(
+    "--scale", default=100, show_default=True, type=click.IntRange(1), help="lucene: weights times this, rounded."
+)
+@click.option(
+    "--upsert", metavar="URL", help="qdrant: upload the points to this server, into a collection named like the run."
+)
+@click.option("--name", help="Name of the run folder under models/; the config's name by default.")
+def export(
+    config: str,
+    to: str,
+    corpus: Path | None,
+    queries: Path | None,
+    output: Path | None,
+    shard: str,
+    scale: int,
+    upsert: str | None,
+    name: str | None,
+) -> None:
+    """Encode documents with the trained model of CONFIG into files that a search engine takes.
+
+    Run it again after a kill: it goes on where it stopped. The files are read back and scored before it ends.
+    """
+    from trainer.run import Run
+
+    run = Run.finished(name or load_config(find_config(config)).name)
+    set_up_libraries(verbose=False)
+    from trainer.export import FORMATS, export
+    from trainer.export.corpus import Shard
+    from trainer.export.qdrant import upsert as upload_points
+    from trainer.export.request import Request
+
+    request = Request(run, corpus, queries, output, Shard.parse(shard), scale, click.echo)
+    if upsert and to != "qdrant":
+        raise ConfigError(f"--upsert is for qdrant; {to} has its own way to take files. Formats: {', '.join(FORMATS)}")
+    export(to, request)
+    if upsert:
+        upload_points(request.folder(to), upsert, run.name, click.echo)
 
 
 @main.command()

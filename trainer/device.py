@@ -11,7 +11,7 @@ from trainer.distributed import processes
 
 def choose_device(config: Config) -> tuple[str, str]:
     """The device's name and the reason for it. Raises ConfigError when the config asks for what this machine cannot do."""
-    device, reason = _choose(config.hardware.device)
+    device, reason = find_device(config.hardware.device)
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     if gpus > 1 and processes() == 1:
         raise ConfigError(
@@ -33,7 +33,8 @@ def choose_device(config: Config) -> tuple[str, str]:
     return device, reason
 
 
-def _choose(wanted: str) -> tuple[str, str]:
+def find_device(wanted: str) -> tuple[str, str]:
+    """The device that `auto`, or a name, stands for on this machine, and the reason."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted != "auto":
         if not here[wanted]:

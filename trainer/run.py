@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config import ConfigError, LoadedConfig, load_config, render
+from trainer.config import Config, ConfigError, LoadedConfig, load_config, render
 
 MODELS = Path("models")
 REQUIREMENTS = Path(__file__).parents[1] / "docker" / "requirements"
 # How long a network file system may take to show another machine a new file: NFS keeps what it knows for 3 to 60 s.
 SHARED_SECONDS = 60.0
+# What makes a model: a hash of these tells whether two folders hold the same one.
+MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".py")
 PACKAGES = (
     "torch",
     "sentence-transformers",
@@ -46,6 +48,11 @@ class Run:
     def name(self) -> str:
         """The run's name, and the folder's."""
         return self.folder.name
+
+    @property
+    def manifest_file(self) -> Path:
+        """run.json."""
+        return self.folder / "run.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -77,7 +84,7 @@ class Run:
         """A new run folder. Raises ConfigError when there is one already: nothing trained is overwritten."""
         run = cls(MODELS / (name or loaded.name))
         again = f"{loaded.file}" if loaded.file.parent.name != "configs" else loaded.name
-        if (run.folder / "run.json").exists() and not cls.open(loaded, name).is_empty():
+        if run.manifest_file.exists() and not cls.open(loaded, name).is_empty():
             raise ConfigError(
                 f"{run.folder} exists. To continue it: make resume CONFIG={again}. "
                 f"To train anew: remove the folder, or copy the config under a new name."
@@ -111,13 +118,9 @@ class Run:
     def open(cls, loaded: LoadedConfig, name: str | None = None) -> "Run":
         """An existing run folder, to continue."""
         run = cls(MODELS / (name or loaded.name))
-        file = run.folder / "run.json"
-        if not file.exists():
+        if not run.manifest_file.exists():
             raise ConfigError(f"{run.folder} holds no run to resume. Start one: make train CONFIG={loaded.name}")
-        try:
-            run.manifest = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{file} cannot be read: {error}. Remove the folder to train anew") from None
+        run._read()
         return run
 
     @classmethod
@@ -140,9 +143,35 @@ class Run:
 
     def _is_on_disk(self) -> bool:
         try:
-            return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["id"] == self.id
+            return json.loads(self.manifest_file.read_text(encoding="utf-8"))["id"] == self.id
         except (OSError, ValueError, KeyError):
             return False
+
+    def _read(self) -> None:
+        try:
+            self.manifest = json.loads(self.manifest_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self.manifest_file} cannot be read: {error}. Remove the folder to train anew"
+            ) from None
+
+    @classmethod
+    def finished(cls, name: str) -> "Run":
+        """A run that ended with a model. Raises ConfigError when there is none."""
+        run = cls(MODELS / name)
+        if not run.manifest_file.exists():
+            raise ConfigError(f"{run.folder} holds no trained model. Train it first: make train CONFIG={name}")
+        run._read()
+        status = run.manifest.get("status")
+        if status != "finished" or not run.final.is_dir():
+            raise ConfigError(
+                f"{run.folder} holds no finished run (its status is '{status}'). To finish it: make resume CONFIG={name}"
+            )
+        return run
+
+    def config(self) -> Config:
+        """The resolved config of the run."""
+        return load_config(self.folder / "config.yaml").config
 
     def go_on_with(self, loaded: LoadedConfig, overrides: Sequence[str], say: Callable[[str], None]) -> None:
         """Take over what was changed in the config (read with these overrides) since the run started, and say it.
@@ -171,7 +200,7 @@ class Run:
         """Set values in the manifest and write it; other readers see the old file or the new one, never half of one."""
         self.manifest.update(values, updated=_now())
         if self.is_mine:
-            write_atomically(self.folder / "run.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+            write_atomically(self.manifest_file, json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
@@ -202,6 +231,18 @@ def lock_hash() -> str:
     kind = "cpu" if importlib.metadata.version("torch").endswith("+cpu") else "cuda"
     files = [REQUIREMENTS / name for name in ("base.txt", f"torch-{kind}.txt")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def hash_of_model(folder: Path) -> str:
+    """The same for two folders that hold the same model, whatever their cards, evaluations and reports say."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder)
+        if inside.parts[0] not in ("eval", "report") and file.suffix in MODEL_FILES and file.is_file():
+            digest.update(str(inside).encode())
+            with file.open("rb") as data:
+                digest.update(hashlib.file_digest(data, "sha256").digest())
+    return digest.hexdigest()
 
 
 def duration(seconds: float) -> str:

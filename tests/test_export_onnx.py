@@ -1,0 +1,106 @@
+"""The exported graph gives the model's vectors with onnxruntime alone, in every architecture."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from sentence_transformers import SparseEncoder
+
+from tests.checkpoints import DOCUMENTS, QUERIES, write_dense, write_roberta
+from tests.standins import COMMIT, write_norbert
+from tests.test_export import put_model, run_export
+from trainer.config import ConfigError
+
+FOLDER = "models/tiny/export/onnx"
+LENGTHS = [DOCUMENTS[0], "kort", " ".join(DOCUMENTS) * 3, "", "😀"]  # one of them longer than the model reads
+
+ALONE = """
+import json, sys
+from pathlib import Path
+from example import Encoder
+texts = json.loads(sys.argv[2])
+encoder = Encoder(Path("."), sys.argv[1])
+print(json.dumps([encoder.queries(texts).tolist(), encoder.documents(texts).tolist()]))
+assert not {"torch", "transformers", "sentence_transformers", "trainer"} & set(sys.modules)
+"""
+
+
+def by_onnxruntime_alone(folder, texts, model="model.onnx"):
+    """Vectors from the example, in a process that has nothing else."""
+    script = folder / "alone.py"
+    script.write_text(ALONE)
+    found = subprocess.run(
+        [sys.executable, script.name, model, json.dumps(texts)], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return (np.array(vectors) for vectors in json.loads(found.stdout))
+
+
+def build_other(trained, name):
+    if name == "csr":
+        put_model(trained, write_dense(trained), "csr")
+    elif name == "roberta":
+        put_model(trained, write_roberta(trained / "roberta"), "splade")
+    elif name == "norbert4":
+        pinned = ("model.trust_remote_code=true", f"model.revision='{COMMIT}'")
+        put_model(trained, write_norbert(trained / "norbert", "norbert4"), "inference-free-splade", *pinned)
+
+
+@pytest.mark.parametrize("name", ["tiny", "csr", "roberta", "norbert4"])
+def test_queries_and_documents_of_any_length_have_the_models_vectors(trained, name):
+    build_other(trained, name)
+    run_export("onnx", None)
+    model = SparseEncoder(str(trained / "models/tiny/final"), device="cpu", trust_remote_code=name == "norbert4")
+    texts = [*QUERIES, *LENGTHS]
+    queries, documents = by_onnxruntime_alone(trained / FOLDER, texts)
+    encode = {"convert_to_sparse_tensor": False, "show_progress_bar": False}
+    expected = [model.encode_query(texts, **encode).numpy(), model.encode_document(texts, **encode).numpy()]
+    if name == "csr":  # whose similarity is the cosine: the graph gives vectors of length 1
+        expected = [vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in expected]
+    assert (expected[1] > 0).sum() > 20
+    np.testing.assert_allclose(queries, expected[0], atol=1e-4)
+    np.testing.assert_allclose(documents, expected[1], atol=1e-4)
+
+
+def test_what_leaves_the_graph_is_one_weight_per_dimension_and_no_logits(trained):
+    run_export("onnx", None)
+    graph = onnx.load(trained / FOLDER / "model.onnx").graph
+    onnx.checker.check_model(trained / FOLDER / "model.onnx")
+    (output,) = graph.output
+    assert [(d.dim_param or d.dim_value) for d in output.type.tensor_type.shape.dim] == ["texts", 800]
+    assert [node.name for node in graph.input] == ["input_ids", "attention_mask"]
+    figures = json.loads((trained / FOLDER / "check-model.json").read_text())
+    assert figures["pairs"] == 72 * 256
+    assert figures["largest_difference"] < 1e-3
+    small, large = ((trained / FOLDER / name).stat().st_size for name in ("model_int8.onnx", "model.onnx"))
+    assert small < large
+
+
+def test_an_int8_graph_that_is_not_near_enough_is_left_out_and_a_float_graph_stops_the_export(trained, monkeypatch):
+    exact, int8 = ("model.onnx", 1e-4, "float32"), ("model_int8.onnx", 1e-7, "int8")
+    monkeypatch.setattr("trainer.export.onnx.GRAPHS", (exact, int8))
+    lines = run_export("onnx", None)
+    assert any(line.startswith("left out  model_int8.onnx: the exported files score differently") for line in lines)
+    assert not (trained / FOLDER / "model_int8.onnx").exists()
+    monkeypatch.setattr("trainer.export.onnx.GRAPHS", (("model.onnx", -1.0, "float32"), int8))
+    with pytest.raises(ConfigError, match="the exported files score differently"):
+        run_export("onnx", None)
+    assert not (trained / FOLDER / "model.onnx").exists()
+
+
+def test_a_corpus_is_not_taken_and_left_unread(trained):
+    with pytest.raises(ConfigError, match=r"^onnx is the model itself: it takes no CORPUS, QUERIES or SHARD"):
+        run_export("onnx", trained / "corpus.jsonl")
+
+
+def test_the_example_prints_scores_and_words(trained):
+    run_export("onnx", None)
+    command = [sys.executable, "-I", "example.py", QUERIES[0], *DOCUMENTS]
+    found = subprocess.run(command, cwd=trained / FOLDER, capture_output=True, text=True, check=True)
+    scores = [float(line.split()[0]) for line in found.stdout.splitlines()]
+    assert len(scores) == 4
+    model = SparseEncoder(str(trained / "models/tiny/final"), device="cpu")
+    wanted = model.similarity(model.encode_query(QUERIES[:1]), model.encode_document(DOCUMENTS))[0]
+    assert scores == pytest.approx(wanted.tolist(), abs=2e-3)

@@ -1,0 +1,211 @@
+"""Engines that take text files: one or two lines per document, one per query, and what must stand beside them."""
+
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from trainer.config import ConfigError
+from trainer.export.query_side import write_query_tokenizer
+from trainer.export.vectors import Encoder, Vector, escaped, require_distinct
+
+# Lucene's FeatureField keeps 9 significant bits of a weight, and takes query weights up to 64.
+FEATURE_BITS, MAX_QUERY_WEIGHT = 9, 64.0
+SIX_DIGITS = 1e-6
+
+
+class LineFormat:
+    """How one engine takes sparse vectors. `quantisation` says, in words, what the errors say in numbers."""
+
+    suffix: ClassVar[str] = ".jsonl"
+    lines_per_document: ClassVar[int] = 1
+    signed: ClassVar[bool] = False  # whether the engine takes weights below 0, which a trained query word may have
+    quantisation: str
+    remedy: str = ""  # what to do when quantisation changes the order
+
+    def __init__(self, scale: int):
+        self.scale = scale
+
+    def terms(self, tokens: list[str]) -> list[str]:
+        """What dimensions are called in this engine; the tokens themselves where it takes every character."""
+        return require_distinct(tokens)
+
+    def document(self, name: str, text: str, vector: Vector) -> str:
+        """A document's lines."""
+        raise NotImplementedError
+
+    def read_document(self, lines: list[str]) -> tuple[str, Vector]:
+        """A document's id, and its vector as the engine will hold it."""
+        raise NotImplementedError
+
+    def query(self, name: str, text: str, vector: Vector) -> str:
+        """A query's line."""
+        raise NotImplementedError
+
+    def read_query(self, line: str) -> Vector:
+        """A query's vector as the engine will use it."""
+        raise NotImplementedError
+
+    def document_errors(self, weights: np.ndarray) -> np.ndarray:
+        """How far each weight of a document may be off."""
+        return SIX_DIGITS * np.abs(weights)
+
+    def query_errors(self, weights: np.ndarray) -> np.ndarray:
+        """How far each weight of a query may be off; one below 0 is left out."""
+        left_out = (weights < 0) & (not self.signed)
+        return np.where(left_out, -weights, SIX_DIGITS * np.abs(weights))
+
+    def write_beside(self, folder: Path, encoder: Encoder) -> None:
+        """Mappings and the like."""
+
+
+class Lucene(LineFormat):
+    """Impact vectors as Anserini and Pyserini read them (JsonVectorCollection, -impact -pretokenized)."""
+
+    @property
+    def quantisation(self) -> str:
+        """In words."""
+        return f"weights times {self.scale}, rounded to whole numbers"
+
+    @property
+    def remedy(self) -> str:
+        """A finer scale."""
+        return f'. Quantise less: ARGS="--scale {10 * self.scale}"'
+
+    def terms(self, tokens: list[str]) -> list[str]:
+        """Without whitespace and control characters: the index is made with a whitespace analyzer."""
+        return require_distinct([escaped(token, _is_space_or_control) for token in tokens])
+
+    def document(self, name: str, text: str, vector: Vector) -> str:
+        """id, contents, and whole numbers by term."""
+        whole = {term: round(weight * self.scale) for term, weight in vector.items()}
+        return _json({"id": name, "contents": text, "vector": {term: n for term, n in whole.items() if n > 0}})
+
+    query = document
+
+    def read_document(self, lines: list[str]) -> tuple[str, Vector]:
+        """Back to the model's scale, so that scores can be compared."""
+        row = json.loads(lines[0])
+        if not all(type(weight) is int for weight in row["vector"].values()):
+            raise ConfigError(f"document {row['id']} has a weight that is no whole number")
+        return row["id"], {term: weight / self.scale for term, weight in row["vector"].items()}
+
+    def read_query(self, line: str) -> Vector:
+        """As documents are read."""
+        return self.read_document([line])[1]
+
+    def document_errors(self, weights: np.ndarray) -> np.ndarray:
+        """Half of a step; what is smaller is left out."""
+        return np.full_like(weights, 0.5 / self.scale)
+
+    def query_errors(self, weights: np.ndarray) -> np.ndarray:
+        """Half of a step, or all of what is below 0."""
+        return np.maximum(0.5 / self.scale, -weights)
+
+
+class Bulk(LineFormat):
+    """What OpenSearch's and Elasticsearch's _bulk takes: an action line and a document line."""
+
+    suffix = ".ndjson"
+    lines_per_document = 2
+    field_type: ClassVar[str]
+    quantisation = f"the engine keeps {FEATURE_BITS} significant bits of a document's weight, 2^-8 of it at most"
+
+    def document(self, name: str, text: str, vector: Vector) -> str:
+        """Into whatever index the request names."""
+        return _json({"index": {"_id": name}}) + _json({"text": text, "vector": _six_digits(vector)})
+
+    def read_document(self, lines: list[str]) -> tuple[str, Vector]:
+        """With the bits that Lucene's FeatureField keeps."""
+        vector = json.loads(lines[1])["vector"]
+        return json.loads(lines[0])["index"]["_id"], dict(zip(vector, kept_bits(list(vector.values())), strict=True))
+
+    def document_errors(self, weights: np.ndarray) -> np.ndarray:
+        """What truncation to 9 bits takes away."""
+        return (2.0 ** (1 - FEATURE_BITS) + SIX_DIGITS) * np.abs(weights)
+
+    def query(self, name: str, text: str, vector: Vector) -> str:
+        """The body of a search request."""
+        if vector and max(vector.values()) > MAX_QUERY_WEIGHT:
+            raise ConfigError(
+                f"query '{text[:40]}' has a weight of {max(vector.values()):.1f}; "
+                f"the engine takes {MAX_QUERY_WEIGHT:.0f} at most"
+            )
+        return _json({"id": name, "text": text, "query": self.clause(_six_digits(vector))})
+
+    def read_query(self, line: str) -> Vector:
+        """Out of the search request."""
+        return self.vector_in(json.loads(line)["query"])
+
+    def clause(self, vector: Vector) -> dict[str, Any]:
+        """The query clause for a vector."""
+        raise NotImplementedError
+
+    def vector_in(self, clause: dict[str, Any]) -> Vector:
+        """The vector in a query clause."""
+        raise NotImplementedError
+
+    def write_beside(self, folder: Path, encoder: Encoder) -> None:
+        """index.json: the body with which the index is created."""
+        fields = {"text": {"type": "text"}, "vector": {"type": self.field_type}}
+        (folder / "index.json").write_text(_json({"mappings": {"properties": fields}}), encoding="utf-8")
+
+
+class OpenSearch(Bulk):
+    """rank_features, and the query side of inference-free models as a tokenizer that runs in the cluster.
+
+    Its rank_features fields take every character, dots too, so terms are the tokens that its tokenizer gives.
+    """
+
+    field_type = "rank_features"
+
+    def clause(self, vector: Vector) -> dict[str, Any]:
+        """neural_sparse with a vector of ours."""
+        return {"neural_sparse": {"vector": {"query_tokens": vector}}}
+
+    def vector_in(self, clause: dict[str, Any]) -> Vector:
+        """Its tokens."""
+        return clause["neural_sparse"]["vector"]["query_tokens"]
+
+    def write_beside(self, folder: Path, encoder: Encoder) -> None:
+        """The index, and query/ with the tokenizer and its weights where queries need no neural network."""
+        super().write_beside(folder, encoder)
+        write_query_tokenizer(folder / "query", encoder, for_lucene=True)
+
+
+class Elasticsearch(Bulk):
+    """sparse_vector."""
+
+    field_type = "sparse_vector"
+
+    def terms(self, tokens: list[str]) -> list[str]:
+        """Without dots, which versions before 8.16 refuse in the name of a dimension."""
+        return require_distinct([escaped(token, lambda c: c == "." or _is_space_or_control(c)) for token in tokens])
+
+    def clause(self, vector: Vector) -> dict[str, Any]:
+        """sparse_vector with all of a vector of ours: by default, newer versions leave out frequent terms."""
+        return {"sparse_vector": {"field": "vector", "query_vector": vector, "prune": False}}
+
+    def vector_in(self, clause: dict[str, Any]) -> Vector:
+        """Its vector."""
+        return clause["sparse_vector"]["query_vector"]
+
+
+def kept_bits(weights: list[float]) -> list[float]:
+    """Weights as Lucene's FeatureField stores them: the upper 17 bits of a float32, 9 of them significant."""
+    bits = np.asarray(weights, dtype=np.float32).view(np.uint32)
+    return ((bits >> 15) << 15).view(np.float32).astype(float).tolist()
+
+
+def _six_digits(vector: Vector) -> Vector:
+    return {term: float(f"{weight:.6g}") for term, weight in vector.items()}
+
+
+def _is_space_or_control(character: str) -> bool:
+    return character.isspace() or unicodedata.category(character) in ("Cc", "Cf", "Zs", "Zl", "Zp")
+
+
+def _json(values: Any) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"

@@ -1,0 +1,106 @@
+"""Qdrant: points as its API takes them, and their upload with its client."""
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from trainer.config import ConfigError, one_line
+from trainer.export.lines import LineFormat
+from trainer.export.vectors import Encoder, Vector
+
+VECTOR = "text"
+COLLECTION = {"sparse_vectors": {VECTOR: {"index": {"on_disk": False}}}}
+BATCH = 256
+
+
+class Qdrant(LineFormat):
+    """Points with dimensions by number, and the document's own id and text as payload."""
+
+    signed = True
+    quantisation = "six digits per weight"
+
+    def terms(self, tokens: list[str]) -> list[str]:
+        """Dimensions are numbers here."""
+        return [str(number) for number in range(len(tokens))]
+
+    def document(self, name: str, text: str, vector: Vector) -> str:
+        """A point. Its id must be a number or a UUID, so it is made from the document's."""
+        point = {"id": point_id(name), "vector": {VECTOR: _sparse(vector)}, "payload": {"id": name, "text": text}}
+        return json.dumps(point, ensure_ascii=False) + "\n"
+
+    def read_document(self, lines: list[str]) -> tuple[str, Vector]:
+        """Out of a point."""
+        point = json.loads(lines[0])
+        return point["payload"]["id"], _dense(point["vector"][VECTOR])
+
+    def query(self, name: str, text: str, vector: Vector) -> str:
+        """The body of a query request."""
+        body = {"query": _sparse(vector), "using": VECTOR, "limit": 10, "with_payload": True}
+        return json.dumps({"id": name, "text": text, "query": body}, ensure_ascii=False) + "\n"
+
+    def read_query(self, line: str) -> Vector:
+        """Out of a query request."""
+        return _dense(json.loads(line)["query"]["query"])
+
+    def write_beside(self, folder: Path, encoder: Encoder) -> None:
+        """collection.json: the body with which the collection is created."""
+        (folder / "collection.json").write_text(json.dumps(COLLECTION) + "\n", encoding="utf-8")
+
+
+def point_id(name: str) -> str:
+    """The same UUID for the same document every time, so that uploading again replaces it."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, name))
+
+
+def upsert(folder: Path, url: str, collection: str, say: Callable[[str], None]) -> int:
+    """Upload every document file of an export, a batch at a time; the number of points. QDRANT_API_KEY is its key.
+
+    `url` may be a folder, which the client then keeps the collection in by itself. Raises ConfigError when it fails.
+    """
+    from qdrant_client import QdrantClient, models
+    from qdrant_client.http.exceptions import ApiException
+
+    files = sorted(folder.glob("documents-*.jsonl"))
+    try:
+        where = {"url": url} if "://" in url else {"path": url}
+        client = QdrantClient(**where, api_key=os.environ.get("QDRANT_API_KEY"))
+        if not client.collection_exists(collection):
+            index = models.SparseIndexParams(**COLLECTION["sparse_vectors"][VECTOR]["index"])
+            client.create_collection(
+                collection, vectors_config={}, sparse_vectors_config={VECTOR: models.SparseVectorParams(index=index)}
+            )
+        count = 0
+        for file in files:
+            for points in _batches(file, models.PointStruct):
+                client.upsert(collection, points, wait=True)
+                count += len(points)
+        client.close()
+    except (ApiException, OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"Qdrant at {url} does not take the points: {one_line(error)}. Run the command again"
+        ) from None
+    say(f"uploaded  {count:,} points to the collection '{collection}' at {url}")
+    return count
+
+
+def _batches(file: Path, make_point: Callable) -> Iterator[list]:
+    batch = []
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            batch.append(make_point(**json.loads(line)))
+            if len(batch) == BATCH:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
+
+
+def _sparse(vector: Vector) -> dict[str, list]:
+    pairs = sorted((int(term), float(f"{weight:.6g}")) for term, weight in vector.items())
+    return {"indices": [number for number, _ in pairs], "values": [weight for _, weight in pairs]}
+
+
+def _dense(sparse: dict[str, list]) -> Vector:
+    return dict(zip(map(str, sparse["indices"]), sparse["values"], strict=True))

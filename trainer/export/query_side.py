@@ -1,0 +1,70 @@
+"""The query side of inference-free models as files: a tokenizer, and a weight for every token."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+from tokenizers import Tokenizer
+
+from trainer.config import ConfigError
+from trainer.export.vectors import Encoder
+from trainer.models import static_embedding
+
+# transformers' model_max_length of tokenizers that read texts of any length is greater.
+NO_LIMIT = 10**9
+# Lucene refuses query weights of 0 or less, and greater ones; a token that is not listed would weigh 1.
+SMALLEST, LARGEST = 1e-6, 64.0
+
+
+def write_query_tokenizer(folder: Path, encoder: Encoder, *, for_lucene: bool) -> bool:
+    """idf.json and tokenizer.json, as OpenSearch's tokenizer models read them; False when queries need a network.
+
+    OpenSearch names a token by decoding it alone. The tokenizer is written without a decoder, so that it gives tokens as
+    they are in the vocabulary: decoded, the bytes of byte-level tokenizers would all be one replacement character. It
+    adds no special tokens, so that it cuts a text where the model does.
+    """
+    embedding = static_embedding(encoder.model)
+    if embedding is None:
+        return False
+    weights = dict(zip(encoder.terms, embedding.weight.tolist(), strict=True))
+    if for_lucene:
+        if max(weights.values()) > LARGEST:
+            raise ConfigError(f"a query weight is {max(weights.values()):.1f}; OpenSearch takes {LARGEST:.0f} at most")
+        weights = {term: max(weight, SMALLEST) for term, weight in weights.items()}
+    tokenizer = Tokenizer.from_str(embedding.tokenizer.backend_tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if embedding.tokenizer.model_max_length < NO_LIMIT:
+        tokenizer.enable_truncation(embedding.tokenizer.model_max_length)
+    values = json.loads(tokenizer.to_str()) | {"decoder": None, "post_processor": None}
+    folder.mkdir(parents=True, exist_ok=True)
+    idf = {term: float(f"{weight:.6g}") for term, weight in weights.items()}
+    for name, content in (("tokenizer.json", values), ("idf.json", idf)):
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return True
+
+
+def queries_by_files(folder: Path, texts: list[str], terms: list[str]) -> sp.csr_matrix:
+    """Query vectors as OpenSearch makes them from the two files: [queries, dimensions]."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    idf = json.loads((folder / "idf.json").read_text(encoding="utf-8"))
+    number = {term: dimension for dimension, term in enumerate(terms)}
+    found = sp.lil_matrix((len(texts), len(terms)))
+    for row, text in enumerate(texts):
+        for token in dict.fromkeys(tokenizer.encode(text).ids):
+            if term := tokenizer.decode([token], skip_special_tokens=True):
+                found[row, number[term]] = idf.get(term, 1.0)
+    return found.tocsr()
+
+
+def require_same_queries(folder: Path, texts: list[str], exact: sp.csr_matrix, terms: list[str]) -> float:
+    """The largest difference between the model's query vectors and those from the files; ConfigError for a real one."""
+    difference = abs(queries_by_files(folder, texts, terms) - exact.maximum(0))
+    largest = float(difference.max()) if difference.nnz else 0.0
+    if not largest <= 1e-5 * max(1.0, float(np.abs(exact.data).max(initial=0.0))):
+        query = int(difference.tocsr().max(axis=1).toarray().argmax())
+        raise ConfigError(
+            f"the exported tokenizer and weights give another vector than the model for '{texts[query][:60]}'"
+        )
+    return largest

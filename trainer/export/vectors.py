@@ -1,0 +1,92 @@
+"""Sparse vectors as engines want them: named dimensions with positive weights."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from sklearn.preprocessing import normalize
+
+from trainer.config import ConfigError
+from trainer.stock import carries_code, open_model
+
+Vector = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A trained model, and what its dimensions are called in an engine."""
+
+    model: Any
+    terms: list[str]
+    batch_size: int
+
+    @classmethod
+    def open(cls, folder: Path, device: str, batch_size: int) -> "Encoder":
+        """The model of a run, its dimensions under their tokens."""
+        model = open_model(folder, carries_code(folder), device)
+        return cls(model, terms_of(model), batch_size)
+
+    def documents(self, texts: list[str]) -> sp.csr_matrix:
+        """[documents, dimensions]."""
+        return self._encode(self.model.encode_document, texts)
+
+    def queries(self, texts: list[str]) -> sp.csr_matrix:
+        """[queries, dimensions]. A trained query weight may be negative."""
+        return self._encode(self.model.encode_query, texts)
+
+    def _encode(self, encode: Callable, texts: list[str]) -> sp.csr_matrix:
+        if not texts:
+            return sp.csr_matrix((0, len(self.terms)))
+        found = encode(texts, batch_size=self.batch_size, show_progress_bar=False, save_to_cpu=True).coalesce()
+        rows, columns = found.indices().numpy()
+        matrix = sp.csr_matrix((found.values().float().numpy(), (rows, columns)), shape=(len(texts), len(self.terms)))
+        # Engines multiply and add; for cosine (CSR), vectors have to have length 1 already.
+        return normalize(matrix) if self.model.similarity_fn_name == "cosine" else matrix
+
+
+def terms_of(model: Any) -> list[str]:
+    """A name for every dimension: its token, or its number where dimensions are not words (CSR)."""
+    dimensions = model.get_embedding_dimension()
+    if dimensions is None or dimensions == len(model.tokenizer):
+        return model.tokenizer.convert_ids_to_tokens(list(range(len(model.tokenizer))))
+    return [str(number) for number in range(dimensions)]
+
+
+def escaped(term: str, forbidden: Callable[[str], bool]) -> str:
+    """A term without forbidden characters: each becomes `%` and its number in hexadecimal, closed by `;`.
+
+    `%` itself is written so too, so no two terms become one.
+    """
+    return "".join(f"%{ord(c):X};" if c == "%" or forbidden(c) else c for c in term) or "%;"
+
+
+def require_distinct(terms: list[str]) -> list[str]:
+    """Raise ConfigError when two dimensions would share a name, and so be added up."""
+    seen: dict[str, int] = {}
+    for dimension, term in enumerate(terms):
+        if seen.setdefault(term, dimension) != dimension:
+            raise ConfigError(f"dimensions {seen[term]} and {dimension} have one name in this engine, '{term}'")
+    return terms
+
+
+def vectors_of(rows: sp.csr_matrix, terms: list[str], signed: bool = False) -> Iterator[Vector]:
+    """The weights of each row by term, heaviest first; those below 0 only if `signed`: few engines take them."""
+    for start, end in zip(rows.indptr, rows.indptr[1:], strict=False):
+        weights, dimensions = rows.data[start:end], rows.indices[start:end]
+        order = np.argsort(-weights, kind="stable")
+        yield {terms[dimensions[i]]: float(weights[i]) for i in order if signed or weights[i] > 0}
+
+
+def matrix_of(vectors: list[Vector], terms: list[str]) -> sp.csr_matrix:
+    """The rows that vectors came from."""
+    number = {term: dimension for dimension, term in enumerate(terms)}
+    rows = [row for row, vector in enumerate(vectors) for _ in vector]
+    try:
+        columns = [number[term] for vector in vectors for term in vector]
+    except KeyError as error:
+        raise ConfigError(f"the export holds a term that is no dimension of the model: {error}") from None
+    values = [value for vector in vectors for value in vector.values()]
+    return sp.csr_matrix((values, (rows, columns)), shape=(len(vectors), len(terms)))
