@@ -137,6 +137,16 @@ def test_machines_without_a_meeting_point_are_one_line(tiny):
     assert "--rendezvous HOST:PORT" in result.stderr
 
 
+def test_the_line_that_resumes_names_the_processes_too(monkeypatch):
+    from trainer.cli import _how_to_go_on
+
+    assert _how_to_go_on("splade", None) == "make resume CONFIG=splade"
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert _how_to_go_on("splade", None) == "make resume CONFIG=splade PROCS=8 NODES=2"
+    assert _how_to_go_on("mine.yaml", "x").endswith("--name x --resume --processes 8 --nodes 2 --rendezvous …")
+
+
 def test_a_device_that_is_not_here_is_named_once_for_all_processes(tiny):
     result = run_trainer(tiny.parent, "train", "tiny.yaml", "--processes", "2", "--set", "hardware.device=cuda")
     assert result.returncode == 2
@@ -234,6 +244,7 @@ def test_a_signal_to_any_of_them_saves_a_checkpoint_stops_all_and_resume_goes_on
     assert launcher.returncode == 143, errors
     assert errors.count("Stopped at step") == 1
     assert errors.count("\n") == 1
+    assert errors.endswith("To go on: python -m trainer train even.yaml --name two --resume --processes 2\n")
     step = int(errors.split("step ")[1].split(";")[0])
     assert 8 <= step < 80
     assert (even / "models" / "two" / "checkpoints" / f"checkpoint-{step}" / "complete.json").exists()
@@ -256,6 +267,10 @@ def test_a_killed_process_ends_all_with_one_line_each_and_resume_goes_on(even):
     assert launcher.returncode == 137
     assert "process 1 was ended by SIGKILL" in errors
     assert "Traceback" not in errors
-    resumed = run_trainer(even, "train", "even.yaml", "--name", "two", "--resume", "--processes", "2")
+    # one process with all the rows goes on with the very next batch of the two
+    alone = ("--set", "training.per_device_train_batch_size=16")
+    resumed = run_trainer(even, "train", "even.yaml", "--name", "two", "--resume", *alone)
     assert resumed.returncode == 0, resumed.stderr
-    assert len(losses(even, "two")) == 80
+    assert "changed   processes: 2 → 1" in resumed.stdout
+    train(even, "whole", *TWO, "--set", "training.max_steps=80")
+    assert losses(even, "two") == pytest.approx(losses(even, "whole"), rel=1e-4)

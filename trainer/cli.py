@@ -59,13 +59,27 @@ def train(
     loaded = load_config(file, overrides)
     if nodes > 1 and rendezvous is None:
         raise ConfigError("--nodes needs --rendezvous HOST:PORT, the same on every machine, where HOST is one of them")
-    again = f"python -m trainer train {config} --name {name} --resume" if name else f"make resume CONFIG={config}"
     if nodes * processes > 1:
         _launch(loaded, name, processes, nodes, rendezvous)
+    again = _how_to_go_on(config, name)
     with _one_of_several(again):
         loaded, run = _open_run(file, loaded, name, overrides, resume)
         set_up_libraries(verbose, loaded.config.training.dataloader_num_workers)
         _train(loaded, run, resume, again)
+
+
+def _how_to_go_on(config: str, name: str | None) -> str:
+    """The command that resumes this run, as it was started."""
+    from trainer.distributed import processes, processes_here
+
+    nodes = processes() // processes_here()
+    together = {"PROCS": processes_here(), "NODES": nodes}
+    if name is None:
+        return " ".join([f"make resume CONFIG={config}", *(f"{key}={n}" for key, n in together.items() if n > 1)])
+    options = f" --processes {processes_here()}" * (processes_here() > 1) + f" --nodes {nodes} --rendezvous …" * (
+        nodes > 1
+    )
+    return f"python -m trainer train {config} --name {name} --resume{options}"
 
 
 @contextlib.contextmanager
@@ -154,7 +168,8 @@ def _train(loaded: LoadedConfig, run: "Run", resume: bool, again: str) -> None:
         sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt as interrupted:
         ended("interrupted", interrupted)
-        click.echo(f"Interrupted; nothing saved is lost. To go on: {again}", err=True)
+        if is_first():
+            click.echo(f"Interrupted; nothing saved is lost. To go on: {again}", err=True)
         sys.exit(128 + getattr(interrupted, "number", signal.SIGINT))
     except NonFiniteLoss as error:
         ended("failed", error)

@@ -24,6 +24,11 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def processes_here() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def connect(device: str) -> None:
     """Join the other processes: over gloo, and NCCL for what lies on GPUs, of which each process takes its own."""
     import torch

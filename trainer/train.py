@@ -66,6 +66,11 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         if resume:
             say(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint: starting from step 0")
 
+        if (earlier := run.manifest.get("processes", processes())) != processes():
+            say(
+                f"changed   processes: {earlier} → {processes()}; a batch is that many times per_device_train_batch_size"
+            )
+
         # 1. Data: one named set per source, so the sampler can balance them
         with first_on_each_machine_first():
             base = None if checkpoint else fetch_base_model(config)  # first: it may not be trusted, and data is larger
