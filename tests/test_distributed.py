@@ -127,6 +127,8 @@ def test_the_launcher_ends_as_the_process_that_failed_by_itself():
     assert exit_status([143, -signal.SIGTERM]) == 143
     assert exit_status([-signal.SIGTERM, 2]) == 2
     assert exit_status([-signal.SIGKILL, -signal.SIGTERM]) == 137
+    assert exit_status([1, -signal.SIGKILL]) == 137
+    assert exit_status([1, 2, 1]) == 2
     assert exit_status([-signal.SIGTERM, -signal.SIGTERM]) == 143
 
 

@@ -50,6 +50,10 @@ def launch(arguments: list[str], name: str, processes: int, machines: int, rende
 
 
 def exit_status(codes: list[int]) -> int:
-    """One status for several processes, of which the launcher has stopped (-SIGTERM) those that did not fail themselves."""
+    """One status for several processes: that of one that was killed, else of one that failed.
+
+    The launcher itself stops (-SIGTERM) those that are left, and some end with 1 because they have lost another.
+    """
     own = [code for code in codes if code != -signal.SIGTERM] or codes
-    return next((code for code in own if code > 0), 128 - own[0])
+    first = min(own, key=lambda code: (code > 0, code == 1))
+    return first if first > 0 else 128 - first
