@@ -25,7 +25,7 @@ export CONFIG SET RUNTIME VENV NODES PROCS RENDEZVOUS PORT IMAGE
 .DEFAULT_GOAL := help
 
 help: ## this help
-	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-14s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "CONFIG is one of: $(sort $(patsubst configs/training_config_%.yaml,%,$(wildcard configs/training_config_*.yaml))), or a path."
 	@echo 'Any key can be overridden: make train CONFIG=splade SET="training.max_steps=50 hardware.device=cpu"'

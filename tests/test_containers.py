@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 import urllib.request
@@ -69,6 +70,7 @@ class Project:
             cwd=self.folder,
             env=self.environment | environment,
             stdin=subprocess.DEVNULL,
+            start_new_session=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -129,6 +131,14 @@ def trained(project):
     return project
 
 
+def wait_for(file, process):
+    deadline = time.monotonic() + 180
+    while not file.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def names_and_versions(text):
     found = re.findall(r"^([A-Za-z0-9][\w.-]*==[^\s\\]+(?: ; [^\\\n]+)?)", text, re.MULTILINE)
     return {
@@ -177,6 +187,9 @@ def test_a_container_is_confined(project):
         "/opt/venv": False,
         "/app": False,
         "/app/models": True,
+        "/cache/huggingface": True,
+        "/cache/torchinductor": True,
+        "/cache/triton": True,
         "/tmp": True,
     }.items():
         code = f"import tempfile; tempfile.TemporaryFile(dir='{folder}'); print('written')"
@@ -273,10 +286,7 @@ def test_a_second_tensorboard_on_the_same_port_is_one_line(trained):
 
 def test_docker_stop_saves_a_checkpoint_and_resume_goes_on(project):
     process = project.start("docker", "compose", "run", "--rm", "-T", "train", "quickstart", "--name", "stopped")
-    deadline = time.monotonic() + 120
-    while not (project.folder / "models" / "stopped" / "checkpoints" / "checkpoint-50" / "complete.json").exists():
-        assert time.monotonic() < deadline, process.stderr.read() if process.poll() else "too slow"
-        time.sleep(0.1)
+    wait_for(project.folder / "models" / "stopped" / "checkpoints" / "checkpoint-50" / "complete.json", process)
     (container,) = project.container("train")
     begin = time.monotonic()
     docker("stop", container)
@@ -289,6 +299,20 @@ def test_docker_stop_saves_a_checkpoint_and_resume_goes_on(project):
     printed = project.compose("run", "--rm", "-T", "train", *arguments)
     assert f"resuming from models/stopped/checkpoints/checkpoint-{step}" in printed
     assert project.manifest("stopped")["steps_done"] == step + 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_make_without_a_terminal_saves_a_checkpoint_and_leaves_no_container(project, number):
+    shutil.rmtree(project.folder / "models" / "quickstart", ignore_errors=True)
+    process = project.start("make", "train")
+    wait_for(project.folder / "models" / "quickstart" / "checkpoints" / "checkpoint-50" / "complete.json", process)
+    process.send_signal(number) if number == signal.SIGTERM else os.killpg(process.pid, number)  # as a terminal does
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Stopped at step" in errors, out + errors
+    assert "Error 143" in errors
+    assert project.manifest()["status"] == "stopped"
+    assert not project.container("train")
 
 
 # ------------------------------------------------------------------------------------------- several containers
@@ -314,10 +338,8 @@ def test_two_containers_give_the_loss_curve_of_one_process(even):
 def test_stopping_one_of_two_containers_saves_and_stops_both(even):
     settings = "SET=training.per_device_train_batch_size=8 training.max_steps=400"
     process = even.start("make", "train", "CONFIG=even", "NODES=2", settings)
-    deadline = time.monotonic() + 180
-    while not (even.folder / "models" / "even" / "checkpoints" / "checkpoint-8" / "complete.json").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(even.folder / "models" / "even" / "checkpoints" / "checkpoint-8" / "complete.json", process)
+    assert len(even.container("train")) == 2
     docker("stop", f"{even.name}-node-2")
     out, errors = process.communicate(timeout=120)
     assert process.returncode != 0

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from tests.conftest import ROOT, run_trainer
 from trainer.config import ConfigError, load_config
-from trainer.data import NoDuplicateBatches, batch_sizes
+from trainer.data import NoDuplicateBatches, batch_sizes, load_data
+from trainer.device import choose_device
 from trainer.launch import exit_status
+from trainer.plan import data_lines, schedule_of
 from trainer.run import Run
+from trainer.train import check_same_batches
 
 QUICKSTART = ROOT / "trainer" / "data" / "quickstart"
 
@@ -145,8 +149,54 @@ def test_the_line_that_resumes_names_the_processes_too(monkeypatch):
     assert _how_to_go_on("splade", None) == "make resume CONFIG=splade"
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("NORDSPARSE_RENDEZVOUS", "gpu1:29500")
+    assert _how_to_go_on("splade", None) == "make resume CONFIG=splade PROCS=8 NODES=2 RENDEZVOUS=gpu1:29500"
+    assert _how_to_go_on("mine.yaml", "x").endswith("--name x --resume --processes 8 --nodes 2 --rendezvous gpu1:29500")
+    monkeypatch.setenv("NORDSPARSE_NODES_HERE", "2")
     assert _how_to_go_on("splade", None) == "make resume CONFIG=splade PROCS=8 NODES=2"
-    assert _how_to_go_on("mine.yaml", "x").endswith("--name x --resume --processes 8 --nodes 2 --rendezvous …")
+
+
+def test_more_processes_than_gpus_are_one_line(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ConfigError, match="8 processes need as many GPUs, and this machine has 4: PROCS=4"):
+        choose_device(load_config(tiny, ["hardware.device=cuda"]).config)
+
+
+def test_a_resume_with_larger_batches_in_other_processes_is_refused(tiny, monkeypatch):
+    loaded = load_config(tiny)
+    run = Run.create(loaded)
+    run.update(processes=2, rows_per_batch=16)
+    said = []
+    with pytest.raises(ConfigError, match="batches of 16 rows in 2 processes, and would go on with 1 × 8"):
+        check_same_batches(loaded.config, run, said.append)
+    same = load_config(tiny, ["training.per_device_train_batch_size=16"]).config
+    check_same_batches(same, run, said.append)
+    assert said == ["changed   processes: 2 → 1, with the same batches"]
+
+
+def test_rows_that_cannot_be_shared_are_counted_apart_and_small_evaluation_sets_are_left_out(tiny, monkeypatch):
+    config = load_config(tiny).config
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    data = load_data(config)
+    # 162 = 20 × 8 + 2; 66 triplets and 96 pairs = 8 × 8 + 2 and 12 × 8; the six triplets held out are fewer than eight
+    assert [data.rows_left_over(config, name) for name in data.halves] == [2, 2, 2]
+    assert [data.rows_without_a_batch(config, name) for name in data.halves] == [0, 0, 0]
+    assert set(data.eval) == {"quickstart_nli", "quickstart_scandi_qa", "quickstart_ddsc-pairs"}
+    assert data.summaries["quickstart_ddsc"].left_out["held out in vain: too few to evaluate in 8 processes"] == 6
+    lines = "\n".join(data_lines(config, data, schedule_of(config, data)))
+    assert lines.count("2 rows sit out each pass: they cannot be shared equally by 8 processes") == 3
+
+
+def test_processes_that_cannot_reach_each_other_say_which_setting_to_make(tiny):
+    environment = {"GLOO_SOCKET_IFNAME": "nosuch0"}
+    result = run_trainer(tiny.parent, "train", "tiny.yaml", "--processes", "2", env=environment)
+    assert result.returncode == 2
+    assert "the 2 processes cannot reach each other" in result.stderr
+    assert "GLOO_SOCKET_IFNAME" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_device_that_is_not_here_is_named_once_for_all_processes(tiny):
@@ -273,6 +323,6 @@ def test_a_killed_process_ends_all_with_one_line_each_and_resume_goes_on(even):
     alone = ("--set", "training.per_device_train_batch_size=16")
     resumed = run_trainer(even, "train", "even.yaml", "--name", "two", "--resume", *alone)
     assert resumed.returncode == 0, resumed.stderr
-    assert "changed   processes: 2 → 1" in resumed.stdout
+    assert "changed   processes: 2 → 1, with the same batches" in resumed.stdout
     train(even, "whole", *TWO, "--set", "training.max_steps=80")
     assert losses(even, "two") == pytest.approx(losses(even, "whole"), rel=1e-4)

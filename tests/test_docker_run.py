@@ -24,7 +24,10 @@ case "$1 $2" in
   "image inspect") echo sha256:0123 ;;
   "buildx build") exit {build} ;;
   "info "*) echo / ;;
-  "compose "*) case "$*" in *" show "*) printf 'hardware:\\n  device: {device}\\n';; *) echo "RAN docker $*";; esac ;;
+  "compose "*) case "$*" in *" show "*) printf 'hardware:\\n  device: {device}\\n';; *) echo "docker $*" >> ran ;; esac ;;
+  "run --rm") exit {gpus} ;;
+  "wait "*) echo {ended} ;;
+  "logs "*|"rm "*|"image prune") ;;
   *) echo "unexpected: $*" >&2; exit 9 ;;
 esac
 """
@@ -45,10 +48,23 @@ def project(tmp_path):
     return tmp_path
 
 
-def pretend(project, version="echo 20.10", device="cpu", build=0):
+def pretend(project, version="echo 20.10", device="cpu", build=0, gpus=None, ended=0):
+    """A docker command; `gpus` is how a container with the GPUs ends, None for a machine without one."""
     command = project / "bin" / "docker"
-    command.write_text(PRETEND.format(version=version, device=device, build=build))
+    command.write_text(PRETEND.format(version=version, device=device, build=build, gpus=gpus or 0, ended=ended))
     command.chmod(0o755)
+    if gpus is not None:
+        driver = project / "bin" / "nvidia-smi"
+        driver.write_text("#!/bin/sh\n")
+        driver.chmod(0o755)
+
+
+def ran(project):
+    """The compose commands that were run, and forget them."""
+    file = project / "ran"
+    lines = file.read_text().splitlines()
+    file.unlink()
+    return lines
 
 
 def run(project, *arguments, user=None, **environment):
@@ -89,8 +105,8 @@ def test_with_an_engine_a_container_is_used_and_said(project):
     pretend(project)
     result = run(project, "trainer", "check", "quickstart")
     assert "runtime   docker (auto: an engine answers; RUNTIME=host uses .venv)" in result.stderr
-    assert "RAN docker compose" in result.stdout
-    assert result.stdout.rstrip().endswith("--entrypoint python -m trainer train check quickstart")
+    (command,) = ran(project)
+    assert command.endswith("--entrypoint python -m trainer train check quickstart")
 
 
 def test_runtime_host_leaves_an_engine_alone(project):
@@ -129,26 +145,77 @@ def test_the_cpu_image_trains_configs_of_the_cpu(project, device):
     pretend(project, device=device)
     result = run(project, "trainer", "train", "quickstart", "--set", "training.seed=1", PROCS="2")
     assert f"image     nordsparse:cpu (hardware.device is {device})" in result.stderr
-    assert "compose.cuda.yaml" not in result.stdout
-    assert result.stdout.rstrip().endswith("train quickstart --set training.seed=1 --processes 2")
+    assert result.returncode == 0
+    (command,) = ran(project)
+    assert "compose.cuda.yaml" not in command
+    assert command.endswith(" train quickstart --set training.seed=1 --processes 2")
 
 
 def test_the_cuda_image_trains_configs_of_the_gpu(project):
-    pretend(project, device="cuda")
-    (project / "bin" / "nvidia-smi").write_text("#!/bin/sh\n")
-    (project / "bin" / "nvidia-smi").chmod(0o755)
-    docker = project / "bin" / "docker"
-    docker.write_text(docker.read_text().replace('"info "*)', '"run --rm") exit 0 ;;\n  "info "*)'))
+    pretend(project, device="cuda", gpus=0)
     result = run(
         project, "trainer", "train", "splade_h100", CONFIG="splade_h100", PROCS="8", NODES="2", RENDEZVOUS="a:1"
     )
     assert "image     nordsparse:cuda (hardware.device is cuda)" in result.stderr
-    assert "--file docker/compose.cuda.yaml --file docker/compose.machines.yaml" in result.stdout
-    assert result.stdout.rstrip().endswith("train splade_h100 --processes 8 --nodes 2 --rendezvous a:1")
+    (command,) = ran(project)
+    assert "--file docker/compose.machines.yaml --file docker/compose.cuda.yaml" in command
+    assert command.endswith(" train splade_h100 --processes 8 --nodes 2 --rendezvous a:1")
 
-    docker.write_text(docker.read_text().replace('"run --rm") exit 0', '"run --rm") exit 125'))
-    said = one_line_of(run(project, "trainer", "train", "splade_h100", CONFIG="splade_h100"))
-    assert "NVIDIA Container Toolkit" in said
+
+@pytest.mark.parametrize("arguments", [("trainer", "train", "splade_h100"), ("evaluate", "run", "quickstart")])
+def test_a_driver_without_the_container_toolkit_is_one_line(project, arguments):
+    pretend(project, device="cuda", gpus=125)
+    assert "install the NVIDIA Container Toolkit" in one_line_of(run(project, *arguments, CONFIG="splade_h100"))
+    assert not (project / "ran").exists()
+
+
+def test_a_machine_with_a_gpu_shows_and_trains_configs_of_the_cpu_without_it(project):
+    pretend(project, device="cpu", gpus=125)
+    run(project, "trainer", "train", "quickstart")
+    run(project, "trainer", "check", "quickstart")
+    assert not [command for command in ran(project) if "compose.cuda.yaml" in command]
+
+
+def test_several_nodes_on_one_machine_do_not_share_its_gpus(project):
+    pretend(project, device="cuda", gpus=0)
+    said = one_line_of(run(project, "trainer", "train", "splade_h100", CONFIG="splade_h100", NODES="2"))
+    assert "Say PROCS=number of GPUs" in said
+
+
+def test_training_ends_as_its_container(project):
+    pretend(project, ended=143)
+    assert run(project, "trainer", "train", "quickstart").returncode == 143
+    pretend(project, ended=1)
+    assert run(project, "trainer", "train", "quickstart", NODES="2").returncode == 1
+
+
+def test_two_nodes_meet_at_the_first(project):
+    pretend(project)
+    run(project, "trainer", "train", "quickstart", NODES="2", COMPOSE_PROJECT_NAME="p")
+    first, second = ran(project)
+    assert "--name p-node-1 " in first
+    assert "--name p-node-2 " in second
+    assert first.endswith("--nodes 2 --rendezvous p-node-1:29500")
+
+
+def test_named_paths_outside_the_mounted_folders_go_into_the_container_read_only(project):
+    pretend(project)
+    (project / "elsewhere").mkdir()
+    for file in ("mine.yaml", "corpus.jsonl"):
+        (project / "elsewhere" / file).touch()
+    run(project, "trainer", "train", "elsewhere/mine.yaml", CONFIG="elsewhere/mine.yaml")
+    run(project, "evaluate", "run", "quickstart", "--tasks", f"norwegian {project}/elsewhere:no configs")
+    training, evaluation = ran(project)
+    assert f"--volume {project}/elsewhere:/app/elsewhere:ro train elsewhere/mine.yaml" in training
+    assert f"--volume {project}/elsewhere:{project}/elsewhere:ro evaluate run" in evaluation
+
+
+def test_output_that_would_be_gone_with_the_container_is_refused(project):
+    pretend(project)
+    said = one_line_of(run(project, "trainer", "export", "quickstart", "--to", "lucene", "--output", "/tmp/here"))
+    assert "a container writes to models/ alone" in said
+    run(project, "trainer", "export", "quickstart", "--to", "lucene", "--output", "models/here")
+    assert len(ran(project)) == 1
 
 
 def test_a_config_of_the_gpu_without_one_is_one_line(project):
@@ -169,7 +236,8 @@ def test_each_command_runs_in_its_service(project):
         ("evaluate", "run", "quickstart"): "evaluate run quickstart",
         ("trainer", "publish", "quickstart", "--dry-run"): "publish quickstart --dry-run",
     }.items():
-        assert run(project, *arguments).stdout.rstrip().endswith(ends)
+        run(project, *arguments)
+        assert ran(project)[0].endswith(ends)
 
 
 def test_make_maps_every_config_to_docker_run(project):

@@ -330,6 +330,8 @@ def test_a_stopped_run_saves_its_step_says_how_to_go_on_and_does(tiny, number, c
         time.sleep(0.1)
     time.sleep(1.5)
     process.send_signal(number)
+    time.sleep(0.02)  # a shell's group and a program that passes signals on: twice, but one wish
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     assert "To go on: make resume CONFIG=tiny.yaml" in errors
@@ -337,6 +339,33 @@ def test_a_stopped_run_saves_its_step_says_how_to_go_on_and_does(tiny, number, c
     assert found["status"] == "stopped"
     assert 0 < found["steps_done"] < 400
     assert fault_of(folder / RUN / f"checkpoints/checkpoint-{found['steps_done']}", found["id"]) is None
+
+
+SIGNAL_IN_EVALUATION = """
+import os, signal, time
+from trainer.evaluators import SearchEvaluator
+evaluate, calls = SearchEvaluator.__call__, []
+def endless(self, *args, **kwargs):
+    calls.append(1)
+    if len(calls) == 2:  # the first is before training
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(120)
+    return evaluate(self, *args, **kwargs)
+SearchEvaluator.__call__ = endless
+"""
+
+
+def test_a_signal_cuts_an_evaluation_short_and_saves_a_checkpoint(tiny):
+    begin = time.monotonic()
+    result = run_python(tiny.parent, SIGNAL_IN_EVALUATION)
+    assert time.monotonic() - begin < 110
+    assert result.returncode == 143, result.stderr
+    assert "Stopped at step 2; everything up to it is saved" in result.stderr
+    found = manifest(tiny.parent)
+    assert fault_of(tiny.parent / RUN / "checkpoints/checkpoint-2", found["id"]) is None
+    resumed = run_trainer(tiny.parent, "train", "tiny.yaml", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert manifest(tiny.parent)["steps_done"] == 6
 
 
 # ---------------------------------------------------------------------------------- failures

@@ -1,9 +1,10 @@
 """What happens beside the training steps: TensorBoard, the watchdog, the progress bar, checkpoint seals, signals."""
 
+import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from trainer.checkpoints import seal
 from trainer.device import peak_memory_gib
-from trainer.distributed import largest, total
+from trainer.distributed import largest, processes, total
 from trainer.sparsity import BatchStatistics
 
 PROBES = (
@@ -308,12 +309,23 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+class EvaluationCut(BaseException):
+    """An evaluation was ended by a signal, so that the checkpoint can be saved in time."""
+
+
 class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. Outside the steps, and the second time, at once."""
+    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. Outside the steps, and on a later Ctrl-C, at once.
+
+    A signal often comes twice within milliseconds, from a shell's group and from a program that passes it on: that is
+    one wish to stop, not two.
+    """
+
+    SAME_SECONDS = 3.0
 
     def __init__(self):
         self.received: signal.Signals | None = None
-        self._in_steps = False
+        self._received_at = 0.0
+        self._in_steps = self._evaluating = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
@@ -326,9 +338,22 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.received is not None or not self._in_steps:
+        later = time.monotonic() - self._received_at > self.SAME_SECONDS
+        if not self._in_steps or (self.received is not None and later and number == signal.SIGINT):
             raise Interrupted(number)
-        self.received = signal.Signals(number)
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number), time.monotonic()
+            if self._evaluating and processes() == 1:  # several processes evaluate together: they finish together
+                raise EvaluationCut
+
+    @contextlib.contextmanager
+    def cuts(self) -> Iterator[None]:
+        """Let a signal end what is done in here: an evaluation can take longer than a process has before it is killed."""
+        self._evaluating = True
+        try:
+            yield
+        finally:
+            self._evaluating = False
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """From here on there is something to save."""
@@ -340,6 +365,7 @@ class StopOnSignal(TrainerCallback):
         if number := largest(self.received or 0):
             self.received = signal.Signals(number)
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """From here on everything is saved."""

@@ -3,12 +3,14 @@
 import contextlib
 import logging
 import os
+import shlex
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -72,14 +74,21 @@ def _how_to_go_on(config: str, name: str | None) -> str:
     """The command that resumes this run, as it was started."""
     from trainer.distributed import processes, processes_here
 
-    nodes = processes() // processes_here()
-    together = {"PROCS": processes_here(), "NODES": nodes}
+    together = {"processes": processes_here(), "nodes": processes() // processes_here()}
+    together = {key: str(number) for key, number in together.items() if number > 1}
+    if "nodes" in together and not os.environ.get(
+        "NORDSPARSE_NODES_HERE"
+    ):  # containers on one machine know it themselves
+        together["rendezvous"] = os.environ.get("NORDSPARSE_RENDEZVOUS", "HOST:PORT")
     if name is None:
-        return " ".join([f"make resume CONFIG={config}", *(f"{key}={n}" for key, n in together.items() if n > 1)])
-    options = f" --processes {processes_here()}" * (processes_here() > 1) + f" --nodes {nodes} --rendezvous …" * (
-        nodes > 1
-    )
-    return f"python -m trainer train {config} --name {name} --resume{options}"
+        variables = {"processes": "PROCS", "nodes": "NODES", "rendezvous": "RENDEZVOUS"}
+        return " ".join([f"make resume CONFIG={config}", *(f"{variables[key]}={n}" for key, n in together.items())])
+    options = [f"--{key} {value}" for key, value in together.items()]
+    return " ".join([f"python -m trainer train {config} --name {name} --resume", *options])
+
+
+# How long a process waits for the launcher to end it before it says what the first has perhaps said already.
+SAME_ERROR_SECONDS = 2.0
 
 
 @contextlib.contextmanager
@@ -89,6 +98,10 @@ def _one_of_several(again: str) -> Iterator[None]:
 
     try:
         yield
+    except ConfigError:
+        if not is_first():  # the first may have found the same, and then ends all
+            time.sleep(SAME_ERROR_SECONDS)
+        raise
     except RuntimeError as error:
         if not lost_another(error):
             raise
@@ -105,7 +118,9 @@ def _launch(loaded: LoadedConfig, name: str | None, processes: int, nodes: int, 
     from trainer.device import choose_device
     from trainer.launch import launch
 
-    os.environ["WORLD_SIZE"] = str(processes * nodes)
+    os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"] = str(processes * nodes), str(processes)
+    os.environ["NORDSPARSE_COMMAND"] = shlex.join(sys.argv[1:])
+    os.environ["NORDSPARSE_RENDEZVOUS"] = rendezvous or ""
     choose_device(loaded.config)  # what this machine cannot do is said once, not by every process
     with_value = ("--processes", "--nodes", "--rendezvous")
     arguments = iter(sys.argv[1:])
@@ -158,6 +173,12 @@ def _train(loaded: LoadedConfig, run: "Run", resume: bool, again: str) -> None:
         with contextlib.suppress(OSError):  # a full disk: the error itself matters more than the note of it
             run.update(status=status, error=str(error)[:500])
 
+    def interrupt(interrupted: BaseException) -> NoReturn:
+        ended("interrupted", interrupted)
+        if is_first():
+            click.echo(f"Interrupted; nothing saved is lost. To go on: {again}", err=True)
+        sys.exit(128 + getattr(interrupted, "number", signal.SIGINT))
+
     try:
         train(loaded, run, resume=resume, say=click.echo)
     except Stopped as stopped:
@@ -167,10 +188,7 @@ def _train(loaded: LoadedConfig, run: "Run", resume: bool, again: str) -> None:
         wait()  # a launcher stops all processes when one ends
         sys.exit(128 + stopped.signal_number)
     except KeyboardInterrupt as interrupted:
-        ended("interrupted", interrupted)
-        if is_first():
-            click.echo(f"Interrupted; nothing saved is lost. To go on: {again}", err=True)
-        sys.exit(128 + getattr(interrupted, "number", signal.SIGINT))
+        interrupt(interrupted)
     except NonFiniteLoss as error:
         ended("failed", error)
         raise ConfigError(
@@ -178,6 +196,8 @@ def _train(loaded: LoadedConfig, run: "Run", resume: bool, again: str) -> None:
             f"Set a lower training.learning_rate in {loaded.file}, then go on: {again}"
         ) from None
     except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # what broke while the interrupt was on its way out
+            interrupt(error.__context__)
         ended("failed", error)
         if isinstance(error, ConfigError) or not is_disk_full(error, run.folder):
             raise

@@ -6,7 +6,7 @@ import sys
 import torch
 
 from trainer.config import Config, ConfigError
-from trainer.distributed import processes
+from trainer.distributed import processes, processes_here
 
 
 def choose_device(config: Config) -> tuple[str, str]:
@@ -18,6 +18,8 @@ def choose_device(config: Config) -> tuple[str, str]:
             f"this machine has {gpus} GPUs. Say how many to train on: PROCS={gpus} (--processes {gpus}), "
             "or CUDA_VISIBLE_DEVICES=0 for one"
         )
+    if gpus and processes_here() > gpus:
+        raise ConfigError(f"{processes_here()} processes need as many GPUs, and this machine has {gpus}: PROCS={gpus}")
     if device == "mps" and processes() > 1:
         raise ConfigError(
             'several processes cannot share the GPU of a Mac. Start one, or set SET="hardware.device=cpu"'

@@ -10,6 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from trainer.config import ConfigError, one_line
+
 # Longer than the first process ever works alone (a checkpoint, a download), shorter than a night.
 TIMEOUT = timedelta(minutes=30)
 
@@ -39,7 +41,14 @@ def connect(device: str) -> None:
 
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+        wait()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the {processes()} processes cannot reach each other: {one_line(error)}. Say which network interface to use: "
+            "GLOO_SOCKET_IFNAME, and NCCL_SOCKET_IFNAME for GPUs"
+        ) from None
 
 
 def from_first(value: Any) -> Any:
@@ -128,9 +137,5 @@ def first_on_each_machine_first() -> Iterator[None]:
 
 def lost_another(error: BaseException) -> bool:
     """Whether an error only says that another process of this training has gone."""
-    if processes() == 1 or not isinstance(error, RuntimeError):
-        return False
-    from torch import distributed
-
-    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "TCPStore")
-    return isinstance(error, distributed.DistError) or any(word in str(error) for word in words)
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    return processes() > 1 and isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -5,9 +5,13 @@ import os
 import signal
 import sys
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from trainer.config import ConfigError, one_line
 
 # Seconds from a signal until processes that have not ended are killed: time for a step and a checkpoint. It has to be
 # less than the time the container is given (stop_grace_period in compose.yaml).
@@ -36,8 +40,15 @@ def launch(arguments: list[str], name: str, processes: int, machines: int, rende
         logs_specs=DefaultLogsSpecs(),
         shutdown_timeout=int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)),
     )
+    if machines > 1:
+        print(f"waiting   for {machines} machines at {rendezvous}", flush=True)
     try:
         elastic_launch(config, sys.executable)("-m", "trainer", *arguments)
+    except (RendezvousError, DistError) as error:
+        raise ConfigError(
+            f"--rendezvous {rendezvous}: the machines do not meet: {one_line(error)}. HOST has to be one of them, with "
+            "PORT open, and the same on all"
+        ) from None
     except SignalException as error:
         return 128 + error.sigval
     except ChildFailedError as error:

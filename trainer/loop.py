@@ -9,9 +9,9 @@ from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
-from trainer.callbacks import NonFiniteLoss, Throughput
+from trainer.callbacks import EvaluationCut, NonFiniteLoss, StopOnSignal, Throughput
 from trainer.data import MixedBatches, Mixture, NoDuplicateBatches
-from trainer.distributed import from_all, keep_smallest, processes
+from trainer.distributed import from_all, is_first, keep_smallest, processes
 from trainer.models import keep_code
 
 
@@ -19,10 +19,16 @@ class SparseTrainer(SparseEncoderTrainer):
     """The library's trainer; what differs is below."""
 
     def __init__(
-        self, *args, halves: dict[str, list[str]], sampling: tuple[str, str], throughput: Throughput, **kwargs
+        self,
+        *args,
+        halves: dict[str, list[str]],
+        sampling: tuple[str, str],
+        throughput: Throughput,
+        stop: StopOnSignal,
+        **kwargs,
     ):
         """halves: per data set the names of its rows in train_dataset; sampling: (strategy, what ends an epoch)."""
-        self.halves, self.sampling, self.throughput = halves, sampling, throughput
+        self.halves, self.sampling, self.throughput, self.stop = halves, sampling, throughput, stop
         super().__init__(*args, **kwargs)
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)  # ours stand in the callbacks argument
@@ -69,6 +75,18 @@ class SparseTrainer(SparseEncoderTrainer):
             metrics["eval_loss"] = sum(losses) / sum(rows.values())
         return metrics
 
+    def _evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """An evaluation that a signal ends gives no scores, and a checkpoint is saved at once."""
+        try:
+            with self.stop.cuts():
+                return super()._evaluate(*args, **kwargs)
+        except EvaluationCut:
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        return super()._determine_best_metric(metrics, trial) if metrics else False
+
     def finish_from(self, checkpoint: Path) -> None:
         """Take over a checkpoint at the last step, where nothing is left to train."""
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
@@ -90,5 +108,7 @@ class SparseTrainer(SparseEncoderTrainer):
     def _load_best_model(self) -> None:
         if self.state.global_step < self.state.max_steps:
             return  # asked to stop: what matters is the checkpoint just written
+        if not is_first():
+            return  # it gets the first one's weights; on a network file system it may know of another best checkpoint
         # The library logs a failure here and goes on with the last weights as if they were the best.
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -67,6 +67,8 @@ def data_lines(config: Config, data: TrainingData, schedule: Schedule) -> Iterat
             yield f"            from {source}" + (f" at {commit}" if commit else " (local copy)")
         for reason, count in summary.left_out.items():
             yield f"            {count:,} rows not trained on: {reason}"
+        if left := data.rows_left_over(config, summary.name):
+            yield f"            {left:,} rows sit out each pass: they cannot be shared equally by {processes()} processes"
         if alone := data.rows_without_a_batch(config, summary.name):
             yield f"            {alone:,} rows sit out each pass: too many share a text; lower per_device_train_batch_size"
     for found in data.search:

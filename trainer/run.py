@@ -96,7 +96,8 @@ class Run:
                 "name": run.name,
                 "status": "starting",
                 "started": _now(),
-                "command": shlex.join(["python", "-m", "trainer", *sys.argv[1:]]),
+                # of several processes, the launcher's
+                "command": f"python -m trainer {os.environ.get('NORDSPARSE_COMMAND') or shlex.join(sys.argv[1:])}",
                 "config_file": str(loaded.file),
                 "overrides": list(overrides),
                 "git_commit": git_commit(),
@@ -108,10 +109,7 @@ class Run:
             run.update()
             write_atomically(run.folder / "config.yaml", render(loaded))
         except OSError as error:
-            remedy = (
-                f": sudo chown -R {os.getuid()}:{os.getgid()} {MODELS}" if isinstance(error, PermissionError) else ""
-            )
-            raise ConfigError(f"{run.folder} cannot be written: {error.strerror}{remedy}") from None
+            raise ConfigError(f"{run.folder} cannot be written: {error.strerror}{_remedy(error)}") from None
         return run
 
     @classmethod
@@ -210,6 +208,16 @@ def differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[tupl
             yield from differences(old.get(key), new.get(key), (*path, key))
     elif old != new:
         yield path, old, new
+
+
+def _remedy(error: OSError) -> str:
+    """What to do about a folder of someone else: in a container, to be that one."""
+    if not isinstance(error, PermissionError):
+        return ""
+    owner = MODELS.stat()
+    if "NORDSPARSE_COMMIT" in os.environ:
+        return f". {MODELS} belongs to {owner.st_uid}:{owner.st_gid}: set CONTAINER_USER={owner.st_uid}:{owner.st_gid}"
+    return f": sudo chown -R {os.getuid()}:{os.getgid()} {MODELS}"
 
 
 def git_commit() -> str | None:

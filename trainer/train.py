@@ -66,10 +66,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         if resume:
             say(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint: starting from step 0")
 
-        if (earlier := run.manifest.get("processes", processes())) != processes():
-            say(
-                f"changed   processes: {earlier} → {processes()}; a batch is that many times per_device_train_batch_size"
-            )
+        check_same_batches(config, run, say)
 
         # 1. Data: one named set per source, so the sampler can balance them
         with first_on_each_machine_first():
@@ -110,6 +107,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             base_model=base.manifest() if base else run.manifest.get("base_model", {"source": config.model.base_model}),
             datasets=data.manifest(),
             processes=processes(),
+            rows_per_batch=config.training.per_device_train_batch_size * processes(),
             steps=schedule.steps,
         )
 
@@ -132,6 +130,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             halves=data.halves,
             sampling=(config.datasets.sampling_strategy, config.datasets.epoch),
             throughput=throughput,
+            stop=stop,
             callbacks=[
                 watchdog,
                 TensorBoardLog(run.logs, statistics, throughput, device, config.evaluation.log_decoded_samples),
@@ -191,6 +190,21 @@ def check_same_data(data: TrainingData, run: Run) -> None:
                 f"the rows of data set '{name}' have changed since {run.folder} was started. "
                 "Put them back, or train anew under a new name"
             )
+
+
+def check_same_batches(config: Config, run: Run, say: Say) -> None:
+    """Raise ConfigError when another number of processes would make a resumed run's batches larger or smaller."""
+    known, size = run.manifest, config.training.per_device_train_batch_size
+    earlier, rows = known.get("processes", processes()), known.get("rows_per_batch", size * processes())
+    if earlier == processes():
+        return
+    if rows != size * processes():
+        raise ConfigError(
+            f"{run.folder} was started with batches of {rows} rows in {earlier} process{'es' * (earlier > 1)}, and would "
+            f"go on with {processes()} × {size}. Start {earlier} again (PROCS, --processes), or set "
+            f'SET="training.per_device_train_batch_size={rows // processes()}"'
+        )
+    say(f"changed   processes: {earlier} → {processes()}, with the same batches")
 
 
 class Ledger:

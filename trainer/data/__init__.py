@@ -66,13 +66,17 @@ class TrainingData:
         together = config.training.per_device_train_batch_size * processes()
         return batch_sizes(len(self.train[half]), together, processes())
 
+    def rows_left_over(self, config: Config, name: str) -> int:
+        """Rows of a set that sit out each pass, because what is left cannot be shared equally by all processes."""
+        return sum(len(self.train[half]) - sum(self._sizes(half, config)) for half in self.halves[name])
+
     def rows_without_a_batch(self, config: Config, name: str) -> int:
         """Rows of a set that sit out its first pass, because every batch already holds one of their texts."""
         size, seed = config.training.per_device_train_batch_size, config.training.seed
         samplers = [
             NoDuplicateBatches(self.train[half], size, seed=seed, processes=processes()) for half in self.halves[name]
         ]
-        return sum(sampler.rows - sum(map(len, sampler.batches(0))) for sampler in samplers)
+        return sum(int(sampler.sizes.sum()) - sum(map(len, sampler.batches(0))) for sampler in samplers)
 
     def count_rows(self, config: Config, mixture: Mixture, batches: int) -> None:
         """Note in the summaries how many rows the first batches of a run draw, and how many different ones."""
@@ -155,7 +159,11 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
     data.halves[name] = list(halves)
     data.train.update({half: Dataset(table) for half, table in halves.items()})
     if held_out is not None and len(held_out):
-        data.eval.update({half: Dataset(table) for half, table in _split(name, held_out.table).items()})
+        for half, table in _split(name, held_out.table).items():
+            if table.num_rows < processes():  # every process evaluates an equal part of each batch
+                rows.left_out[f"held out in vain: too few to evaluate in {processes()} processes"] = table.num_rows
+            else:
+                data.eval[half] = Dataset(table)
     if source.search:
         data.add_search(source.search)
     triplets = sum(table.num_rows for table in halves.values() if "negative" in table.column_names)
