@@ -9,43 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from torch import Tensor, nn
 
 from trainer.config import ConfigError
 from trainer.export import onnx_example
 from trainer.export.check import compare, embedded_documents, embedded_queries, write_figures
+from trainer.export.graph import DocumentGraph, document_tokenizer
 from trainer.export.query_side import write_query_tokenizer
 from trainer.export.request import Request
-from trainer.export.vectors import Encoder
+from trainer.export.vectors import Encoder, has_words
 
 OPSET = 17
 # By how much a score may differ, as a share of the query's best. int8 rounds the weights of every layer, so documents
 # whose scores are that near may also change places.
 FLOAT_SHARE, INT8_SHARE = 1e-4, 0.05
-
-
-class DocumentGraph(nn.Module):
-    """Token ids to sparse weights: the logits of the vocabulary never leave it."""
-
-    def __init__(self, model: Any):
-        super().__init__()
-        self.steps = nn.ModuleList(modules_of(model, "document"))
-        self.unit_length = model.similarity_fn_name == "cosine"
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[texts, tokens] twice to [texts, dimensions]."""
-        features = {"input_ids": input_ids, "attention_mask": attention_mask}
-        for step in self.steps:
-            features = step(features)
-        vectors = features["sentence_embedding"]
-        return nn.functional.normalize(vectors) if self.unit_length else vectors
-
-
-def modules_of(model: Any, route: str) -> list[nn.Module]:
-    """The modules that documents, or queries, go through."""
-    first = model[0]
-    return list(first.sub_modules[route]) if hasattr(first, "sub_modules") else list(model)
 
 
 def export_onnx(to: str, request: Request) -> None:
@@ -86,14 +62,13 @@ def export_onnx(to: str, request: Request) -> None:
 def write_graph(model: Any, file: Path) -> None:
     """The document encoder, for any number of texts of any length."""
     graph = DocumentGraph(model).eval()
-    features = graph.steps[0].preprocess(["to tekster", "med hver sin lengde, den andre lengst"])
-    inputs = ("input_ids", "attention_mask")
+    inputs = graph.example()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's, about Python values: lengths other than these are checked
         torch.onnx.export(
             graph,
-            tuple(features[name] for name in inputs),
+            tuple(inputs.values()),
             str(file),
             dynamo=False,  # the other exporter fixes the number of tokens to that of the example (torch 2.13)
             opset_version=OPSET,
@@ -115,16 +90,12 @@ def quantise(file: Path, target: Path) -> None:
 
 def write_beside(folder: Path, encoder: Encoder) -> None:
     """Tokenizers, settings and the example."""
-    first = modules_of(encoder.model, "document")[0]
-    tokenizer = Tokenizer.from_str(first.tokenizer.backend_tokenizer.to_str())
-    tokenizer.enable_truncation(first.max_seq_length)
-    tokenizer.enable_padding(pad_id=first.tokenizer.pad_token_id, pad_token=first.tokenizer.pad_token)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    document_tokenizer(encoder.model).save(str(folder / "tokenizer.json"))
     shutil.rmtree(folder / "query", ignore_errors=True)
     write_query_tokenizer(folder / "query", encoder, for_lucene=False)
     settings = {
         "dimensions": len(encoder.terms),
-        "words": encoder.terms == first.tokenizer.convert_ids_to_tokens(list(range(len(encoder.terms)))),
+        "words": has_words(encoder.model),
         "query_prompt": encoder.model.prompts.get("query") or "",
         "document_prompt": encoder.model.prompts.get("document") or "",
     }
