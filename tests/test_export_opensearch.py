@@ -1,6 +1,7 @@
 """Models that run inside OpenSearch: the query side as files, and zips for its ml-commons plug-in."""
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense, write
 from tests.standins import COMMIT, write_norbert
 from tests.test_export import corpus, put_model, run_export  # noqa: F401, corpus is a fixture
 from trainer.config import ConfigError
-from trainer.export.ml_commons import require_same_documents, write_models
+from trainer.export.ml_commons import require_same_documents, traced, write_models
 from trainer.export.query_side import queries_by_files, require_same_queries, write_query_tokenizer
 from trainer.export.vectors import Encoder
 from trainer.models import static_embedding
@@ -136,6 +137,17 @@ def test_the_document_model_gives_the_models_words_and_weights_at_every_length(t
         )
         assert not set(words) & set(model.tokenizer.all_special_tokens)
     assert lines[-1].startswith("checked   document-model.zip in a process of its own: weights off by ")
+
+
+def test_the_document_model_has_no_operator_that_the_torch_of_opensearch_2_lacks(trained):
+    encoder = Encoder.open(trained / "models/tiny/final", "cpu", 8)
+    config = encoder.model[0].sub_modules["document"][0].auto_model.config
+    before = config._attn_implementation
+    program = torch.jit.load(io.BytesIO(traced(encoder.model)))
+    operators = {node.kind() for node in program.inlined_graph.nodes()}
+    assert "aten::softmax" in operators
+    assert "aten::scaled_dot_product_attention" not in operators
+    assert config._attn_implementation == before == "sdpa"
 
 
 def test_special_tokens_have_no_weight_even_where_the_model_gives_them_one(trained):

@@ -6,7 +6,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile, ZipInfo
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from trainer.config import ConfigError, one_line
 from trainer.export import ml_commons_reader
 from trainer.export.check import embedded_documents
-from trainer.export.graph import DocumentGraph, document_tokenizer
+from trainer.export.graph import DocumentGraph, document_tokenizer, modules_of
 from trainer.export.vectors import Encoder, has_words, matrix_of
 
 # What the two zips and their requests are called in an export's folder.
@@ -73,7 +74,7 @@ def write_models(folder: Path, encoder: Encoder, name: str, say: Callable[[str],
 def traced(model: Any) -> bytes:
     """The document encoder as TorchScript."""
     module = NeuralSparse(model).eval()
-    with tempfile.TemporaryDirectory() as aside, torch.no_grad(), warnings.catch_warnings():
+    with plain_attention(model), tempfile.TemporaryDirectory() as aside, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's, about Python values: lengths other than these are checked
         try:
             program = torch.jit.trace(module, (module.graph.example(),), strict=False, check_trace=False)
@@ -82,6 +83,18 @@ def traced(model: Any) -> bytes:
         file = Path(aside) / "model.pt"
         torch.jit.save(program, str(file))
         return file.read_bytes()
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """Attention as matrix products: OpenSearch 2 runs torch 1.13, which has no scaled_dot_product_attention."""
+    transformer = modules_of(model, "document")[0].auto_model
+    before = transformer.config._attn_implementation
+    transformer.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        transformer.set_attn_implementation(before)
 
 
 def plain_tokenizer(model: Any) -> bytes:

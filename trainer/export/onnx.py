@@ -42,6 +42,8 @@ def export_onnx(to: str, request: Request) -> None:
     queries, documents = embedded_queries(), embedded_documents()
     wanted = (encoder.queries(queries) @ encoder.documents(documents).T).toarray()
     for name, share, words in GRAPHS:
+        figures_file = folder / f"check-{Path(name).stem}.json"
+        figures_file.unlink(missing_ok=True)  # of an earlier export
         found = onnx_example.Encoder(folder, name)
         scores = found.queries(queries).astype(np.float64) @ found.documents(documents).T
         allowed = share * wanted.max(axis=1, keepdims=True).repeat(len(documents), axis=1)
@@ -50,12 +52,14 @@ def export_onnx(to: str, request: Request) -> None:
                 wanted, scores, allowed, near_tie=share
             )
         except ConfigError as error:
-            (folder / name).unlink()
-            if name == "model.onnx":
+            exact = name == "model.onnx"
+            for refused in GRAPHS if exact else [(name,)]:  # int8 is made from float32
+                (folder / refused[0]).unlink(missing_ok=True)
+            if exact:
                 raise
             say(f"left out  {name}: {error.format_message()}")
             continue
-        write_figures(folder / f"check-{Path(name).stem}.json", figures, say)
+        write_figures(figures_file, figures, say)
         say(f"exported  {folder / name} ({(folder / name).stat().st_size / 2**20:.1f} MiB)")
 
 
