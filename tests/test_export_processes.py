@@ -86,6 +86,7 @@ def test_processes_go_on_where_an_earlier_run_of_them_stopped(trained, corpus): 
     assert file.read_bytes() == whole
 
 
+@pytest.mark.slow  # three processes of the command
 def test_a_mistake_is_one_line_and_exit_code_two_however_many_processes_make_it(trained, corpus):  # noqa: F811
     with corpus.open("a") as out:
         out.write('{"_id": "x", "body": "no text"}\n')
