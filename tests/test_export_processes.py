@@ -56,16 +56,36 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_processes_write_what_shards_by_hand_do_with_the_same_options(trained, corpus, one_thread):  # noqa: F811
+def test_every_shard_is_given_the_options_of_the_command_but_those_that_are_for_all_of_them(
+    trained, corpus, monkeypatch
+):
+    given = []
+    monkeypatch.setattr(processes, "run_shards", lambda arguments, count, say: given.append((arguments, count)))
+    monkeypatch.setattr("trainer.export.qdrant.upsert", lambda folder, url, *rest: given.append((str(folder), url)))
+    options = ["--corpus", "corpus.jsonl", "--queries", "q.jsonl", "--output", "out", "--scale", "7", "--name", "tiny"]
+    every = ["export", "tiny.yaml", "--to", "qdrant", *options]
+    found = CliRunner().invoke(main, [*every, "--processes", "3", "--upsert", "folder"])
+    assert found.exit_code == 0, found.output
+    (arguments, count), uploaded = given
+    assert (arguments[:2], count) == (["export", "tiny.yaml"], 3)
+    pairs = [arguments[2:][place : place + 2] for place in range(0, len(arguments) - 2, 2)]
+    assert sorted(pairs) == sorted([every[2:][place : place + 2] for place in range(0, len(every) - 2, 2)])
+    assert uploaded == ("out", "folder")  # once, and after all shards
+
+
+@pytest.mark.slow  # two processes of the command
+def test_processes_write_what_shards_by_hand_do_with_the_same_options(trained, corpus, one_thread, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     queries = trained / "queries.jsonl"
     queries.write_text(json.dumps({"_id": "q", "text": "hvor"}) + "\n")
     options = ("--queries", str(queries), "--output", "together", "--scale", "1000", "--name", "tiny")
-    found = run_trainer(trained, *COMMAND, *options, "--processes", "2", env=ONE_THREAD)
-    assert found.returncode == 0, found.stderr
+    found = CliRunner().invoke(main, [*COMMAND, *options, "--processes", "2"])
+    assert found.exit_code == 0, found.output
     for number in (1, 2):
         settings = {"output": trained / "by_hand", "shard": Shard(number, 2), "scale": 1000, "queries": queries}
         run_export("lucene", corpus, **settings)
-        assert f"{number}/2  exported  42 documents to together/documents-{number}-of-2.jsonl" in found.stdout
+        assert f"{number}/2  exported  42 documents to together/documents-{number}-of-2.jsonl" in found.output
     names = sorted(file.name for file in (trained / "by_hand").iterdir())
     assert len(names) == 2 + 2 + 2 + 2  # documents, checks, their queries; queries.jsonl and export.json
     assert names == sorted(file.name for file in (trained / "together").iterdir())

@@ -62,7 +62,13 @@ def export_documents(make_form: Callable[[int], LineFormat], to: str, request: R
         refused = set_aside(documents, beside)
         raise ConfigError(f"{error.format_message()}. The documents are set aside as {refused}") from None
     write_figures(figures_file, figures, say)
+    refused_name(documents).unlink(missing_ok=True)  # of an export that was refused before
     say(f"exported  {count:,} documents to {documents}")
+
+
+def refused_name(documents: Path) -> Path:
+    """What no engine's tool takes for documents to index."""
+    return documents.with_name(f"{documents.name}.refused")
 
 
 def set_aside(documents: Path, beside: Iterable[str]) -> Path:
@@ -71,7 +77,7 @@ def set_aside(documents: Path, beside: Iterable[str]) -> Path:
     They are kept, to see what is wrong with them; what was written beside them is removed. When no shard's documents
     are left, the folder can be exported to anew, with other settings too.
     """
-    refused = documents.with_name(f"{documents.name}.refused")
+    refused = refused_name(documents)
     documents.replace(refused)
     for name in beside:
         path = documents.with_name(name)
