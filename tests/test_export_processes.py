@@ -56,9 +56,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_every_shard_is_given_the_options_of_the_command_but_those_that_are_for_all_of_them(
-    trained, corpus, monkeypatch
-):
+def test_every_shard_is_given_the_options_of_the_command_but_those_for_all_of_them(trained, monkeypatch):
     given = []
     monkeypatch.setattr(processes, "run_shards", lambda arguments, count, say: given.append((arguments, count)))
     monkeypatch.setattr("trainer.export.qdrant.upsert", lambda folder, url, *rest: given.append((str(folder), url)))
