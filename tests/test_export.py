@@ -13,22 +13,19 @@ import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers import SparseEncoder
-from tokenizers import Tokenizer
 
 import trainer.export.documents
-from tests.checkpoints import DOCUMENTS, QUERIES, write_dense, write_roberta
+from tests.checkpoints import DOCUMENTS, QUERIES, write_dense
 from tests.conftest import run_trainer
 from tests.test_models import build_from, config_of
 from trainer.config import ConfigError
 from trainer.export import export
-from trainer.export.check import Vectors, allowed_by, compare, largest_gap
 from trainer.export.corpus import Passage, Shard, keep_whole, read_passages
 from trainer.export.documents import append, claim, write_documents
 from trainer.export.lines import Elasticsearch, Lucene, OpenSearch, kept_bits
-from trainer.export.query_side import queries_by_files, require_same_queries, write_query_tokenizer
 from trainer.export.request import Request
 from trainer.export.vectors import Encoder, escaped, matrix_of, require_distinct, vectors_of
-from trainer.models import save_model, static_embedding
+from trainer.models import save_model
 from trainer.run import Run
 
 TEXTS = [*DOCUMENTS, "3.14 er ikke et helt tall. Det vet alle.", "", "😀 på fjellet 100% sikkert"]
@@ -170,7 +167,7 @@ def test_an_engine_that_is_not_known_and_a_corpus_that_is_not_named_are_one_line
 # ---------------------------------------------------------------------------------- resuming and shards
 def test_an_export_that_was_killed_goes_on_where_it_stopped_and_gives_the_same_file(trained, corpus, monkeypatch):
     monkeypatch.setattr(trainer.export.documents, "CHUNK", 10)
-    run_export("opensearch", corpus, output=trained / "whole")
+    run_export("elasticsearch", corpus, output=trained / "whole")
     encoded = []
     original = Encoder.documents
 
@@ -182,12 +179,12 @@ def test_an_export_that_was_killed_goes_on_where_it_stopped_and_gives_the_same_f
 
     monkeypatch.setattr(Encoder, "documents", killed_at_the_fourth_chunk)
     with pytest.raises(KeyboardInterrupt):
-        run_export("opensearch", corpus, output=trained / "killed")
+        run_export("elasticsearch", corpus, output=trained / "killed")
     file = trained / "killed/documents-1-of-1.ndjson"
     assert file.read_text().count("\n") == 60
     with file.open("a") as torn:
         torn.write('{"index": {"_id": "d30"}}\n{"text": "Mjøsa er No')
-    lines = run_export("opensearch", corpus, output=trained / "killed")
+    lines = run_export("elasticsearch", corpus, output=trained / "killed")
     assert f"resuming  {file} holds 30 documents" in lines
     assert sum(encoded[4:-1]) == 84 - 30  # the last call is the check's
     assert file.read_bytes() == (trained / "whole/documents-1-of-1.ndjson").read_bytes()
@@ -223,20 +220,6 @@ def test_an_export_is_not_continued_with_something_else(tmp_path, key, value):
     claim(tmp_path / "export", made_with)
     with pytest.raises(ConfigError, match=rf"holds an export with another {key}\. Remove the folder"):
         claim(tmp_path / "export", made_with | {key: value})
-
-
-def test_documents_that_were_changed_by_hand_are_noticed(trained, corpus):
-    run_export("lucene", corpus)
-    file = trained / "models/tiny/export/lucene/documents-1-of-1.jsonl"
-    lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join([lines[1], lines[0], *lines[2:]]))
-    with pytest.raises(ConfigError, match="does not hold the documents of the corpus in their order"):
-        run_export("lucene", corpus)
-    row = json.loads(lines[0])
-    row["vector"] = {term: weight + 50 for term, weight in row["vector"].items()}
-    file.write_text("".join([json.dumps(row) + "\n", *lines[1:]]))
-    with pytest.raises(ConfigError, match=r"the exported files score differently: .* The export is not to be used"):
-        run_export("lucene", corpus)
 
 
 @pytest.mark.slow  # half a million documents
@@ -342,111 +325,3 @@ def test_vectors_are_positive_heaviest_first_and_read_back():
     assert matrix_of(vectors, ["a", "b", "c", "d"]).toarray().tolist() == [[0.5, 0, 0, 2], [0, 0, 0, 0]]
     with pytest.raises(ConfigError, match="a term that is no dimension of the model: 'e'"):
         matrix_of([{"e": 1.0}], ["a"])
-
-
-# ---------------------------------------------------------------------------------- the check
-def vectors(queries, documents):
-    return Vectors(sp.csr_matrix(np.array(queries, float)), sp.csr_matrix(np.array(documents, float)))
-
-
-def compare_vectors(exact, exported, errors):
-    return compare(exact.scores(), exported.scores(), allowed_by(exact, errors))
-
-
-def test_scores_may_differ_by_what_the_stated_errors_add_up_to_and_no_more():
-    exact = vectors([[1, 2]], [[3, 0], [0, 4]])  # scores 3 and 8
-    errors = vectors([[0, 0]], [[0.1, 0], [0, 0.1]])  # hence up to 0.1 and 0.2
-    figures = compare_vectors(exact, vectors([[1, 2]], [[3.1, 0], [0, 3.9]]), errors)
-    assert figures["largest_difference"] == pytest.approx(0.2)
-    assert figures["largest_allowed"] == pytest.approx(0.2, abs=1e-3)
-    with pytest.raises(
-        ConfigError, match=r"query 1 and document 2 have 7\.6000 instead of 8\.0000, where .* explains 0\.20"
-    ):
-        compare_vectors(exact, vectors([[1, 2]], [[3, 0], [0, 3.8]]), errors)
-    with pytest.raises(ConfigError, match="score differently"):
-        compare_vectors(exact, vectors([[1, 2]], [[3, 0], [0, np.nan]]), errors)
-
-
-def test_an_order_that_changes_is_refused_except_among_near_ties():
-    exact, errors = vectors([[1.0]], [[1.0], [0.9]]), vectors([[0]], [[0.1], [0.1]])
-    with pytest.raises(ConfigError, match=r"the order of the best 10 changes: for query 1, .* 10\.0% apart"):
-        compare_vectors(exact, vectors([[1.0]], [[0.9], [1.0]]), errors)
-    near = vectors([[1.0]], [[1.0], [0.996]])
-    figures = compare_vectors(near, vectors([[1.0]], [[0.99], [0.996]]), errors)
-    assert (figures["top_10_unchanged"], figures["top_10_near_ties_swapped"]) == (0, 1)
-    assert figures["largest_gap_swapped"] == pytest.approx(0.004)
-
-
-def test_only_the_first_ten_places_count():
-    wanted = np.arange(20, 0, -1.0)
-    found = wanted.copy()
-    found[[15, 16]] = found[[16, 15]]
-    assert largest_gap(wanted, found) == 0
-    found[[9, 10]] = found[[10, 9]]
-    assert largest_gap(wanted, found) == pytest.approx(1 / 20)
-
-
-def test_too_coarse_a_quantisation_is_refused(trained, corpus):
-    with pytest.raises(ConfigError, match=r"the order of the best 10 changes: .* Quantise less: ARGS=.--scale 10."):
-        run_export("lucene", corpus, scale=1)
-    assert not (trained / "models/tiny/export/lucene/check-1-of-1.json").exists()
-
-
-# ---------------------------------------------------------------------------------- OpenSearch's query side
-def opensearch_query(folder, text):
-    """As its tokenizer model does it: each different token, decoded alone, special ones left out; unlisted ones weigh 1."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    idf = json.loads((folder / "idf.json").read_text())
-    names = {tokenizer.decode([token], skip_special_tokens=True) for token in tokenizer.encode(text).ids}
-    return {name: idf.get(name, 1.0) for name in names if name}
-
-
-def test_a_query_weighed_in_the_cluster_is_the_models_own(trained, corpus):
-    run_export("opensearch", corpus)
-    folder = trained / "models/tiny/export/opensearch/query"
-    model = SparseEncoder(str(trained / "models/tiny/final"), device="cpu")
-    for text, row in zip(QUERIES, model.encode_query(QUERIES, convert_to_sparse_tensor=False), strict=True):
-        wanted = {model.tokenizer.convert_ids_to_tokens(int(i)): float(row[i]) for i in row.nonzero().flatten()}
-        assert opensearch_query(folder, text) == pytest.approx(wanted, rel=1e-5)
-
-
-def test_words_outside_the_alphabet_keep_their_bytes_apart_in_the_cluster(trained):
-    model = put_model(trained, write_roberta(trained / "roberta"), "inference-free-splade")
-    encoder = Encoder(model, model.tokenizer.convert_ids_to_tokens(list(range(len(model.tokenizer)))), 8)
-    assert write_query_tokenizer(trained / "query", encoder, for_lucene=True)
-    texts = ["😀 på fjellet", "ÅÆØ", " ".join(QUERIES * 9), *QUERIES]  # one of them longer than the model reads
-    exact = encoder.queries(texts)
-    assert abs(queries_by_files(trained / "query", texts, encoder.terms) - exact).max() < 1e-4
-    assert len(opensearch_query(trained / "query", texts[0])) == exact[0].nnz
-    # decoded as the tokenizer would by itself, half characters are all the same one
-    tokenizer = model.tokenizer.backend_tokenizer
-    decoded = [tokenizer.decode([token]) for token in range(tokenizer.get_vocab_size())]
-    assert len(set(decoded)) < len(decoded) - 50
-
-
-def test_a_negative_query_weight_becomes_the_smallest_one_that_the_engine_takes(trained):
-    encoder = Encoder.open(trained / "models/tiny/final", "cpu", 8)
-    ids = encoder.model.tokenizer("hvor", add_special_tokens=False)["input_ids"]
-    static_embedding(encoder.model).weight.data[ids[0]] = -0.5
-    write_query_tokenizer(trained / "query", encoder, for_lucene=True)
-    idf = json.loads((trained / "query/idf.json").read_text())
-    assert idf[encoder.terms[ids[0]]] == 1e-6
-    assert min(idf.values()) > 0
-    require_same_queries(trained / "query", ["hvor"], encoder.queries(["hvor"]), encoder.terms)
-
-
-def test_query_files_that_were_changed_are_noticed(trained):
-    encoder = Encoder.open(trained / "models/tiny/final", "cpu", 8)
-    write_query_tokenizer(trained / "query", encoder, for_lucene=True)
-    file = trained / "query/idf.json"
-    file.write_text(json.dumps({term: weight * 1.01 for term, weight in json.loads(file.read_text()).items()}))
-    with pytest.raises(ConfigError, match="give another vector than the model for 'hvor ligger mjøsa'"):
-        require_same_queries(trained / "query", QUERIES[:1], encoder.queries(QUERIES[:1]), encoder.terms)
-
-
-def test_a_model_whose_queries_need_a_network_has_no_query_files(trained, corpus):
-    from tests.checkpoints import write_bert
-
-    put_model(trained, write_bert(trained / "bert"), "splade")
-    run_export("opensearch", corpus)
-    assert not (trained / "models/tiny/export/opensearch/query").exists()

@@ -246,12 +246,21 @@ def publish(config: str, repo: str, public: bool, dry_run: bool, name: str | Non
 
 @main.command()
 @click.argument("config", metavar="CONFIG")
-@click.option("--to", required=True, metavar="ENGINE", help="lucene, opensearch, elasticsearch, qdrant or onnx.")
+@click.option(
+    "--to", required=True, metavar="ENGINE", help="lucene, opensearch, elasticsearch, qdrant, seismic or onnx."
+)
 @click.option("--corpus", type=Path, help="Documents: .jsonl or .parquet with _id, text and perhaps title.")
 @click.option("--queries", type=Path, help="Queries to write beside them, in the same form.")
 @click.option("--output", type=Path, help="Folder to write to; models/<name>/export/<ENGINE> by default.")
 @click.option(
     "--shard", default="1/1", metavar="I/N", show_default=True, help="Encode every N-th document, from the I-th."
+)
+@click.option(
+    "--processes",
+    default="1",
+    metavar="N",
+    show_default=True,
+    help="Encode N shards side by side here, each on a GPU of its own as long as they last; all: one per GPU.",
 )
 @click.option(
     "--scale", default=100, show_default=True, type=click.IntRange(1), help="lucene: weights times this, rounded."
@@ -267,6 +276,7 @@ def export(
     queries: Path | None,
     output: Path | None,
     shard: str,
+    processes: str,
     scale: int,
     upsert: str | None,
     name: str | None,
@@ -281,15 +291,30 @@ def export(
     set_up_libraries(verbose=False)
     from trainer.export import FORMATS, export
     from trainer.export.corpus import Shard
+    from trainer.export.processes import count_processes, run_shards
     from trainer.export.qdrant import upsert as upload_points
     from trainer.export.request import Request
 
     request = Request(run, corpus, queries, output, Shard.parse(shard), scale, click.echo)
     if upsert and to != "qdrant":
         raise ConfigError(f"--upsert is for qdrant; {to} has its own way to take files. Formats: {', '.join(FORMATS)}")
-    export(to, request)
+    count = count_processes(processes, click.echo)
+    if count > 1:
+        if corpus is None or request.shard.of > 1:
+            raise ConfigError("--processes takes the corpus apart itself: it needs --corpus, and goes without --shard")
+        run_shards(_again(click.get_current_context()), count, click.echo)
+    else:
+        export(to, request)
     if upsert:
         upload_points(request.folder(to), upsert, run.name, click.echo)
+
+
+def _again(context: click.Context) -> list[str]:
+    """The arguments of this export for one of its shards."""
+    options = {name: value for name, value in context.params.items() if value is not None}
+    without = ("config", "shard", "processes", "upsert")
+    pairs = [(f"--{name}", str(value)) for name, value in options.items() if name not in without]
+    return ["export", options["config"], *(text for pair in pairs for text in pair)]
 
 
 @main.command()

@@ -8,6 +8,7 @@ from trainer.export.documents import export_documents
 from trainer.export.lines import Elasticsearch, Lucene, OpenSearch
 from trainer.export.qdrant import Qdrant
 from trainer.export.request import Request
+from trainer.export.seismic import Seismic
 from trainer.models import check_code
 
 
@@ -30,5 +31,6 @@ FORMATS: dict[str, Callable[[str, Request], None]] = {
     "opensearch": partial(export_documents, OpenSearch),
     "elasticsearch": partial(export_documents, Elasticsearch),
     "qdrant": partial(export_documents, Qdrant),
+    "seismic": partial(export_documents, Seismic),
     "onnx": _onnx,
 }

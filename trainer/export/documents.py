@@ -1,6 +1,7 @@
 """Writes a corpus, or a shard of it, as an engine takes it; goes on after a kill; scores what was written."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -26,6 +27,8 @@ CHUNK = 512
 # What is scored again: the first documents of the shard, and queries of which some are their first words.
 CHECKED_DOCUMENTS, CHECKED_QUERIES, QUERY_WORDS = 200, 64, 8
 PROGRESS_SECONDS = 10.0
+# What an export folder is made with.
+CLAIM = "export.json"
 
 
 def export_documents(make_form: Callable[[int], LineFormat], to: str, request: Request) -> None:
@@ -41,22 +44,54 @@ def export_documents(make_form: Callable[[int], LineFormat], to: str, request: R
     claim(folder, made_with | {"scale": request.scale})
     encoder = Encoder.open(run.final, request.device(), run.config().training.per_device_eval_batch_size)
     tokens, encoder = encoder.terms, replace(encoder, terms=form.terms(encoder.terms))
-    documents = folder / f"documents-{part.number}-of-{part.of}{form.suffix}"
-    count = write_documents(encoder, form, part.of_passages(read_passages(corpus)), documents, say)
-    form.write_beside(folder, replace(encoder, terms=tokens))
     given = list(read_passages(request.queries)) if request.queries else []
+    if part.number == 1:  # for all shards; and first, so that what cannot be written is known before hours of encoding
+        form.write_beside(folder, replace(encoder, terms=tokens), request)
+    documents = folder / f"documents-{part.number}-of-{part.of}{form.suffix}"
+    figures_file = folder / f"check-{part.number}-of-{part.of}.json"
+    figures_file.unlink(missing_ok=True)
+    count = write_documents(encoder, form, part.of_passages(read_passages(corpus)), documents, say)
     if given and part.number == 1:
         write_queries(encoder, form, given, folder / "queries.jsonl")
     sample = list(islice(part.of_passages(read_passages(corpus)), CHECKED_DOCUMENTS))
     figures = {"to": to, "quantisation": form.quantisation, "documents_written": count}
-    figures |= check(encoder, form, documents, sample, given)
-    write_figures(folder / f"check-{part.number}-of-{part.of}.json", figures, say)
+    try:
+        figures |= check(encoder, form, documents, sample, given)
+    except ConfigError as error:
+        beside = (*form.beside, "queries.jsonl") if part.number == 1 else ()
+        refused = set_aside(documents, beside)
+        raise ConfigError(f"{error.format_message()}. The documents are set aside as {refused}") from None
+    write_figures(figures_file, figures, say)
+    refused_name(documents).unlink(missing_ok=True)  # of an export that was refused before
     say(f"exported  {count:,} documents to {documents}")
+
+
+def refused_name(documents: Path) -> Path:
+    """What no engine's tool takes for documents to index."""
+    return documents.with_name(f"{documents.name}.refused")
+
+
+def set_aside(documents: Path, beside: Iterable[str]) -> Path:
+    """Leave nothing of a refused export under the name of a finished one: where its documents are now.
+
+    They are kept, to see what is wrong with them; what was written beside them is removed. When no shard's documents
+    are left, the folder can be exported to anew, with other settings too.
+    """
+    refused = refused_name(documents)
+    documents.replace(refused)
+    for name in beside:
+        path = documents.with_name(name)
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+    if not list(documents.parent.glob(f"documents-*{documents.suffix}")):
+        (documents.parent / CLAIM).unlink(missing_ok=True)
+    return refused
 
 
 def claim(folder: Path, made_with: dict[str, Any]) -> None:
     """Note what an export folder is made with. Raises ConfigError when it holds an export of something else."""
-    file = folder / "export.json"
+    file = folder / CLAIM
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else made_with
     for key, value in made_with.items():
         if known.get(key) != value:
@@ -136,7 +171,8 @@ def check(
     figures = compare(exact.scores(), exported.scores(), allowed_by(exact, errors), remedy=form.remedy)
     if not form.signed:
         figures["query_weights_below_0_left_out"] = int((exact.queries.data < 0).sum())
-    if (beside := file.parent / "query").is_dir():
+    # of the first shard, which writes it
+    if (beside := file.parent / "query").is_dir() and file.name.startswith("documents-1-"):
         figures["query_files_largest_difference"] = require_same_queries(beside, texts, exact.queries, encoder.terms)
     return figures
 

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from trainer.config import ConfigError
+from trainer.export.ml_commons import DOCUMENT, QUERY, write_models
 from trainer.export.query_side import write_query_tokenizer
+from trainer.export.request import Request
 from trainer.export.vectors import Encoder, Vector, escaped, require_distinct
 
 # Lucene's FeatureField keeps 9 significant bits of a weight, and takes query weights up to 64.
@@ -22,6 +24,7 @@ class LineFormat:
     suffix: ClassVar[str] = ".jsonl"
     lines_per_document: ClassVar[int] = 1
     signed: ClassVar[bool] = False  # whether the engine takes weights below 0, which a trained query word may have
+    beside: ClassVar[tuple[str, ...]] = ()  # names of what write_beside makes
     quantisation: str
     remedy: str = ""  # what to do when quantisation changes the order
 
@@ -57,7 +60,7 @@ class LineFormat:
         left_out = (weights < 0) & (not self.signed)
         return np.where(left_out, -weights, SIX_DIGITS * np.abs(weights))
 
-    def write_beside(self, folder: Path, encoder: Encoder) -> None:
+    def write_beside(self, folder: Path, encoder: Encoder, request: Request) -> None:
         """Mappings and the like."""
 
 
@@ -110,6 +113,7 @@ class Bulk(LineFormat):
 
     suffix = ".ndjson"
     lines_per_document = 2
+    beside = ("index.json",)
     field_type: ClassVar[str]
     quantisation = f"the engine keeps {FEATURE_BITS} significant bits of a document's weight, 2^-8 of it at most"
 
@@ -147,18 +151,19 @@ class Bulk(LineFormat):
         """The vector in a query clause."""
         raise NotImplementedError
 
-    def write_beside(self, folder: Path, encoder: Encoder) -> None:
+    def write_beside(self, folder: Path, encoder: Encoder, request: Request) -> None:
         """index.json: the body with which the index is created."""
         fields = {"text": {"type": "text"}, "vector": {"type": self.field_type}}
         (folder / "index.json").write_text(_json({"mappings": {"properties": fields}}), encoding="utf-8")
 
 
 class OpenSearch(Bulk):
-    """rank_features, and the query side of inference-free models as a tokenizer that runs in the cluster.
+    """rank_features, and models that run in the cluster: documents', and inference-free queries' as a tokenizer.
 
     Its rank_features fields take every character, dots too, so terms are the tokens that its tokenizer gives.
     """
 
+    beside = ("index.json", "query", *(f"{name}{suffix}" for name in (DOCUMENT, QUERY) for suffix in (".zip", ".json")))
     field_type = "rank_features"
 
     def clause(self, vector: Vector) -> dict[str, Any]:
@@ -169,10 +174,13 @@ class OpenSearch(Bulk):
         """Its tokens."""
         return clause["neural_sparse"]["vector"]["query_tokens"]
 
-    def write_beside(self, folder: Path, encoder: Encoder) -> None:
-        """The index, and query/ with the tokenizer and its weights where queries need no neural network."""
-        super().write_beside(folder, encoder)
+    def write_beside(self, folder: Path, encoder: Encoder, request: Request) -> None:
+        """The index, query/ with the tokenizer and its weights where queries need no neural network, and the models."""
+        super().write_beside(folder, encoder, request)
         write_query_tokenizer(folder / "query", encoder, for_lucene=True)
+        # traced on another device, a model would run on that alone
+        on_cpu = encoder if encoder.model.device.type == "cpu" else Encoder.open(request.run.final, "cpu", 8)
+        write_models(folder, on_cpu, request.run.name, request.say)
 
 
 class Elasticsearch(Bulk):

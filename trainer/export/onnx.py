@@ -9,43 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from torch import Tensor, nn
 
 from trainer.config import ConfigError
 from trainer.export import onnx_example
 from trainer.export.check import compare, embedded_documents, embedded_queries, write_figures
+from trainer.export.graph import DocumentGraph, document_tokenizer
 from trainer.export.query_side import write_query_tokenizer
 from trainer.export.request import Request
-from trainer.export.vectors import Encoder
+from trainer.export.vectors import Encoder, has_words
 
 OPSET = 17
 # By how much a score may differ, as a share of the query's best. int8 rounds the weights of every layer, so documents
 # whose scores are that near may also change places.
 FLOAT_SHARE, INT8_SHARE = 1e-4, 0.05
-
-
-class DocumentGraph(nn.Module):
-    """Token ids to sparse weights: the logits of the vocabulary never leave it."""
-
-    def __init__(self, model: Any):
-        super().__init__()
-        self.steps = nn.ModuleList(modules_of(model, "document"))
-        self.unit_length = model.similarity_fn_name == "cosine"
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[texts, tokens] twice to [texts, dimensions]."""
-        features = {"input_ids": input_ids, "attention_mask": attention_mask}
-        for step in self.steps:
-            features = step(features)
-        vectors = features["sentence_embedding"]
-        return nn.functional.normalize(vectors) if self.unit_length else vectors
-
-
-def modules_of(model: Any, route: str) -> list[nn.Module]:
-    """The modules that documents, or queries, go through."""
-    first = model[0]
-    return list(first.sub_modules[route]) if hasattr(first, "sub_modules") else list(model)
 
 
 def export_onnx(to: str, request: Request) -> None:
@@ -66,6 +42,8 @@ def export_onnx(to: str, request: Request) -> None:
     queries, documents = embedded_queries(), embedded_documents()
     wanted = (encoder.queries(queries) @ encoder.documents(documents).T).toarray()
     for name, share, words in GRAPHS:
+        figures_file = folder / f"check-{Path(name).stem}.json"
+        figures_file.unlink(missing_ok=True)  # of an earlier export
         found = onnx_example.Encoder(folder, name)
         scores = found.queries(queries).astype(np.float64) @ found.documents(documents).T
         allowed = share * wanted.max(axis=1, keepdims=True).repeat(len(documents), axis=1)
@@ -74,26 +52,27 @@ def export_onnx(to: str, request: Request) -> None:
                 wanted, scores, allowed, near_tie=share
             )
         except ConfigError as error:
-            (folder / name).unlink()
-            if name == "model.onnx":
+            exact = name == "model.onnx"
+            for refused in GRAPHS if exact else [(name,)]:  # int8 is made from float32
+                (folder / refused[0]).unlink(missing_ok=True)
+            if exact:
                 raise
             say(f"left out  {name}: {error.format_message()}")
             continue
-        write_figures(folder / f"check-{Path(name).stem}.json", figures, say)
+        write_figures(figures_file, figures, say)
         say(f"exported  {folder / name} ({(folder / name).stat().st_size / 2**20:.1f} MiB)")
 
 
 def write_graph(model: Any, file: Path) -> None:
     """The document encoder, for any number of texts of any length."""
     graph = DocumentGraph(model).eval()
-    features = graph.steps[0].preprocess(["to tekster", "med hver sin lengde, den andre lengst"])
-    inputs = ("input_ids", "attention_mask")
+    inputs = graph.example()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's, about Python values: lengths other than these are checked
         torch.onnx.export(
             graph,
-            tuple(features[name] for name in inputs),
+            tuple(inputs.values()),
             str(file),
             dynamo=False,  # the other exporter fixes the number of tokens to that of the example (torch 2.13)
             opset_version=OPSET,
@@ -115,16 +94,12 @@ def quantise(file: Path, target: Path) -> None:
 
 def write_beside(folder: Path, encoder: Encoder) -> None:
     """Tokenizers, settings and the example."""
-    first = modules_of(encoder.model, "document")[0]
-    tokenizer = Tokenizer.from_str(first.tokenizer.backend_tokenizer.to_str())
-    tokenizer.enable_truncation(first.max_seq_length)
-    tokenizer.enable_padding(pad_id=first.tokenizer.pad_token_id, pad_token=first.tokenizer.pad_token)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    document_tokenizer(encoder.model).save(str(folder / "tokenizer.json"))
     shutil.rmtree(folder / "query", ignore_errors=True)
     write_query_tokenizer(folder / "query", encoder, for_lucene=False)
     settings = {
         "dimensions": len(encoder.terms),
-        "words": encoder.terms == first.tokenizer.convert_ids_to_tokens(list(range(len(encoder.terms)))),
+        "words": has_words(encoder.model),
         "query_prompt": encoder.model.prompts.get("query") or "",
         "document_prompt": encoder.model.prompts.get("document") or "",
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trainer.config import ConfigError, one_line
 from trainer.export.lines import LineFormat
+from trainer.export.request import Request
 from trainer.export.vectors import Encoder, Vector
 
 VECTOR = "text"
@@ -19,6 +20,7 @@ class Qdrant(LineFormat):
     """Points with dimensions by number, and the document's own id and text as payload."""
 
     signed = True
+    beside = ("collection.json",)
     quantisation = "six digits per weight"
 
     def terms(self, tokens: list[str]) -> list[str]:
@@ -44,7 +46,7 @@ class Qdrant(LineFormat):
         """Out of a query request."""
         return _dense(json.loads(line)["query"]["query"])
 
-    def write_beside(self, folder: Path, encoder: Encoder) -> None:
+    def write_beside(self, folder: Path, encoder: Encoder, request: Request) -> None:
         """collection.json: the body with which the collection is created."""
         (folder / "collection.json").write_text(json.dumps(COLLECTION) + "\n", encoding="utf-8")
 

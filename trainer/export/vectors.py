@@ -49,10 +49,14 @@ class Encoder:
 
 def terms_of(model: Any) -> list[str]:
     """A name for every dimension: its token, or its number where dimensions are not words (CSR)."""
-    dimensions = model.get_embedding_dimension()
-    if dimensions is None or dimensions == len(model.tokenizer):
+    if has_words(model):
         return model.tokenizer.convert_ids_to_tokens(list(range(len(model.tokenizer))))
-    return [str(number) for number in range(dimensions)]
+    return [str(number) for number in range(model.get_embedding_dimension())]
+
+
+def has_words(model: Any) -> bool:
+    """Whether dimensions are the vocabulary's words: of CSR models they are not."""
+    return model.get_embedding_dimension() in (None, len(model.tokenizer))
 
 
 def escaped(term: str, forbidden: Callable[[str], bool]) -> str:

@@ -1,0 +1,43 @@
+"""The document encoder as one network, from token ids to sparse weights, and the tokenizer in front of it."""
+
+from typing import Any
+
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+
+class DocumentGraph(nn.Module):
+    """Token ids to sparse weights: the logits of the vocabulary never leave it."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.steps = nn.ModuleList(modules_of(model, "document"))
+        self.unit_length = model.similarity_fn_name == "cosine"
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[texts, tokens] twice to [texts, dimensions]."""
+        features = {"input_ids": input_ids, "attention_mask": attention_mask}
+        for step in self.steps:
+            features = step(features)
+        vectors = features["sentence_embedding"]
+        return nn.functional.normalize(vectors) if self.unit_length else vectors
+
+    def example(self) -> dict[str, Tensor]:
+        """Inputs to trace with: two texts of different lengths."""
+        features = self.steps[0].preprocess(["to tekster", "med hver sin lengde, den andre lengst"])
+        return {name: features[name] for name in ("input_ids", "attention_mask")}
+
+
+def modules_of(model: Any, route: str) -> list[nn.Module]:
+    """The modules that documents, or queries, go through."""
+    first = model[0]
+    return list(first.sub_modules[route]) if hasattr(first, "sub_modules") else list(model)
+
+
+def document_tokenizer(model: Any) -> Tokenizer:
+    """The tokenizer of documents, which cuts and pads as the model's own does."""
+    first = modules_of(model, "document")[0]
+    tokenizer = Tokenizer.from_str(first.tokenizer.backend_tokenizer.to_str())
+    tokenizer.enable_truncation(first.max_seq_length)
+    tokenizer.enable_padding(pad_id=first.tokenizer.pad_token_id, pad_token=first.tokenizer.pad_token)
+    return tokenizer

@@ -1,0 +1,158 @@
+"""Models that run inside OpenSearch: zips for its ml-commons plug-in, each with the request that registers it."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile, ZipInfo
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import ConfigError, one_line
+from trainer.export import ml_commons_reader
+from trainer.export.check import embedded_documents
+from trainer.export.graph import DocumentGraph, document_tokenizer, modules_of
+from trainer.export.vectors import Encoder, has_words, matrix_of
+
+# What the two zips and their requests are called in an export's folder.
+DOCUMENT, QUERY = "document-model", "query-model"
+# How far a weight may be off in the cluster's model: float32 summed in another order.
+TOLERANCE = 1e-4
+# How many documents are encoded with the zip: enough for several lengths, few enough for a large model on a CPU.
+CHECKED = 16
+
+
+class NeuralSparse(nn.Module):
+    """The document encoder with the inputs and outputs of ml-commons: dictionaries, and no weight for special tokens."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.graph = DocumentGraph(model)
+        kept = torch.ones(len(model.tokenizer))
+        kept[model.tokenizer.all_special_ids] = 0.0
+        self.register_buffer("kept", kept)
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """input_ids and attention_mask, [texts, tokens], to output, [texts, vocabulary]."""
+        return {"output": self.graph(features["input_ids"], features["attention_mask"]) * self.kept}
+
+
+def write_models(folder: Path, encoder: Encoder, name: str, say: Callable[[str], None]) -> None:
+    """The document model, checked, and the query model where query/ is there. `encoder` is on the CPU.
+
+    Raises ConfigError, and leaves no document model, when another process does not get the model's vectors from it.
+    """
+    if not has_words(encoder.model):
+        say(
+            "left out  models to run in OpenSearch: its neural sparse search needs words, and CSR's dimensions have none"
+        )
+        return
+    if (folder / "query").is_dir():
+        files = {file: (folder / "query" / file).read_bytes() for file in ("tokenizer.json", "idf.json")}
+        write_model(folder / QUERY, files, f"{name}-query", "SPARSE_TOKENIZE", say)
+    if encoder.model.prompts.get("document"):
+        say("left out  the document model: OpenSearch cannot put this model's prompt in front of a text")
+        return
+    files = {"model.pt": traced(encoder.model), "tokenizer.json": plain_tokenizer(encoder.model)}
+    write_model(folder / DOCUMENT, files, f"{name}-document", "SPARSE_ENCODING", say)
+    try:
+        largest = require_same_documents(folder / f"{DOCUMENT}.zip", encoder)
+    except ConfigError:
+        for suffix in (".zip", ".json"):
+            (folder / f"{DOCUMENT}{suffix}").unlink()
+        raise
+    say(f"checked   {DOCUMENT}.zip in a process of its own: weights off by {largest:.1g} at most")
+
+
+def traced(model: Any) -> bytes:
+    """The document encoder as TorchScript."""
+    module = NeuralSparse(model).eval()
+    with plain_attention(model), tempfile.TemporaryDirectory() as aside, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's, about Python values: lengths other than these are checked
+        try:
+            program = torch.jit.trace(module, (module.graph.example(),), strict=False, check_trace=False)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(f"the model cannot be traced for OpenSearch: {one_line(error)}") from None
+        file = Path(aside) / "model.pt"
+        torch.jit.save(program, str(file))
+        return file.read_bytes()
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """Attention as matrix products: OpenSearch 2 runs torch 1.13, which has no scaled_dot_product_attention."""
+    transformer = modules_of(model, "document")[0].auto_model
+    before = transformer.config._attn_implementation
+    transformer.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        transformer.set_attn_implementation(before)
+
+
+def plain_tokenizer(model: Any) -> bytes:
+    """Documents' tokenizer without a decoder: decoded alone, every token keeps the name it has in the vocabulary."""
+    values = json.loads(document_tokenizer(model).to_str()) | {"decoder": None}
+    return json.dumps(values, ensure_ascii=False).encode()
+
+
+def write_model(stem: Path, files: dict[str, bytes], name: str, function: str, say: Callable[[str], None]) -> None:
+    """A zip, the same bytes for the same files, and the body of the request that registers it.
+
+    What the cluster alone knows is not in it: the zip's `url`, and `model_group_id`, without which it makes a group of
+    the model's name.
+    """
+    target = stem.with_suffix(".zip")
+    with ZipFile(target, "w") as zipped:
+        for file, content in files.items():
+            zipped.writestr(ZipInfo(file), content)
+    with target.open("rb") as data:
+        digest = hashlib.file_digest(data, "sha256").hexdigest()
+    request = {
+        "name": name,
+        "version": "1.0.0",
+        "description": "Made by nordsparse.",
+        "model_format": "TORCH_SCRIPT",
+        "function_name": function,
+        "model_content_size_in_bytes": target.stat().st_size,
+        "model_content_hash_value": digest,
+    }
+    stem.with_suffix(".json").write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
+    say(f"model     {target} ({target.stat().st_size / 2**20:.1f} MiB, {function})")
+
+
+def require_same_documents(file: Path, encoder: Encoder) -> float:
+    """The largest difference between the model's vectors and those of the zip. Raises ConfigError for a real one."""
+    documents = embedded_documents()[:CHECKED]
+    texts = [*documents, documents[0].split()[0], " ".join(documents), "", "😀 3.14"]  # one longer than any model reads
+    found = matrix_of(read_in_a_fresh_process(file, texts), encoder.terms)
+    difference = abs(found - encoder.documents(texts).maximum(0))
+    largest = float(difference.max()) if difference.nnz else 0.0
+    if not largest <= TOLERANCE:  # also true of NaN
+        text = int(difference.tocsr().max(axis=1).toarray().argmax())
+        raise ConfigError(
+            f"{file.name} gives another vector than the model for '{texts[text][:60]}': a weight is off by {largest:.3g}"
+        )
+    return largest
+
+
+def read_in_a_fresh_process(file: Path, texts: list[str]) -> list[dict[str, float]]:
+    """What the zip gives where nothing of ours, nor the libraries it was made with, is loaded."""
+    with tempfile.TemporaryDirectory() as aside:
+        sample, vectors = Path(aside) / "texts.json", Path(aside) / "vectors.json"
+        sample.write_text(json.dumps(texts), encoding="utf-8")
+        found = subprocess.run(
+            [sys.executable, "-I", ml_commons_reader.SCRIPT, str(file.resolve()), str(sample), str(vectors)],
+            cwd=aside, capture_output=True, text=True,
+        )  # fmt: skip
+        if found.returncode:
+            reason = (found.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+            raise ConfigError(f"{file.name} does not run in a process of its own: {reason[:300]}")
+        return json.loads(vectors.read_text(encoding="utf-8"))

@@ -1,0 +1,95 @@
+"""Encodes the shards of a corpus side by side on this machine, one process per shard."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import IO
+
+from trainer.config import ConfigError
+from trainer.device import find_device
+
+Say = Callable[[str], None]
+
+
+def count_processes(text: str, say: Say) -> int:
+    """How many processes `--processes text` stands for on this machine; for `all`, which is said with its reason."""
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    if text != "all":
+        raise ConfigError(f"--processes {text}: a number of processes, or `all` for one per CUDA device")
+    count = len(cuda_devices())
+    say(f"processes {max(count, 1)} ({f'all: {count} CUDA devices' if count else 'all: no CUDA device here'})")
+    return max(count, 1)
+
+
+def cuda_devices() -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    numbers = [str(number) for number in range(torch.cuda.device_count())]
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return named[: len(numbers)] or numbers
+
+
+def environment_of(number: int, count: int, devices: list[str]) -> dict[str, str]:
+    """Process `number`'s: its CUDA device, shared only when there are fewer, and its part of the CPU's threads."""
+    threads = str(max((os.cpu_count() or 1) // count, 1))
+    device = {"CUDA_VISIBLE_DEVICES": devices[(number - 1) % len(devices)]} if devices else {}
+    return {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads} | os.environ | device
+
+
+def run_shards(arguments: list[str], count: int, say: Say) -> None:
+    """Run `python -m trainer <arguments> --shard i/count` for every i at once, each saying its lines after its number.
+
+    Raises ConfigError with the line of the first that fails; the others are stopped, and go on where they were when the
+    same is run again.
+    """
+    if find_device("auto")[0] == "mps":
+        raise ConfigError("several processes cannot share the GPU of a Mac. Leave out --processes")
+    devices, started = cuda_devices(), []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` is reached
+    try:
+        with ThreadPoolExecutor(count) as threads:
+            try:
+                waiting = []
+                for number in range(1, count + 1):
+                    errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115, closed by follow()
+                    process = subprocess.Popen(
+                        [sys.executable, "-m", "trainer", *arguments, "--shard", f"{number}/{count}"],
+                        env=environment_of(number, count, devices),
+                        stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8",
+                    )  # fmt: skip
+                    started.append(process)
+                    waiting.append(threads.submit(follow, process, errors, f"{number}/{count}", say))
+                for done in as_completed(waiting):
+                    done.result()
+            finally:  # within the pool, which waits for the threads, and they for the processes
+                for process in started:
+                    process.terminate()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def follow(process: subprocess.Popen, errors: IO[str], shard: str, say: Say) -> None:
+    """Say what a process says until it ends. Raises ConfigError when it has failed."""
+    with process, errors:
+        for line in process.stdout:
+            say(f"{shard}  {line.rstrip()}")
+        status = process.wait()
+        errors.seek(0)
+        lines = errors.read().strip().splitlines()
+    if status < 0:
+        name = signal.Signals(-status).name
+        raise ConfigError(
+            f"shard {shard} was ended by {name}"
+            + ", perhaps because memory ran out: use fewer processes" * (name == "SIGKILL")
+        )
+    if status:
+        reason = lines[-1].removeprefix("Error: ") if lines else f"it ended with status {status}"
+        if status != 2:  # not a mistake of the user's: the traceback is needed
+            print("\n".join(lines), file=sys.stderr)
+        raise ConfigError(f"shard {shard}: {reason}")
