@@ -62,10 +62,22 @@ def train(
     again = f"python -m trainer train {config} --name {name} --resume" if name else f"make resume CONFIG={config}"
     if nodes * processes > 1:
         _launch(loaded, name, processes, nodes, rendezvous)
-    with _one_of_several(again):
+    with _one_of_several(again), _alone_in(name or loaded.name, resume):
         loaded, run = _open_run(file, loaded, name, overrides, resume)
         set_up_libraries(verbose, loaded.config.training.dataloader_num_workers)
         _train(loaded, run, resume, again)
+
+
+def _alone_in(name: str, resume: bool) -> contextlib.AbstractContextManager[None]:
+    """The lock of the run folder; several processes of one training are one owner, and the first holds it."""
+    from trainer.distributed import is_first
+    from trainer.lock import only_one_in
+    from trainer.run import MODELS
+
+    there_is_nothing_to_resume = resume and not (MODELS / name).is_dir()
+    if there_is_nothing_to_resume or not is_first():
+        return contextlib.nullcontext()
+    return only_one_in(MODELS / name, click.echo)
 
 
 @contextlib.contextmanager

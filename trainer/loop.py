@@ -10,8 +10,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from trainer.callbacks import NonFiniteLoss, Throughput
+from trainer.checkpoints import ASIDE, PREFIX, put_in_place, remove_oldest, require_unchanged, seal, written_aside
 from trainer.data import MixedBatches, Mixture, NoDuplicateBatches
-from trainer.distributed import from_all, keep_smallest, processes
+from trainer.distributed import from_all, from_first, is_first, keep_smallest, processes
 from trainer.models import keep_code
 
 
@@ -19,10 +20,16 @@ class SparseTrainer(SparseEncoderTrainer):
     """The library's trainer; what differs is below."""
 
     def __init__(
-        self, *args, halves: dict[str, list[str]], sampling: tuple[str, str], throughput: Throughput, **kwargs
+        self,
+        *args,
+        halves: dict[str, list[str]],
+        sampling: tuple[str, str],
+        throughput: Throughput,
+        run_id: str,
+        **kwargs,
     ):
         """halves: per data set the names of its rows in train_dataset; sampling: (strategy, what ends an epoch)."""
-        self.halves, self.sampling, self.throughput = halves, sampling, throughput
+        self.halves, self.sampling, self.throughput, self.run_id = halves, sampling, throughput, run_id
         super().__init__(*args, **kwargs)
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)  # ours stand in the callbacks argument
@@ -75,6 +82,30 @@ class SparseTrainer(SparseEncoderTrainer):
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
 
+    def _get_output_dir(self, trial=None) -> str:
+        """Where the library writes its checkpoint-N: aside, under the checkpoints, never under the name they have."""
+        return str(Path(self.args.output_dir) / ASIDE)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """A checkpoint appears whole: written aside, sealed, flushed, renamed. Then the oldest go. One process writes."""
+        place = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
+        if is_first():
+            with written_aside(place.parent) as aside:
+                super()._save_checkpoint(model, trial)
+                self._put_in_place(aside / place.name, place)
+        else:
+            super()._save_checkpoint(model, trial)
+        # also what the others wait for: the checkpoint is there when any process goes on
+        self.state.best_model_checkpoint = from_first(self.state.best_model_checkpoint)
+
+    def _put_in_place(self, written: Path, place: Path) -> None:
+        if self.state.best_model_checkpoint == str(written):  # the best so far: under the name it will have
+            self.state.best_model_checkpoint = str(place)
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        seal(written, self.run_id, self.state.global_step)
+        put_in_place(written, place)
+        remove_oldest(place.parent, self.args.save_total_limit, place, self.state.best_model_checkpoint)
+
     def _save_rng_state(self, output_dir: str) -> None:
         """One process writes: the first, every process's state."""
         with tempfile.TemporaryDirectory() as own:
@@ -90,5 +121,7 @@ class SparseTrainer(SparseEncoderTrainer):
     def _load_best_model(self) -> None:
         if self.state.global_step < self.state.max_steps:
             return  # asked to stop: what matters is the checkpoint just written
+        if is_first():
+            require_unchanged(Path(self.state.best_model_checkpoint), self.run_id)
         # The library logs a failure here and goes on with the last weights as if they were the best.
         self._load_from_checkpoint(self.state.best_model_checkpoint)
