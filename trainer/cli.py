@@ -150,7 +150,7 @@ def _train(loaded: LoadedConfig, run: "Run", resume: bool, again: str) -> None:
     """Train; note how it ended in the manifest, and turn what can go wrong into one line each."""
     from trainer.callbacks import NonFiniteLoss
     from trainer.distributed import is_first, wait
-    from trainer.train import Stopped, is_disk_full, train
+    from trainer.train import Stopped, is_disk_full, lost_loader_worker, train
 
     def ended(status: str, error: BaseException) -> None:
         with contextlib.suppress(OSError):  # a full disk: the error itself matters more than the note of it
@@ -176,6 +176,11 @@ def _train(loaded: LoadedConfig, run: "Run", resume: bool, again: str) -> None:
         ) from None
     except Exception as error:
         ended("failed", error)
+        if lost_loader_worker(error):
+            raise ConfigError(
+                "a loader worker was ended by the system: by hand, or because memory ran out (then lower "
+                f"training.dataloader_num_workers). Nothing saved is lost. To go on: {again}"
+            ) from None
         if isinstance(error, ConfigError) or not is_disk_full(error, run.folder):
             raise
         raise ConfigError(f"the disk is full under {run.folder}. Free some space, then go on: {again}") from None

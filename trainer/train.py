@@ -1,6 +1,7 @@
 """Trains one run: data, model, loss, arguments, evaluation, steps, the final model and one verdict line."""
 
 import errno
+import re
 import shutil
 import sys
 import time
@@ -292,3 +293,8 @@ def is_disk_full(error: BaseException, folder: Path) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return shutil.disk_usage(folder).free < 2**20
+
+
+def lost_loader_worker(error: BaseException) -> bool:
+    """Whether an error says that a process which reads batches ahead was killed; torch has no type of its own for it."""
+    return isinstance(error, RuntimeError) and re.match(r"DataLoader worker \(pid.*\)", str(error)) is not None
