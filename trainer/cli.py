@@ -282,10 +282,28 @@ def schema() -> None:
     click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
+def _expect_lost_workers() -> None:
+    """No stack for a killed loader worker where Python cannot raise it.
+
+    torch raises it in a signal handler, wherever the program happens to be; in the middle of a fork Python can only print
+    it. The loader raises it again at its next batch, and then it is one line.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        from trainer.train import lost_loader_worker
+
+        if not lost_loader_worker(unraisable.exc_value):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def set_up_libraries(verbose: bool, loader_workers: int = 0) -> None:
     """Quiet logs and no telemetry."""
     if loader_workers:  # a worker forked from a process whose tokenizer used threads would wait for them for ever
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        _expect_lost_workers()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
