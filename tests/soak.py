@@ -153,6 +153,8 @@ def start(folder: Path, name: str, board: Board, *arguments: str) -> int:
         return pid
     os.setsid()
     os.chdir(folder)
+    # a new file: workers that outlive a killed run for a moment may still write to its own
+    Path(f"{name}.log").unlink(missing_ok=True)
     output = os.open(f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
