@@ -21,7 +21,7 @@ export PYTORCH_ENABLE_MPS_FALLBACK ?= 1
 RUN     := docker/run
 export CONFIG SET RUNTIME VENV NODES PROCS RENDEZVOUS PORT IMAGE
 
-.PHONY: help train resume eval check show bm25 publish export tensorboard images test test-docker lint smoke bench lock schema clean
+.PHONY: help train resume eval check show bm25 publish export tensorboard images test test-docker lint smoke bench soak lock schema clean
 .DEFAULT_GOAL := help
 
 help: ## this help
@@ -78,6 +78,9 @@ smoke: $(VENV)/.ok ## train two steps of the quickstart
 bench: $(VENV)/.dev ## measured ratios: tests/benchmarks
 	@$(BIN)/python -m tests.benchmarks.batches
 	@$(BIN)/python -m tests.benchmarks.search
+
+soak: $(VENV)/.dev ## kill trainings anywhere, resume them, compare: KILLS=25 (per architecture)
+	@$(BIN)/python -m tests.soak --kills $(or $(KILLS),25) $(ARGS)
 
 lock: ## remake the hash-locked requirement files (needs uv)
 	@$(REQ)/lock.sh

@@ -26,6 +26,7 @@ ROWS = [
         "trainer.callbacks",
         "trainer.evaluators",
         "trainer.measured",
+        "trainer.lock",
     },
     {"trainer.loop", "trainer.plan", "trainer.card"},
     {"trainer.train", "trainer.launch", "trainer.publish", "trainer.export"},

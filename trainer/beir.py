@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import ConfigError
+from trainer.config import ConfigError, one_line
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, dict]]:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise ConfigError(f"{file}:{number}: not JSON: {error.msg}") from None
+                except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+                    raise ConfigError(f"{file}:{number}: JSON that cannot be read: {one_line(error, 60)}") from None
                 if not isinstance(row, dict):
                     raise ConfigError(f'{file}:{number}: a line must be an object, {{"column": "text", …}}')
                 yield number, row

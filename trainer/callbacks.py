@@ -1,4 +1,4 @@
-"""What happens beside the training steps: TensorBoard, the watchdog, the progress bar, checkpoint seals, signals."""
+"""What happens beside the training steps: TensorBoard, the watchdog, the progress bar, signals."""
 
 import contextlib
 import math
@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from sentence_transformers import SparseEncoder
 from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback
 
-from trainer.checkpoints import seal
 from trainer.device import peak_memory_gib
 from trainer.distributed import largest, processes, total
 from trainer.sparsity import BatchStatistics
@@ -287,18 +286,6 @@ class ProgressLines(TrainerCallback):
         self.say(
             f"step {state.global_step:,} of {state.max_steps:,}, loss {float(logs['loss']):.3f}, {left:.0f} s left"
         )
-
-
-class CheckpointSeal(TrainerCallback):
-    """Marks a checkpoint as complete, after everything in it was written."""
-
-    def __init__(self, run_id: str):
-        self.run_id = run_id
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
-        """List the files and their sizes."""
-        if state.is_world_process_zero:
-            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.run_id, state.global_step)
 
 
 class Interrupted(KeyboardInterrupt):

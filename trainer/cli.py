@@ -64,10 +64,22 @@ def train(
     if nodes * processes > 1:
         _launch(loaded, name, processes, nodes, rendezvous)
     again = _how_to_go_on(config, name)
-    with _one_of_several(again):
+    with _one_of_several(again), _alone_in(name or loaded.name, resume):
         loaded, run = _open_run(file, loaded, name, overrides, resume)
         set_up_libraries(verbose, loaded.config.training.dataloader_num_workers)
         _train(loaded, run, resume, again)
+
+
+def _alone_in(name: str, resume: bool) -> contextlib.AbstractContextManager[None]:
+    """The lock of the run folder; several processes of one training are one owner, and the first holds it."""
+    from trainer.distributed import is_first
+    from trainer.lock import only_one_in
+    from trainer.run import MODELS
+
+    there_is_nothing_to_resume = resume and not (MODELS / name).is_dir()
+    if there_is_nothing_to_resume or not is_first():
+        return contextlib.nullcontext()
+    return only_one_in(MODELS / name, click.echo)
 
 
 def _how_to_go_on(config: str, name: str | None) -> str:
@@ -167,7 +179,7 @@ def _train(loaded: LoadedConfig, run: "Run", resume: bool, again: str) -> None:
     """Train; note how it ended in the manifest, and turn what can go wrong into one line each."""
     from trainer.callbacks import NonFiniteLoss
     from trainer.distributed import is_first, wait
-    from trainer.train import Stopped, is_disk_full, train
+    from trainer.train import Stopped, is_disk_full, lost_loader_worker, train
 
     def ended(status: str, error: BaseException) -> None:
         with contextlib.suppress(OSError):  # a full disk: the error itself matters more than the note of it
@@ -199,6 +211,11 @@ def _train(loaded: LoadedConfig, run: "Run", resume: bool, again: str) -> None:
         if isinstance(error.__context__, KeyboardInterrupt):  # what broke while the interrupt was on its way out
             interrupt(error.__context__)
         ended("failed", error)
+        if lost_loader_worker(error):
+            raise ConfigError(
+                "a loader worker was ended by the system: by hand, or because memory ran out (then lower "
+                f"training.dataloader_num_workers). Nothing saved is lost. To go on: {again}"
+            ) from None
         if isinstance(error, ConfigError) or not is_disk_full(error, run.folder):
             raise
         raise ConfigError(f"the disk is full under {run.folder}. Free some space, then go on: {again}") from None
@@ -325,10 +342,28 @@ def schema() -> None:
     click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
+def _expect_lost_workers() -> None:
+    """No stack for a killed loader worker where Python cannot raise it.
+
+    torch raises it in a signal handler, wherever the program happens to be; in the middle of a fork Python can only print
+    it. The loader raises it again at its next batch, and then it is one line.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        from trainer.train import lost_loader_worker
+
+        if not lost_loader_worker(unraisable.exc_value):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def set_up_libraries(verbose: bool, loader_workers: int = 0) -> None:
     """Quiet logs and no telemetry."""
     if loader_workers:  # a worker forked from a process whose tokenizer used threads would wait for them for ever
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        _expect_lost_workers()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")

@@ -10,8 +10,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from trainer.callbacks import EvaluationCut, NonFiniteLoss, StopOnSignal, Throughput
+from trainer.checkpoints import ASIDE, PREFIX, put_in_place, remove_oldest, require_unchanged, seal, written_aside
 from trainer.data import MixedBatches, Mixture, NoDuplicateBatches
-from trainer.distributed import from_all, is_first, keep_smallest, processes
+from trainer.distributed import from_all, from_first, is_first, keep_smallest, processes
 from trainer.models import keep_code
 
 
@@ -25,10 +26,12 @@ class SparseTrainer(SparseEncoderTrainer):
         sampling: tuple[str, str],
         throughput: Throughput,
         stop: StopOnSignal,
+        run_id: str,
         **kwargs,
     ):
         """halves: per data set the names of its rows in train_dataset; sampling: (strategy, what ends an epoch)."""
-        self.halves, self.sampling, self.throughput, self.stop = halves, sampling, throughput, stop
+        self.halves, self.sampling, self.throughput = halves, sampling, throughput
+        self.stop, self.run_id = stop, run_id
         super().__init__(*args, **kwargs)
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)  # ours stand in the callbacks argument
@@ -93,6 +96,30 @@ class SparseTrainer(SparseEncoderTrainer):
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
 
+    def _get_output_dir(self, trial=None) -> str:
+        """Where the library writes its checkpoint-N: aside, under the checkpoints, never under the name they have."""
+        return str(Path(self.args.output_dir) / ASIDE)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """A checkpoint appears whole: written aside, sealed, flushed, renamed. Then the oldest go. One process writes."""
+        place = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
+        if is_first():
+            with written_aside(place.parent) as aside:
+                super()._save_checkpoint(model, trial)
+                self._put_in_place(aside / place.name, place)
+        else:
+            super()._save_checkpoint(model, trial)
+        # also what the others wait for: the checkpoint is there when any process goes on
+        self.state.best_model_checkpoint = from_first(self.state.best_model_checkpoint)
+
+    def _put_in_place(self, written: Path, place: Path) -> None:
+        if self.state.best_model_checkpoint == str(written):  # the best so far: under the name it will have
+            self.state.best_model_checkpoint = str(place)
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+        seal(written, self.run_id, self.state.global_step)
+        put_in_place(written, place)
+        remove_oldest(place.parent, self.args.save_total_limit, place, self.state.best_model_checkpoint)
+
     def _save_rng_state(self, output_dir: str) -> None:
         """One process writes: the first, every process's state."""
         with tempfile.TemporaryDirectory() as own:
@@ -110,5 +137,6 @@ class SparseTrainer(SparseEncoderTrainer):
             return  # asked to stop: what matters is the checkpoint just written
         if not is_first():
             return  # it gets the first one's weights; on a network file system it may know of another best checkpoint
+        require_unchanged(Path(self.state.best_model_checkpoint), self.run_id)
         # The library logs a failure here and goes on with the last weights as if they were the best.
         self._load_from_checkpoint(self.state.best_model_checkpoint)

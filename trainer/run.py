@@ -109,7 +109,7 @@ class Run:
             run.update()
             write_atomically(run.folder / "config.yaml", render(loaded))
         except OSError as error:
-            raise ConfigError(f"{run.folder} cannot be written: {error.strerror}{_remedy(error)}") from None
+            raise cannot_be_written(run.folder, error) from None
         return run
 
     @classmethod
@@ -186,8 +186,11 @@ class Run:
                 )
             say(f"changed   {dotted}: {old} → {new}")
         self.manifest.pop("error", None)
-        self.update(status="starting", overrides=list(overrides))
-        write_atomically(self.folder / "config.yaml", render(loaded))
+        try:
+            self.update(status="starting", overrides=list(overrides))
+            write_atomically(self.folder / "config.yaml", render(loaded))
+        except OSError as error:
+            raise cannot_be_written(self.folder, error) from None
 
     def is_empty(self) -> bool:
         """Whether the run ended before its first step, so that a new one loses nothing."""
@@ -199,6 +202,11 @@ class Run:
         self.manifest.update(values, updated=_now())
         if self.is_mine:
             write_atomically(self.manifest_file, json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def cannot_be_written(folder: Path, error: OSError) -> ConfigError:
+    """The one line for a run folder that cannot be written, with the remedy where it belongs to somebody else."""
+    return ConfigError(f"{folder} cannot be written: {error.strerror}{_remedy(error)}")
 
 
 def differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
@@ -273,5 +281,15 @@ def write_atomically(file: Path, text: str) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(aside, file)
+        _flush_folder(file.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Return when a rename in this folder is on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

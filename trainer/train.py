@@ -1,6 +1,7 @@
 """Trains one run: data, model, loss, arguments, evaluation, steps, the final model and one verdict line."""
 
 import errno
+import re
 import shutil
 import sys
 import time
@@ -15,7 +16,6 @@ from sentence_transformers.util.distributed import distributed_evaluation
 
 from trainer.arguments import build_arguments
 from trainer.callbacks import (
-    CheckpointSeal,
     ProgressBar,
     ProgressLines,
     StopOnSignal,
@@ -23,7 +23,7 @@ from trainer.callbacks import (
     Throughput,
     Watchdog,
 )
-from trainer.checkpoints import newest_complete, step_of
+from trainer.checkpoints import best_of, newest_complete, put_in_place, remove_leftovers, require_unchanged, step_of
 from trainer.config import Config, ConfigError, LoadedConfig
 from trainer.data import TrainingData, load_data
 from trainer.device import choose_device, describe_device, peak_memory_gib
@@ -62,7 +62,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
     if not is_first():
         say = silent
     with StopOnSignal() as stop:
-        checkpoint = from_first(newest_complete(run.checkpoints, run.id, say) if resume and is_first() else None)
+        checkpoint = from_first(where_to_go_on(config, run, say) if resume and is_first() else None)
         if resume:
             say(f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint: starting from step 0")
 
@@ -131,10 +131,10 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             sampling=(config.datasets.sampling_strategy, config.datasets.epoch),
             throughput=throughput,
             stop=stop,
+            run_id=run.id,
             callbacks=[
                 watchdog,
                 TensorBoardLog(run.logs, statistics, throughput, device, config.evaluation.log_decoded_samples),
-                CheckpointSeal(run.id),
                 ProgressBar() if sys.stderr.isatty() else ProgressLines(say),
                 stop,
             ],
@@ -169,6 +169,16 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         if is_first():
             say(verdict(before, after, evaluator, run.manifest))
     return after
+
+
+def where_to_go_on(config: Config, run: Run, say: Say) -> Path | None:
+    """The checkpoint to resume from. Raises ConfigError now, not at the last step, when the best one is damaged."""
+    remove_leftovers(run.folder, run.checkpoints)
+    checkpoint = newest_complete(run.checkpoints, run.id, say)
+    best = best_of(checkpoint) if checkpoint and config.training.load_best_model_at_end else None
+    if best is not None:
+        require_unchanged(best, run.id)
+    return checkpoint
 
 
 def silent(line: str) -> None:
@@ -272,8 +282,7 @@ def save_final(model: SparseEncoder, run: Run) -> None:
     aside = run.folder / ".final"
     shutil.rmtree(aside, ignore_errors=True)
     save_model(model, aside)
-    shutil.rmtree(run.final, ignore_errors=True)
-    aside.rename(run.final)
+    put_in_place(aside, run.final)
 
 
 def verdict(before: dict, after: dict, evaluator: SearchEvaluator | None, manifest: dict[str, Any]) -> str:
@@ -303,3 +312,8 @@ def is_disk_full(error: BaseException, folder: Path) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return shutil.disk_usage(folder).free < 2**20
+
+
+def lost_loader_worker(error: BaseException) -> bool:
+    """Whether an error says that a process which reads batches ahead was killed; torch has no type of its own for it."""
+    return isinstance(error, RuntimeError) and re.match(r"DataLoader worker \(pid.*\)", str(error)) is not None

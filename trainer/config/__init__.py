@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from trainer.config.checks import find_contradictions, is_commit, is_local
 from trainer.config.errors import ConfigError, did_you_mean, one_line
 from trainer.config.schema import FROM_SCRATCH, Config, LocalSource
-from trainer.config.tree import Origin, Origins, Path_, merge, parse_value, read_file
+from trainer.config.tree import MAX_DEPTH, Origin, Origins, Path_, is_file, merge, parse_value, read_file
 
 __all__ = [
     "CONFIG_DIR",
@@ -61,11 +61,11 @@ def find_config(name: str) -> Path:
     """The file for what a user typed after CONFIG=: a shipped config's name, or a path."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
+        if is_file(path):
             return path
         raise ConfigError(f"there is no config file {path}")
     file = CONFIG_DIR / f"{PREFIX}{name}.yaml"
-    if not file.is_file():
+    if not is_file(file):
         known = [config_name(f) for f in CONFIG_DIR.glob(f"{PREFIX}*.yaml")]
         raise ConfigError(f"there is no config '{name}' in {_short(CONFIG_DIR)}.{did_you_mean(name, known)}")
     return _short(file)
@@ -84,6 +84,8 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         path = tuple(key.strip().split("."))
         if not equals or not all(path):
             raise ConfigError(f"--set {override}: write it as section.key=value")
+        if len(path) > MAX_DEPTH:
+            raise ConfigError(f"--set {override}: no config is so deeply nested")
         nested: Any = parse_value(text.strip())
         for part in reversed(path):
             nested = {part: nested}
@@ -126,7 +128,8 @@ def _check_siblings(loaded: LoadedConfig) -> None:
             other, _ = read_file(sibling)
         except ConfigError:
             continue  # a broken sibling is reported when it is itself used
-        if (other.get("hub") or {}).get("repo") == repo:
+        hub = other.get("hub")
+        if isinstance(hub, dict) and hub.get("repo") == repo:
             raise ConfigError(
                 f"{loaded.where('hub', 'repo')}: {sibling.name} pushes to the same 'hub.repo' {repo}. Change one."
             )

@@ -16,11 +16,19 @@ RESERVED_NAMES = ("quickstart_nli", "quickstart_scandi_qa", "quickstart_ddsc")
 def is_local(source: str) -> bool:
     """Whether a source names files rather than a hub repository (owner/name)."""
     return (
-        Path(source).exists()
+        exists(source)
         or source.startswith((".", "/", "~"))
         or source.endswith(FILE_ENDINGS)
         or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)
     )
+
+
+def exists(name: str) -> bool:
+    """Whether there is such a file or folder; a name that none can have (too long, with a null byte) is none."""
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def is_commit(revision: str | None) -> bool:
@@ -183,9 +191,9 @@ def _local(path: Path_, source: LocalSource) -> Iterator[Finding]:
             )
         return
     without_effect = {"revision": source.revision}
-    if not Path(source.source).is_dir():
+    if not (exists(source.source) and Path(source.source).is_dir()):
         without_effect |= {"subset": source.subset, "eval_split": source.eval_split}
-    elif (Path(source.source) / "corpus.jsonl").is_file():
+    elif exists(f"{source.source}/corpus.jsonl"):
         without_effect |= {"subset": source.subset, "columns": columns}
     for key, value in without_effect.items():
         if value is not None:

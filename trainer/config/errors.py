@@ -5,11 +5,23 @@ from collections.abc import Iterable
 
 import click
 
+# Longest error line: about ten lines of a terminal. The longest of ours has 600 characters; more comes from a value.
+LONGEST = 1000
+
 
 class ConfigError(click.ClickException):
-    """A mistake the user can fix. The message says where, what, and what to do."""
+    """A mistake the user can fix. The message says where, what, and what to do.
+
+    It is one line whatever it quotes: a key or a file name may hold line breaks, terminal codes, or a page of text.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str):
+        line = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in message)
+        if len(line) > LONGEST:  # the place is at the start, and what to do is at the end
+            line = f"{line[: LONGEST // 2]} […] {line[-LONGEST // 2 :]}"
+        super().__init__(line)
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

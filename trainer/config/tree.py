@@ -25,6 +25,7 @@ Origins = dict[Path_, Origin]
 
 # Far above any real config (the largest shipped one has about 100 nodes); stops "billion laughs" aliases.
 MAX_NODES = 10_000
+MAX_DEPTH = 20
 MAX_BYTES = 1_000_000
 
 
@@ -74,7 +75,7 @@ class _Builder:
 
     def build(self, node: yaml.Node, path: Path_) -> Any:
         self.nodes += 1
-        if self.nodes > MAX_NODES or len(path) > 20:
+        if self.nodes > MAX_NODES or len(path) > MAX_DEPTH:
             self.fail(node, "the file is too large or too deeply nested for a config")
         if path:
             self.origins.setdefault(path, Origin(self.source, node.start_mark.line + 1))
@@ -145,19 +146,32 @@ def merge(base: Any, over: Any, base_origins: Origins, over_origins: Origins, pa
     return over
 
 
+def _text_of(file: Path) -> str:
+    """A file's text; of one that is too large for a config, a little more than is allowed, for parse() to refuse."""
+    try:
+        with file.open("rb") as data:
+            return data.read(4 * MAX_BYTES + 1).decode("utf-8")  # a character has up to 4 bytes
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}:1: not a text file in UTF-8") from None
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have (too long, with a null byte) is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_file(file: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Origins]:
     """A file's values with those of the files it extends beneath them.
 
     `extends:` names one file or a list of them, relative to the file that says it; later ones win over earlier ones,
     and the file itself wins over all.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{file}:1: not a text file in UTF-8") from None
-    own, own_origins = parse(text, str(file))
+    own, own_origins = parse(_text_of(file), str(file))
     parents = own.pop("extends", [])
     line = own_origins.pop(("extends",), Origin(str(file), 1)).line
     own_origins = {path: origin for path, origin in own_origins.items() if path[0] != "extends"}
@@ -168,10 +182,10 @@ def read_file(file: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any],
     origins: Origins = {}
     for parent in parents:
         parent_file = file.parent / parent
+        if not is_file(parent_file):
+            raise ConfigError(f"{file}:{line}: 'extends' names {parent}, but there is no file {parent_file}")
         if parent_file.resolve() in (p.resolve() for p in (*chain, file)):
             raise ConfigError(f"{file}:{line}: 'extends' goes in a circle through {parent}")
-        if not parent_file.is_file():
-            raise ConfigError(f"{file}:{line}: 'extends' names {parent}, but there is no file {parent_file}")
         parent_values, parent_origins = read_file(parent_file, (*chain, file))
         values = merge(values, parent_values, origins, parent_origins)
     return merge(values, own, origins, own_origins), origins

@@ -15,6 +15,10 @@ from trainer.beir import read_json_lines, text_of
 from trainer.config import ConfigError
 
 ROLES = ["anchor", "positive", "negative"]
+# Twice the languages of the largest set here; more are no languages, and would fill the plan with a line of any length.
+MOST_LANGUAGES = 12
+# A text with a character that is neither blank nor invisible (zero-width, control, direction): others have no tokens.
+VISIBLE = r"[^\p{Z}\p{C}]"
 Columns = dict[str, str]  # role -> column name in the source
 
 
@@ -30,9 +34,11 @@ class Rows:
 
     @property
     def languages(self) -> dict[str, int]:
-        """Rows per language, the most frequent first."""
+        """Rows per language, the most frequent first; a column that holds something else is told by its many values."""
         counts = pc.value_counts(self.table["language"]).to_pylist()
-        return dict(Counter({row["values"]: row["counts"] for row in counts}).most_common())
+        found = Counter({row["values"]: row["counts"] for row in counts}).most_common()
+        rest = {f"{len(found) - MOST_LANGUAGES:,} others": sum(count for _, count in found[MOST_LANGUAGES:])}
+        return dict(found[:MOST_LANGUAGES]) | (rest if len(found) > MOST_LANGUAGES else {})
 
     def take(self, numbers: np.ndarray, **left_out: int) -> "Rows":
         """The rows with these numbers; `left_out` adds to the counts of what is not trained on."""
@@ -101,12 +107,14 @@ def rows_from_table(table: pa.Table, columns: Columns, language: str | None, *, 
             values = values.cast(pa.string())
         if not pa.types.is_string(values.type):
             raise ConfigError(f"{where}: column '{column}' holds {values.type}, not text")
-        trimmed = pc.utf8_trim_whitespace(values)
-        picked[role] = pc.if_else(pc.equal(pc.utf8_length(trimmed), 0), pa.scalar(None, pa.string()), trimmed)
+        _require_utf8(values, f"{where}: column '{column}'")
+        # stops at the first such character, so a long text costs no more than a short one
+        is_text = pc.match_substring_regex(values, VISIBLE)
+        picked[role] = pc.if_else(is_text, pc.utf8_trim_whitespace(values), pa.scalar(None, pa.string()))
     if "negative" in picked and picked["negative"].null_count == table.num_rows:
         del picked["negative"]
     if language in table.column_names:
-        picked["language"] = pc.fill_null(table[language].cast(pa.string()), "?")
+        picked["language"] = _language_tags(table[language], f"{where}: column '{language}'")
     else:
         picked["language"] = pa.repeat(pa.scalar(language or "?"), table.num_rows)
     usable = pc.and_(pc.is_valid(picked["anchor"]), pc.is_valid(picked["positive"]))
@@ -114,6 +122,36 @@ def rows_from_table(table: pa.Table, columns: Columns, language: str | None, *, 
     if len(rows) < table.num_rows:
         rows.left_out["without text"] = table.num_rows - len(rows)
     return rows
+
+
+def _require_utf8(values: pa.ChunkedArray | pa.Array, column: str) -> None:
+    """Raise ConfigError with the number of rows that are not text: parquet files are read without a look at it."""
+    try:
+        values.validate(full=True)
+    except pa.ArrowInvalid:
+        wrong = sum(not _is_utf8(value) for value in values.cast(pa.binary()).to_pylist())
+        raise ConfigError(
+            f"{column} holds bytes that are no text in UTF-8, in {wrong:,} of {len(values):,} rows"
+        ) from None
+
+
+def _is_utf8(value: bytes | None) -> bool:
+    try:
+        return value is None or value.decode("utf-8") is not None
+    except UnicodeDecodeError:
+        return False
+
+
+def _language_tags(values: pa.ChunkedArray, column: str) -> pa.ChunkedArray:
+    """Short printable words for the counts per language; '?' where there is none. Nothing trains on them."""
+    try:
+        words = values.cast(pa.string())
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+        raise ConfigError(f"{column} holds {values.type}, not the names of languages") from None
+    _require_utf8(words, column)
+    printable = pc.utf8_trim_whitespace(pc.replace_substring_regex(words, r"[\p{Z}\p{C}]+", " "))
+    short = pc.utf8_slice_codeunits(printable, 0, 20)
+    return pc.if_else(pc.equal(pc.fill_null(short, ""), ""), "?", short)
 
 
 def join(parts: list[Rows]) -> Rows:

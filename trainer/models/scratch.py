@@ -1,6 +1,7 @@
 """A small BERT and its WordPiece tokenizer, built from the training texts when there is no base model."""
 
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -67,6 +68,7 @@ def train_vocabulary(size: int, texts: list[str]) -> dict[str, int]:
     The library numbers `##x` pieces in the order of a hash map, which differs from run to run, and breaks ties by number.
     Naming them all beforehand, as special tokens of a tokenizer that is then thrown away, settles the order.
     """
+    texts = [without_long_words(text) for text in texts]
     words = (word for text in texts for word, _ in PRE_TOKENIZER.pre_tokenize_str(NORMALIZER.normalize_str(text)))
     pieces = [f"##{character}" for character in sorted({character for word in words for character in word})]
     wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -74,6 +76,19 @@ def train_vocabulary(size: int, texts: list[str]) -> dict[str, int]:
     trainer = WordPieceTrainer(vocab_size=size, special_tokens=[*SPECIAL_TOKENS, *pieces], show_progress=False)
     wordpiece.train_from_iterator(texts, trainer)
     return wordpiece.get_vocab()
+
+
+# WordPiece reads a longer word as [UNK] whole, so its pieces would never be used; finding them takes the square of its
+# length: a text of 1 MB without a blank took more than 40 s.
+LONGEST_WORD = 100
+
+
+def without_long_words(text: str) -> str:
+    """The text without the words that the tokenizer will not take apart."""
+    if len(text) <= LONGEST_WORD or not re.search(rf"\S{{{LONGEST_WORD + 1}}}", text):
+        return text
+    words = PRE_TOKENIZER.pre_tokenize_str(NORMALIZER.normalize_str(text))
+    return " ".join(word for word, _ in words if len(word) <= LONGEST_WORD)
 
 
 @torch.no_grad()
