@@ -28,7 +28,8 @@ def built(tmp_path, bert, architecture, *overrides):
 def parameter_groups(model, loss, arguments):
     """Learning rate -> names of the parameters the optimizer trains at it."""
     trainer = SparseTrainer(
-        model=model, args=arguments, loss=loss, halves={}, sampling=("round_robin", "smallest"), throughput=None,
+        model=model, args=arguments, loss=loss, halves={}, sampling=("round_robin", "smallest"),
+        throughput=None, stop=None, run_id="",
         eval_dataset=__import__("datasets").Dataset.from_dict({"anchor": ["a"], "positive": ["b"]}),
     )  # fmt: skip
     names = {id(parameter): name for name, parameter in model.named_parameters()}
