@@ -382,7 +382,10 @@ def measure_long(steps: int, warm_up: int, say: Callable[[str], None]) -> dict[s
         folder = Path(temporary)
         write_work(folder, "inference-free-splade", steps, save=steps // 8)
         pid = start(folder, "long", Board(), "--set", "training.logging_steps=10")
+        deadline = time.monotonic() + SECONDS
         while not (found := os.waitpid(pid, os.WNOHANG))[0]:
+            if time.monotonic() > deadline:
+                os.killpg(pid, signal.SIGKILL)
             with contextlib.suppress(OSError, ValueError, IndexError):
                 step = int((folder / "long.order").read_bytes()[-120:].splitlines()[-1].split()[0])
                 if not samples or step >= samples[-1][0] + 20:

@@ -48,8 +48,10 @@ def test_a_soak_with_a_difference_exits_with_1(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_memory_and_open_files_do_not_grow_over_hundreds_of_steps():
-    found = soak.measure_long(600, 200, print)
-    # 400 steps are too few for the 1 MB per 1,000 steps that 2,000 are held to: allocators come to rest slowly
-    assert found["rss_mb_per_1000_steps"] < 20
-    assert found["files_last"] == found["files_first"]
+def test_memory_and_open_files_do_not_grow_over_2000_steps(tmp_path):
+    from tests.conftest import run_trainer
+
+    # in a process of its own: it forks, and a test runner's threads may hold a lock that the child would wait for
+    result = run_trainer(tmp_path, "--long", module="tests.soak")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2000 steps" in result.stdout
