@@ -88,9 +88,8 @@ def _how_to_go_on(config: str, name: str | None) -> str:
 
     together = {"processes": processes_here(), "nodes": processes() // processes_here()}
     together = {key: str(number) for key, number in together.items() if number > 1}
-    if "nodes" in together and not os.environ.get(
-        "NORDSPARSE_NODES_HERE"
-    ):  # containers on one machine know it themselves
+    containers_here = os.environ.get("NORDSPARSE_NODES_HERE")  # docker/run knows where those meet
+    if "nodes" in together and not containers_here:
         together["rendezvous"] = os.environ.get("NORDSPARSE_RENDEZVOUS", "HOST:PORT")
     if name is None:
         variables = {"processes": "PROCS", "nodes": "NODES", "rendezvous": "RENDEZVOUS"}
