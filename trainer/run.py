@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import Config, ConfigError, LoadedConfig, load_config, render
+from trainer.files import write_atomically
 
 MODELS = Path("models")
 REQUIREMENTS = Path(__file__).parents[1] / "docker" / "requirements"
@@ -270,26 +271,3 @@ def duration(seconds: float) -> str:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a file aside and put it in its place: a reader sees the old text or the new, never half of one."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(aside, file)
-        _flush_folder(file.parent)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Return when a rename in this folder is on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

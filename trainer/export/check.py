@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from trainer.beir import read_search_set
 from trainer.config import ConfigError
 from trainer.data.sources import QUICKSTART
-from trainer.run import write_atomically
+from trainer.files import write_atomically
 
 DEPTH = 10
 # Documents whose exact scores are this near to each other may change places: rounding decides about them.

@@ -18,7 +18,8 @@ from trainer.export.lines import LineFormat
 from trainer.export.query_side import require_same_queries
 from trainer.export.request import Request
 from trainer.export.vectors import Encoder, matrix_of, vectors_of
-from trainer.run import hash_of_model, write_atomically
+from trainer.files import write_atomically
+from trainer.run import hash_of_model
 
 Say = Callable[[str], None]
 
