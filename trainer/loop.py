@@ -11,6 +11,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from trainer.callbacks import EvaluationCut, NonFiniteLoss, StopOnSignal, Throughput
 from trainer.checkpoints import ASIDE, PREFIX, put_in_place, remove_oldest, require_unchanged, seal, written_aside
+from trainer.control import WeightSchedule
 from trainer.data import MixedBatches, Mixture, NoDuplicateBatches
 from trainer.distributed import from_all, from_first, is_first, keep_smallest, processes
 from trainer.models import keep_code
@@ -27,11 +28,15 @@ class SparseTrainer(SparseEncoderTrainer):
         throughput: Throughput,
         stop: StopOnSignal,
         run_id: str,
+        schedule: WeightSchedule | None = None,
         **kwargs,
     ):
-        """halves: per data set the names of its rows in train_dataset; sampling: (strategy, what ends an epoch)."""
+        """halves: per data set the names of its rows in train_dataset; sampling: (strategy, what ends an epoch); schedule:
+        the penalties' weights, where there are any."""
         self.halves, self.sampling, self.throughput = halves, sampling, throughput
-        self.stop, self.run_id = stop, run_id
+        self.stop, self.run_id, self.schedule = stop, run_id, schedule
+        if schedule is not None:
+            kwargs["callbacks"] = [schedule, *kwargs.get("callbacks", ())]
         super().__init__(*args, **kwargs)
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)  # ours stand in the callbacks argument
@@ -131,6 +136,8 @@ class SparseTrainer(SparseEncoderTrainer):
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
         keep_code(Path(output_dir or self.args.output_dir))
+        if self.schedule is not None:
+            self.schedule.save(Path(output_dir or self.args.output_dir))
 
     def _load_best_model(self) -> None:
         if self.state.global_step < self.state.max_steps:

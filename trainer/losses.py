@@ -7,16 +7,15 @@ from sentence_transformers.sparse_encoder.losses import (
     CachedSpladeLoss,
     CSRLoss,
     CSRReconstructionLoss,
-    FlopsLoss,
     SparseMultipleNegativesRankingLoss,
     SpladeLoss,
 )
 from sentence_transformers.util.distributed import all_gather_with_grad
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from trainer.config import Config
 from trainer.distributed import processes
+from trainer.penalties import Penalty, flops, idf_flops, l1
 from trainer.sparsity import BatchStatistics
 
 
@@ -39,21 +38,6 @@ def ranking_loss(
     return loss
 
 
-class SharedFlopsLoss(FlopsLoss):
-    """FLOPS loss (arXiv 2004.05665) of the batch that all processes share: the squared length of its mean vector.
-
-    The square of a mean over a part of the batch is another number: twice as many processes with half the rows each
-    would press for more sparsity.
-    """
-
-    def compute_loss_from_embeddings(self, embeddings: Tensor) -> Tensor:
-        """embeddings: this process's [rows, vocabulary], of as many rows as every other's."""
-        mean = embeddings.mean(0)
-        if processes() > 1:
-            mean = all_reduce(mean) / processes()
-        return mean.square().sum()
-
-
 class SharedReconstructionLoss(CSRReconstructionLoss):
     """Reconstruction loss (arXiv 2503.01776) of the batch that all processes share: part of it is relative to the batch's
     variance, which is another one for each process's rows."""
@@ -69,24 +53,32 @@ class SharedReconstructionLoss(CSRReconstructionLoss):
         return super().compute_loss_from_embeddings(outputs)
 
 
-def build_loss(config: Config, model: SparseEncoder, statistics: BatchStatistics) -> nn.Module:
-    """The loss the config asks for, around one contrastive loss."""
-    return LOSSES[config.loss.type](config, model, statistics)
+def build_loss(
+    config: Config, model: SparseEncoder, statistics: BatchStatistics, idf: Tensor | None = None
+) -> nn.Module:
+    """The loss the config asks for, around one contrastive loss. idf: [vocabulary], for loss.penalty idf-flops."""
+    if config.loss.type == "csr":
+        return build_csr_loss(config, model, statistics)
+    return build_splade_loss(config, model, statistics, idf)
 
 
-def build_splade_loss(config: Config, model: SparseEncoder, statistics: BatchStatistics) -> nn.Module:
-    """Contrastive loss on dot products plus FLOPS loss on documents and queries (arXiv 2109.10086)."""
+def build_splade_loss(
+    config: Config, model: SparseEncoder, statistics: BatchStatistics, idf: Tensor | None
+) -> SpladeLoss:
+    """Contrastive loss on dot products plus penalties on documents and queries (arXiv 2109.10086)."""
     loss = config.loss
     ranking = ranking_loss(model, statistics, loss.scale or 1.0, util.dot_score)
-    weights = {
-        "document_regularizer_weight": loss.document_regularizer_weight,
-        # 0 rather than None: None means the same and makes the library warn
+    function = {"flops": flops, "l1": l1}.get(loss.penalty) or idf_flops(idf)
+    parts = {
+        # 0 rather than None: None means the same and makes the library warn; with a target it is found in training
+        "document_regularizer_weight": loss.document_regularizer_weight or 0.0,
         "query_regularizer_weight": loss.query_regularizer_weight or 0.0,
+        "document_regularizer": Penalty(model, function, loss.document_dims_cap),
+        "query_regularizer": Penalty(model, function),
     }
-    weights |= {"document_regularizer": SharedFlopsLoss(model), "query_regularizer": SharedFlopsLoss(model)}
     if loss.cached:
-        return CachedSpladeLoss(model, ranking, mini_batch_size=loss.mini_batch_size, **weights)
-    return SpladeLoss(model, ranking, **weights)
+        return CachedSpladeLoss(model, ranking, mini_batch_size=loss.mini_batch_size, **parts)
+    return SpladeLoss(model, ranking, **parts)
 
 
 def build_csr_loss(config: Config, model: SparseEncoder, statistics: BatchStatistics) -> nn.Module:
@@ -96,9 +88,3 @@ def build_csr_loss(config: Config, model: SparseEncoder, statistics: BatchStatis
     csr = CSRLoss(model, ranking, beta=loss.beta, gamma=loss.gamma)
     csr.reconstruction_loss = SharedReconstructionLoss(model, beta=loss.beta)
     return csr
-
-
-LOSSES: dict[str, Callable[[Config, SparseEncoder, BatchStatistics], nn.Module]] = {
-    "splade": build_splade_loss,
-    "csr": build_csr_loss,
-}

@@ -14,7 +14,7 @@ from trainer.device import choose_device
 from trainer.distributed import processes
 from trainer.hub import HubUnreachable
 from trainer.losses import build_loss
-from trainer.models import BaseModel, build_model, fetch_base_model, vocabulary_of
+from trainer.models import BaseModel, build_model, document_idf, fetch_base_model, vocabulary_of
 from trainer.run import MODELS
 from trainer.sparsity import BatchStatistics
 
@@ -87,7 +87,7 @@ def data_lines(config: Config, data: TrainingData, schedule: Schedule) -> Iterat
 
 
 def training_lines(config: Config, data: TrainingData, model: SparseEncoder, loss: nn.Module) -> Iterator[str]:
-    """Parameters per learning rate, and estimated memory."""
+    """Parameters per learning rate, what decides the sparsity, and estimated memory."""
     rates = query_rate_mapping(config, loss)
     query = {name.removeprefix("^").removesuffix("$").replace("\\", "") for name in rates}
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"query": [], "rest": [], "frozen": []}
@@ -106,7 +106,19 @@ def training_lines(config: Config, data: TrainingData, model: SparseEncoder, los
         yield f"          {config.training.query_learning_rate:g}: {count('query')}: {names}"
     if groups["frozen"]:
         yield f"          not trained: {count('frozen')} in {len(groups['frozen'])} tensors"
+    yield from sparsity_lines(config)
     yield from memory_lines(config, data, model)
+
+
+def sparsity_lines(config: Config) -> Iterator[str]:
+    """The targets that weights are found for, and the penalty where it is not the usual one."""
+    loss = config.loss
+    for route, target in (("documents", loss.target_document_dims), ("queries", loss.target_query_dims)):
+        if target:
+            yield f"sparsity  {route}: {target:,} active dims on average, for which the first third finds the weight"
+    if loss.type == "splade" and (loss.penalty != "flops" or loss.document_dims_cap):
+        cap = f", of documents with more than {loss.document_dims_cap:,} active dims" if loss.document_dims_cap else ""
+        yield f"penalty   {loss.penalty}{cap}"
 
 
 def model_lines(config: Config, base: BaseModel | None) -> Iterator[str]:
@@ -188,4 +200,5 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
         return
     model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), "cpu")
     yield f"          {vocabulary_of(model):,} dimensions, {sum(p.numel() for p in model.parameters()):,} parameters"
-    yield from training_lines(config, data, model, build_loss(config, model, BatchStatistics()))
+    idf = document_idf(config, model, data.texts("positive", "negative"))
+    yield from training_lines(config, data, model, build_loss(config, model, BatchStatistics(), idf))

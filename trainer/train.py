@@ -25,6 +25,7 @@ from trainer.callbacks import (
 )
 from trainer.checkpoints import best_of, newest_complete, put_in_place, remove_leftovers, require_unchanged, step_of
 from trainer.config import Config, ConfigError, LoadedConfig
+from trainer.control import WeightSchedule
 from trainer.data import TrainingData, load_data
 from trainer.device import choose_device, describe_device, peak_memory_gib
 from trainer.distributed import (
@@ -37,7 +38,7 @@ from trainer.distributed import (
 from trainer.evaluators import SCORE, SearchEvaluator, build_evaluator
 from trainer.loop import SparseTrainer
 from trainer.losses import build_loss
-from trainer.models import build_model, fetch_base_model, load_model, save_model
+from trainer.models import build_model, document_idf, fetch_base_model, load_model, save_model
 from trainer.plan import data_lines, model_lines, schedule_of, training_lines
 from trainer.run import Run, duration
 from trainer.sparsity import BatchStatistics
@@ -90,7 +91,8 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
 
         # 3. Loss
         statistics = BatchStatistics(enabled=config.evaluation.track_sparsity)
-        loss = build_loss(config, model, statistics)
+        idf = document_idf(config, model, data.texts("positive", "negative"))
+        loss = build_loss(config, model, statistics, idf)
         for line in training_lines(config, data, model, loss):
             say(line)
 
@@ -120,6 +122,9 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
 
         # 6. Train
         throughput, watchdog = Throughput(), Watchdog(statistics, say)
+        weights = WeightSchedule(loss, config) if config.loss.type == "splade" else None
+        if weights and checkpoint:
+            weights.load(checkpoint)
         trainer = SparseTrainer(
             model=model,
             args=arguments,
@@ -132,6 +137,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             throughput=throughput,
             stop=stop,
             run_id=run.id,
+            schedule=weights,
             callbacks=[
                 watchdog,
                 TensorBoardLog(run.logs, statistics, throughput, device, config.evaluation.log_decoded_samples),
@@ -165,6 +171,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             status="finished",
             best_checkpoint=trainer.state.best_model_checkpoint,
             best_metric={"name": best_metric, "value": trainer.state.best_metric},
+            **({"sparsity": weights.summary()} if weights and weights.controllers else {}),
         )
         if is_first():
             say(verdict(before, after, evaluator, run.manifest))

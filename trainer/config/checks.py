@@ -9,6 +9,14 @@ from trainer.config.tree import Path_
 
 Finding = tuple[Path_, str]
 
+# Keys of the loss that csr has no use for; `penalty` has a default, so it is not among them.
+SPLADE_KEYS = (
+    "document_regularizer_weight",
+    "query_regularizer_weight",
+    "target_document_dims",
+    "target_query_dims",
+    "document_dims_cap",
+)
 FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 RESERVED_NAMES = ("quickstart_nli", "quickstart_scandi_qa", "quickstart_ddsc")
 
@@ -142,23 +150,56 @@ def _loss(config: Config) -> Iterator[Finding]:
         yield ("loss", "type"), f"'loss.type' is {loss.type}, but architecture {architecture} needs {expected}"
         return
     if expected == "csr":
-        for key in ("document_regularizer_weight", "query_regularizer_weight", "cached"):
+        for key in (*SPLADE_KEYS, "cached"):
             if getattr(loss, key):
                 yield (
                     ("loss", key),
                     f"'loss.{key}' is for SPLADE; a csr model is sparse by model.csr_k. Remove it.",
                 )
         return
-    if not loss.document_regularizer_weight:
+    for route in ("document", "query"):
+        yield from _weight_or_target(config, route)
+    if loss.penalty == "idf-flops" and architecture != "inference-free-splade":
         yield (
-            ("loss", "document_regularizer_weight"),
-            "'loss.document_regularizer_weight' must be more than 0, or documents stay dense",
+            ("loss", "penalty"),
+            f"'loss.penalty' idf-flops is for inference-free-splade, where queries weigh words by IDF, not {architecture}",
         )
-    if architecture == "splade" and not loss.query_regularizer_weight:
+    cap, target = loss.document_dims_cap, loss.target_document_dims
+    if cap and target and cap >= target:
         yield (
-            ("loss", "query_regularizer_weight"),
-            "'loss.query_regularizer_weight' must be more than 0 for splade, or queries stay dense "
-            "(0 is for inference-free-splade)",
+            ("loss", "document_dims_cap"),
+            f"'loss.document_dims_cap' ({cap}) must be less than target_document_dims ({target}): documents up to the cap "
+            "are not penalised, so no weight brings their mean below it",
+        )
+
+
+def _weight_or_target(config: Config, route: str) -> Iterator[Finding]:
+    """Each route's sparsity is said once: by a weight, or by the dims that the weight is found for."""
+    weight_key, target_key = f"{route}_regularizer_weight", f"target_{route}_dims"
+    weight, target = getattr(config.loss, weight_key), getattr(config.loss, target_key)
+    inference_free = config.model.architecture == "inference-free-splade"
+    if target and weight:
+        yield (
+            ("loss", target_key),
+            f"'loss.{target_key}' ({target}) finds the weight during training, 'loss.{weight_key}' ({weight:g}) gives it: "
+            "remove one of them (null unsets a parent's). A target holds for every vocabulary, batch size and data set",
+        )
+    elif route == "query" and target and inference_free:
+        yield (
+            ("loss", target_key),
+            f"'loss.{target_key}' is for splade: queries of inference-free-splade are their own words. Remove it.",
+        )
+    elif route == "document" and not target and not weight:
+        yield (
+            ("loss", weight_key),
+            f"'loss.{weight_key}' must be more than 0, or documents stay dense. Or say how many dims documents shall have: "
+            f"loss.{target_key}",
+        )
+    elif route == "query" and not target and not weight and not inference_free:
+        yield (
+            ("loss", weight_key),
+            f"'loss.{weight_key}' must be more than 0 for splade, or queries stay dense (0 is for inference-free-splade). "
+            f"Or say how many dims queries shall have: loss.{target_key}",
         )
 
 

@@ -152,9 +152,20 @@ class LossConfig(Section):
     type: Literal["splade", "csr"]
     """splade for both SPLADE architectures, csr for csr."""
     document_regularizer_weight: Weight | None = None
-    """SPLADE: weight of the FLOPS loss on documents. Larger is sparser."""
+    """SPLADE: weight of the penalty on documents. Larger is sparser. Or say the sparsity: target_document_dims."""
     query_regularizer_weight: Weight | None = None
     """SPLADE: the same on queries; more than 0 for `splade`, usually 0 for `inference-free-splade`."""
+    target_document_dims: Positive | None = None
+    """SPLADE: active dims that documents shall have on average; the weight is found during training, instead of
+    document_regularizer_weight."""
+    target_query_dims: Positive | None = None
+    """splade: the same for queries, instead of query_regularizer_weight."""
+    penalty: Literal["flops", "l1", "idf-flops"] = "flops"
+    """SPLADE: what the weight multiplies. flops: Σ m² of the mean activation (arXiv 2004.05665); l1: Σ m; idf-flops:
+    FLOPS where common words cost more, for inference-free-splade (arXiv 2411.04403)."""
+    document_dims_cap: Positive | None = None
+    """SPLADE: documents of no more active dims than this are not penalised (arXiv 2504.14839, where documents are also
+    encoded with model.activation_function log1p_relu)."""
     scale: Rate | None = None
     """Similarities are multiplied by this before the softmax; 1 for dot products (SPLADE), 20 for cosine (csr)."""
     cached: bool = False

@@ -23,13 +23,14 @@ from trainer.distributed import is_first, share_files
 from trainer.hub import fetch
 from trainer.models.card import build_card
 from trainer.models.heads import check_not_dense, decoder_of, silence_special_tokens
-from trainer.models.queries import START_WEIGHTS, query_tokenizer
+from trainer.models.queries import START_WEIGHTS, query_tokenizer, weights_of_idf
 from trainer.models.remote_code import BaseModel, check_code, check_weights, keep_code, with_own_code
 from trainer.models.scratch import build_from_scratch
 
 __all__ = [
     "BaseModel",
     "build_model",
+    "document_idf",
     "fetch_base_model",
     "keep_code",
     "load_model",
@@ -130,6 +131,11 @@ def vocabulary_of(model: SparseEncoder) -> int:
             return module.hidden_dim
     transformer = next(module for module in model.modules() if isinstance(module, Transformer))
     return transformer.model.get_output_embeddings().out_features
+
+
+def document_idf(config: Config, model: SparseEncoder, documents: list[str]) -> torch.Tensor | None:
+    """IDF of every word in the training documents, [vocabulary]; None unless the loss needs it."""
+    return weights_of_idf(model.tokenizer, documents) if config.loss.penalty == "idf-flops" else None
 
 
 def train_only_what_the_config_says(model: SparseEncoder, config: Config) -> None:
