@@ -19,6 +19,7 @@ ROWS = [
         "trainer.stock",
         "trainer.upload",
     },
+    {"trainer.cache"},
     {
         "trainer.data",
         "trainer.models",

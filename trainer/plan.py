@@ -10,6 +10,7 @@ from torch import nn
 from trainer.arguments import query_rate_mapping
 from trainer.config import FROM_SCRATCH, Config, ConfigError, LoadedConfig
 from trainer.data import TrainingData, load_data
+from trainer.data.mining import mining_words
 from trainer.device import choose_device
 from trainer.distributed import processes
 from trainer.hub import HubUnreachable
@@ -65,6 +66,8 @@ def data_lines(config: Config, data: TrainingData, schedule: Schedule) -> Iterat
         )
         for source, commit in summary.revisions.items():
             yield f"            from {source}" + (f" at {commit}" if commit else " (local copy)")
+        if summary.mined:
+            yield f"            {mining_words(summary.mined)}"
         for reason, count in summary.left_out.items():
             yield f"            {count:,} rows not trained on: {reason}"
         if left := data.rows_left_over(config, summary.name):

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.config.schema import FROM_SCRATCH, Config, FromScratchConfig, LocalSource
+from trainer.config.schema import FROM_SCRATCH, Config, FromScratchConfig, LocalSource, MiningConfig
 from trainer.config.tree import Path_
 
 Finding = tuple[Path_, str]
@@ -18,6 +18,7 @@ SPLADE_KEYS = (
     "document_dims_cap",
 )
 FILE_ENDINGS = (".jsonl", ".json", ".parquet")
+FAMILIES = ("nli", "scandi_qa", "ddsc", "quickstart")
 RESERVED_NAMES = ("quickstart_nli", "quickstart_scandi_qa", "quickstart_ddsc")
 
 
@@ -215,6 +216,27 @@ def _datasets(config: Config) -> Iterator[Finding]:
             yield ("datasets", name), f"'{name}' is the name of an embedded set. Choose another"
         if source.enabled:
             yield from _local(("datasets", name), source)
+    for name, source in (*datasets.local.items(), *((name, getattr(datasets, name)) for name in FAMILIES)):
+        if source and source.enabled and source.mine:
+            yield from _mining(("datasets", name, "mine"), source.mine)
+
+
+def _mining(path: Path_, mining: MiningConfig) -> Iterator[Finding]:
+    dotted = ".".join(map(str, path))
+    lowest, highest = mining.range
+    if highest - lowest < mining.per_query:
+        yield (
+            (*path, "range"),
+            f"'{dotted}.range' [{lowest}, {highest}] has fewer ranks than per_query ({mining.per_query}) asks for",
+        )
+    if mining.method == "bm25":
+        for key in ("model", "revision"):
+            if getattr(mining, key):
+                yield (*path, key), f"'{dotted}.{key}' has no effect with method bm25. Remove it, or set method: model"
+    elif not mining.model:
+        yield (*path, "method"), f"'{dotted}.method' model needs '{dotted}.model'"
+    elif not is_local(mining.model) and mining.revision is None:
+        yield (*path, "model"), f"the repository {mining.model} needs '{dotted}.revision' (a commit is best)"
 
 
 def _local(path: Path_, source: LocalSource) -> Iterator[Finding]:

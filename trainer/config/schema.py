@@ -178,6 +178,23 @@ class LossConfig(Section):
     """csr: weight of the contrastive loss."""
 
 
+class MiningConfig(Section):
+    """Finds negatives for the rows of a data set that have none."""
+
+    method: Literal["bm25", "model"] = "bm25"
+    """bm25: passages with the query's words, in its language; model: passages that a dense model finds similar."""
+    model: str | None = None
+    """model: a hub repository, or a local folder."""
+    revision: str | None = None
+    """model: commit, tag or branch of the repository."""
+    per_query: Positive = 1
+    """Negatives per query. A row becomes as many rows, each with one of them."""
+    range: Annotated[list[Count], Field(min_length=2, max_length=2)] = [10, 100]
+    """Ranks from and to which passages are taken, the query's own left out: the first few may be answers too."""
+    margin: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Only passages that score at least this share below the query's own, 0.05: 5 % (arXiv 2407.15831)."""
+
+
 class HubSource(Section):
     """One data set on the Hugging Face hub, or a local copy of it."""
 
@@ -196,6 +213,8 @@ class FamilySource(HubSource):
 
     eval_rows: Count = 500
     """Rows held out for the evaluation loss, where the source has no split for it."""
+    mine: MiningConfig | None = None
+    """Find negatives for the rows that have none."""
 
 
 class ScandiQaConfig(Section):
@@ -205,6 +224,8 @@ class ScandiQaConfig(Section):
     """Use this family."""
     eval_rows: Count = 500
     """Rows held out for the evaluation loss."""
+    mine: MiningConfig | None = None
+    """Find negatives for the rows that have none."""
     norquad: HubSource | None = None
     """ltg/norquad: question, context."""
     noropenbookqa: HubSource | None = None
@@ -251,6 +272,8 @@ class LocalSource(Section):
     """Use a random sample of this many rows."""
     eval_rows: Count = 200
     """Rows held out for the evaluation loss, where there is no eval_split."""
+    mine: MiningConfig | None = None
+    """Find negatives for the rows that have none."""
 
 
 class QuickstartSource(Section):
@@ -258,6 +281,8 @@ class QuickstartSource(Section):
 
     enabled: bool = True
     """Use it."""
+    mine: MiningConfig | None = None
+    """Find negatives for the rows that have none, in each of the three sets."""
 
 
 class DatasetsConfig(BaseModel):

@@ -12,8 +12,9 @@ from datasets import Dataset, DatasetDict
 from trainer.beir import SearchSet, has_split, is_beir, read_search_set
 from trainer.config import Config, ConfigError
 from trainer.data.batches import MixedBatches, Mixture, NoDuplicateBatches, batch_sizes
+from trainer.data.mining import fill_negatives
 from trainer.data.rows import ROLES, Rows, fingerprint
-from trainer.data.sources import LoadedSource, sample, sources_of
+from trainer.data.sources import LoadedSource, mining_of, sample, sources_of
 from trainer.distributed import processes
 from trainer.hub import HubUnreachable
 
@@ -33,6 +34,7 @@ class SetSummary:
     left_out: dict[str, int]
     revisions: dict[str, str | None]
     fingerprint: str
+    mined: dict[str, int | str] = field(default_factory=dict)
     rows_seen: int = 0
     rows_drawn: int = 0
 
@@ -155,6 +157,10 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
         rows = sample(rows, source.max_samples, seed)
     if held_out is None:
         rows, held_out = _hold_out(rows, source.hold_out, seed)
+    mined = {}
+    if mining := mining_of(config.datasets, name):
+        everything = [part.table for part in (source.rows, source.eval_rows) if part is not None]
+        rows, mined = fill_negatives(name, rows, everything, mining)
     halves = _split(name, rows.table)
     data.halves[name] = list(halves)
     data.train.update({half: Dataset(table) for half, table in halves.items()})
@@ -177,6 +183,7 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
         left_out=dict(rows.left_out),
         revisions=source.revisions,
         fingerprint=fingerprint(rows.table),
+        mined=mined,
     )
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from trainer.config import FROM_SCRATCH, Config, ConfigError, one_line
 from trainer.config.schema import FromScratchConfig
 from trainer.distributed import is_first, share_files
-from trainer.hub import fetch
+from trainer.hub import MODEL_FILES, fetch
 from trainer.models.card import build_card
 from trainer.models.heads import check_not_dense, decoder_of, silence_special_tokens
 from trainer.models.queries import START_WEIGHTS, query_tokenizer, weights_of_idf
@@ -104,19 +104,6 @@ def fetch_base_model(config: Config) -> BaseModel | None:
         name, config.model.revision, kind="model", why="the base model", key="model.base_model", patterns=MODEL_FILES
     )
     return with_own_code(snapshot, config)
-
-
-# Weights once (safetensors, or the older .bin), the tokenizer, the code; no ONNX, TensorFlow or Flax copies.
-MODEL_FILES = [
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.safetensors",
-    "*/*.safetensors",
-    "pytorch_model*.bin",
-    "*.py",
-    "*/*.json",
-]
 
 
 def static_embedding(model: SparseEncoder) -> SparseStaticEmbedding | None:
