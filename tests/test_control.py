@@ -22,7 +22,7 @@ class Plant:
     def step(self, weight, number):
         held = self.start + self.slope * max(math.log(max(weight, 1e-12)) - self.needed, 0.0)
         self.level += 0.05 * (held - self.level)
-        self.needed += 0.004
+        self.needed += 0.002
         spread = 0.25 / self.rows**0.5 * torch.randn(1, generator=self.noise).item()
         return math.exp(self.level + spread) * (1.3 if number % 2 else 0.7)
 
@@ -71,9 +71,9 @@ def test_a_controller_goes_on_from_its_state_to_the_last_bit():
         assert one.update(step, number, 100) == two.update(step, number, 100)
 
 
-def test_the_first_weight_makes_the_penalty_a_hundredth_whatever_its_unit():
+def test_the_first_weight_makes_the_penalty_a_tenth_whatever_its_unit():
     for penalty in (1e-3, 20.0, 5e4):
-        assert DimsController(50).update(Step(8, 90.0, penalty), 1, 100) * penalty == pytest.approx(0.01)
+        assert DimsController(50).update(Step(8, 90.0, penalty), 1, 100) * penalty == pytest.approx(0.1)
 
 
 @pytest.fixture

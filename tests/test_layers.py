@@ -28,6 +28,7 @@ ROWS = [
         "trainer.callbacks",
         "trainer.control",
         "trainer.evaluators",
+        "trainer.teachers",
         "trainer.measured",
         "trainer.lock",
     },

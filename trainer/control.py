@@ -25,17 +25,17 @@ class DimsController:
     starts with to the target, so the error stays small and the weight does not overshoot. The weight answers to the error
     and to its sum:
 
-        Δ log weight = GAIN · (Δ error + error / integral steps)
+        Δ log weight = GAIN · (Δ error + error / INTEGRAL_STEPS)
 
     Everything is relative: no unit of the penalty, the vocabulary or the batch is in here.
     """
 
-    GAIN = 4.0  # dims change by 5 %: the weight by 20 %
+    GAIN = 8.0  # dims change by 5 %: the weight by 40 %
     SMOOTHING = 0.1  # share of the newest step
-    INTEGRAL_STEPS, INTEGRAL_SHARE = 20, 0.05  # an error of 5 % changes the weight by another 20 % in so many steps
+    INTEGRAL_STEPS = 20  # an error of 5 % changes the weight by another 40 % in so many steps
     WARM_UP = 0.1  # share of the run; the quadratic warm-up that fixed weights have over a third
     GLIDE = (0.05, 0.25)  # shares of the run between which `wanted` goes from the start to the target
-    FIRST_PENALTY = 0.01  # weight × penalty at the start; the contrastive loss is about 1
+    FIRST_PENALTY = 0.1  # weight × penalty at the start; the contrastive loss is about 1, and less does nothing
     FASTEST, FARTHEST = 0.3, math.log(1e4)  # bounds of log weight: change per step, and distance from the first
 
     def __init__(self, target: int):
@@ -56,8 +56,7 @@ class DimsController:
         self.dims += newest * (step.active_dims * step.rows - self.dims)
         self.rows += newest * (step.rows - self.rows)
         error = math.log(self.measured / self._wanted(at / of))
-        integral = max(self.INTEGRAL_STEPS, self.INTEGRAL_SHARE * of)
-        change = self.GAIN * (error - self.error + error / integral)
+        change = self.GAIN * (error - self.error + error / self.INTEGRAL_STEPS)
         self.error = error
         self.log_weight += min(max(change, -self.FASTEST), self.FASTEST)
         self.log_weight = min(max(self.log_weight, self.first - self.FARTHEST), self.first + self.FARTHEST)

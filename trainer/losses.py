@@ -7,6 +7,8 @@ from sentence_transformers.sparse_encoder.losses import (
     CachedSpladeLoss,
     CSRLoss,
     CSRReconstructionLoss,
+    SparseDistillKLDivLoss,
+    SparseMarginMSELoss,
     SparseMultipleNegativesRankingLoss,
     SpladeLoss,
 )
@@ -14,28 +16,58 @@ from sentence_transformers.util.distributed import all_gather_with_grad
 from torch import Tensor, nn
 
 from trainer.config import Config
+from trainer.config.schema import TeacherConfig
 from trainer.distributed import processes
 from trainer.penalties import Penalty, flops, idf_flops, l1
 from trainer.sparsity import BatchStatistics
 
 
 def ranking_loss(
-    model: SparseEncoder, statistics: BatchStatistics, scale: float, similarity: Callable
+    model: SparseEncoder,
+    statistics: BatchStatistics,
+    scale: float,
+    similarities: tuple[Callable, Callable],
+    teacher: TeacherConfig | None,
 ) -> SparseMultipleNegativesRankingLoss:
-    """The library's contrastive loss over the batch of all processes; `statistics` sees this one's vectors in training."""
+    """The library's contrastive loss over the batch of all processes; `statistics` sees this one's vectors in training.
+
+    similarities: of all queries with all passages, and of each with its own. With a teacher, what the encoder is taught
+    adds to it, for rows that have labels (evaluation rows and pairs have none).
+    """
+    similarity, pairwise = similarities
     loss = SparseMultipleNegativesRankingLoss(
         model, scale=scale, similarity_fct=similarity, gather_across_devices=processes() > 1
     )
     compute = loss.compute_loss_from_embeddings
+    taught = build_distillation(model, teacher, lambda a, b: scale * pairwise(a, b)) if teacher else None
 
-    def measured(embeddings: Iterable[Tensor], labels: Tensor | None = None) -> Tensor:
+    def measured(embeddings: Iterable[Tensor], labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         embeddings = list(embeddings)
         if model.training:
             statistics.add(embeddings)
-        return compute(embeddings, labels)
+        contrastive = compute(embeddings, None)
+        if taught is None or labels is None:
+            return contrastive
+        return {"base_loss": contrastive, "distillation_loss": taught(embeddings, labels)}
 
     loss.compute_loss_from_embeddings = measured
     return loss
+
+
+def build_distillation(model: SparseEncoder, teacher: TeacherConfig, similarity: Callable) -> Callable:
+    """(embeddings, labels) -> the weighted loss. labels: [rows, 2], the teacher's scores of positive and negative.
+
+    A mean over rows, so that the mean over processes is that of all their rows.
+    """
+    if teacher.objective == "kl":
+        loss = SparseDistillKLDivLoss(model, similarity_fct=similarity, temperature=teacher.temperature)
+    else:
+        loss = SparseMarginMSELoss(model, similarity_fct=similarity)
+
+    def taught(embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        return teacher.weight * loss.compute_loss_from_embeddings(embeddings, teacher.score_scale * labels)
+
+    return taught
 
 
 class SharedReconstructionLoss(CSRReconstructionLoss):
@@ -67,7 +99,8 @@ def build_splade_loss(
 ) -> SpladeLoss:
     """Contrastive loss on dot products plus penalties on documents and queries (arXiv 2109.10086)."""
     loss = config.loss
-    ranking = ranking_loss(model, statistics, loss.scale or 1.0, util.dot_score)
+    similarities = util.dot_score, util.pairwise_dot_score
+    ranking = ranking_loss(model, statistics, loss.scale or 1.0, similarities, loss.teacher)
     function = {"flops": flops, "l1": l1}.get(loss.penalty) or idf_flops(idf)
     parts = {
         # 0 rather than None: None means the same and makes the library warn; with a target it is found in training
@@ -84,7 +117,8 @@ def build_splade_loss(
 def build_csr_loss(config: Config, model: SparseEncoder, statistics: BatchStatistics) -> nn.Module:
     """Reconstruction of the dense vector plus a contrastive loss on cosines (arXiv 2503.01776)."""
     loss = config.loss
-    ranking = ranking_loss(model, statistics, loss.scale or 20.0, util.cos_sim)
+    similarities = util.cos_sim, util.pairwise_cos_sim
+    ranking = ranking_loss(model, statistics, loss.scale or 20.0, similarities, loss.teacher)
     csr = CSRLoss(model, ranking, beta=loss.beta, gamma=loss.gamma)
     csr.reconstruction_loss = SharedReconstructionLoss(model, beta=loss.beta)
     return csr

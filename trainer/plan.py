@@ -9,6 +9,7 @@ from torch import nn
 
 from trainer.arguments import query_rate_mapping
 from trainer.config import FROM_SCRATCH, Config, ConfigError, LoadedConfig
+from trainer.config.schema import TeacherConfig
 from trainer.data import TrainingData, load_data
 from trainer.data.mining import mining_words
 from trainer.device import choose_device
@@ -18,6 +19,7 @@ from trainer.losses import build_loss
 from trainer.models import BaseModel, build_model, document_idf, fetch_base_model, vocabulary_of
 from trainer.run import MODELS
 from trainer.sparsity import BatchStatistics
+from trainer.teachers import ScoreStore, fetch_teacher, with_negatives
 
 # Copies of the [texts, length, vocabulary] logits alive at the peak of a stock SPLADE step: forward and backward of a
 # batch of 16 × 256 with a vocabulary of 50,000 took 3,249 MiB on a CPU, and one copy is 781 MiB.
@@ -142,7 +144,7 @@ def memory_lines(config: Config, data: TrainingData, model: SparseEncoder) -> It
         return
     hidden, layers = shape
     training = config.training
-    columns = max((len(rows.column_names) for rows in data.train.values()), default=3)
+    columns = max((3 if "negative" in rows.column_names else 2 for rows in data.train.values()), default=3)
     if config.model.architecture == "inference-free-splade":
         columns -= 1  # static queries cost nothing
     texts = training.per_device_train_batch_size * columns
@@ -205,3 +207,15 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
     yield f"          {vocabulary_of(model):,} dimensions, {sum(p.numel() for p in model.parameters()):,} parameters"
     idf = document_idf(config, model, data.texts("positive", "negative"))
     yield from training_lines(config, data, model, build_loss(config, model, BatchStatistics(), idf))
+    if config.loss.teacher:
+        yield teacher_line(config.loss.teacher, data)
+
+
+def teacher_line(teacher: TeacherConfig, data: TrainingData) -> str:
+    """What the teacher has to score before the first step."""
+    try:
+        missing = ScoreStore(teacher, fetch_teacher(teacher)).missing(data.train)
+    except HubUnreachable:
+        return f"teacher   needs the hub: {teacher.model}"
+    rows = sum(map(len, with_negatives(data.train).values()))
+    return f"teacher   {teacher.model}: {rows:,} rows with a negative to teach, {len(missing):,} pairs to score first"

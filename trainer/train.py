@@ -42,6 +42,7 @@ from trainer.models import build_model, document_idf, fetch_base_model, load_mod
 from trainer.plan import data_lines, model_lines, schedule_of, training_lines
 from trainer.run import Run, duration
 from trainer.sparsity import BatchStatistics
+from trainer.teachers import teach
 
 Say = Callable[[str], None]
 
@@ -81,6 +82,8 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         # 2. Device and model
         device, reason = choose_device(config)
         say(f"device    {device} ({reason})")
+        teacher = config.loss.teacher
+        taught = {"teacher": teach(data.train, teacher, device, say)} if teacher else {}
         transformers.set_seed(config.training.seed)
         if checkpoint:
             model = load_model(checkpoint, config, device)
@@ -111,6 +114,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             processes=processes(),
             rows_per_batch=config.training.per_device_train_batch_size * processes(),
             steps=schedule.steps,
+            **taught,
         )
 
         if is_first():

@@ -146,6 +146,17 @@ def _training(config: Config) -> Iterator[Finding]:
 
 def _loss(config: Config) -> Iterator[Finding]:
     loss, architecture = config.loss, config.model.architecture
+    teacher = loss.teacher
+    if teacher and not is_local(teacher.model) and teacher.revision is None:
+        yield (
+            ("loss", "teacher", "model"),
+            f"the repository {teacher.model} needs 'loss.teacher.revision' (a commit is best)",
+        )
+    if teacher and teacher.temperature != 1 and teacher.objective != "kl":
+        yield (
+            ("loss", "teacher", "temperature"),
+            "'loss.teacher.temperature' has no effect on margin-mse. Remove it, or set objective: kl",
+        )
     expected = "csr" if architecture == "csr" else "splade"
     if loss.type != expected:
         yield ("loss", "type"), f"'loss.type' is {loss.type}, but architecture {architecture} needs {expected}"

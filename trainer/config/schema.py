@@ -146,6 +146,30 @@ class TrainingConfig(Section):
     """Seed of everything random: weights, order of rows, dropout."""
 
 
+class TeacherConfig(Section):
+    """A stronger model whose scores are imitated, for the rows that have a negative."""
+
+    model: str
+    """A hub repository, or a local folder."""
+    revision: str | None = None
+    """Commit, tag or branch of the repository. Scores are kept for the commit it stands for."""
+    kind: Literal["cross-encoder", "dense"]
+    """cross-encoder: reads query and passage together; dense: a sentence encoder."""
+    cache: str | None = None
+    """Folder for the scores. By default HF_HOME/nordsparse/scores."""
+    objective: Literal["margin-mse", "kl"] = "margin-mse"
+    """margin-mse: the same difference between positive and negative (arXiv 2010.02666); kl: the same probabilities
+    (arXiv 2010.11386)."""
+    weight: Rate = 1.0
+    """Weight of this loss beside the contrastive loss, whose weight is 1."""
+    score_scale: Rate = 1.0
+    """The teacher's scores are multiplied by this. Cosines differ by 0.1 where cross-encoders' logits differ by 5."""
+    temperature: Rate = 1.0
+    """kl: both models' scores are divided by this before the softmax."""
+    batch_size: Positive = 32
+    """Texts, or pairs of them, that the teacher reads at once."""
+
+
 class LossConfig(Section):
     """The training objective: a contrastive loss with in-batch negatives, and what keeps the vectors sparse."""
 
@@ -166,6 +190,8 @@ class LossConfig(Section):
     document_dims_cap: Positive | None = None
     """SPLADE: documents of no more active dims than this are not penalised (arXiv 2504.14839, where documents are also
     encoded with model.activation_function log1p_relu)."""
+    teacher: TeacherConfig | None = None
+    """Imitate the scores of a stronger model too."""
     scale: Rate | None = None
     """Similarities are multiplied by this before the softmax; 1 for dot products (SPLADE), 20 for cosine (csr)."""
     cached: bool = False

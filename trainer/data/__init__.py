@@ -100,16 +100,17 @@ class TrainingData:
         aside = file.with_name(f".{file.name}")
         with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
             for name, halves in self.halves.items():
-                columns = [
-                    column.cast(pa.string())
-                    for half in halves
-                    for column in self.train[half].with_format("arrow")[:].itercolumns()
-                ]
+                columns = [column.cast(pa.string()) for half in halves for column in self._texts_of(half).itercolumns()]
                 texts = pc.unique(
                     pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
                 )
                 writer.write_table(pa.table({"dataset": pa.repeat(name, len(texts)), "text": texts}, schema))
         aside.replace(file)
+
+    def _texts_of(self, half: str) -> pa.Table:
+        """The columns that are read as texts; a teacher's labels are none."""
+        table = self.train[half].with_format("arrow")[:]
+        return table.select([role for role in ROLES if role in table.column_names])
 
     def texts(self, *roles: str) -> list[str]:
         """Every different training text in the given columns, in a fixed order."""
