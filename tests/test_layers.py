@@ -16,6 +16,7 @@ ROWS = [
         "trainer.checkpoints",
         "trainer.sparsity",
         "trainer.penalties",
+        "trainer.fused",
         "trainer.stock",
         "trainer.upload",
     },
@@ -38,7 +39,7 @@ ROWS = [
     {"trainer.__main__"},
 ]
 # What evaluate may import of the trainer: nothing that trains.
-SHARED = {"trainer.config", "trainer.run", "trainer.beir"}
+SHARED = {"trainer.config", "trainer.run", "trainer.beir", "trainer.fused"}
 EVALUATE_ROWS = [
     {"evaluate.results"},
     {"evaluate.tasks", "evaluate.search", "evaluate.subject", "evaluate.terms"},

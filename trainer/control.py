@@ -25,22 +25,24 @@ class DimsController:
     starts with to the target, so the error stays small and the weight does not overshoot. The weight answers to the error
     and to its sum:
 
-        Δ log weight = GAIN · (Δ error + error / INTEGRAL_STEPS)
+        log weight = level + GAIN · error        level += GAIN · error / INTEGRAL_STEPS
 
     Everything is relative: no unit of the penalty, the vocabulary or the batch is in here.
     """
 
-    GAIN = 8.0  # dims change by 5 %: the weight by 40 %
+    GAIN = 4.0  # dims change by 5 %: the weight by 20 %
     SMOOTHING = 0.1  # share of the newest step
-    INTEGRAL_STEPS = 20  # an error of 5 % changes the weight by another 40 % in so many steps
+    INTEGRAL_STEPS = 20  # an error of 5 % changes the weight by another 20 % in so many steps
     WARM_UP = 0.1  # share of the run; the quadratic warm-up that fixed weights have over a third
-    GLIDE = (0.05, 0.25)  # shares of the run between which `wanted` goes from the start to the target
+    GLIDE = (0.03, 0.27)  # shares of the run between which `wanted` goes from the start to the target
     FIRST_PENALTY = 0.1  # weight × penalty at the start; the contrastive loss is about 1, and less does nothing
-    FASTEST, FARTHEST = 0.3, math.log(1e4)  # bounds of log weight: change per step, and distance from the first
+    MOST_PENALTY = 1.0  # weight × penalty is never more: dims fall some steps after activations do, and then to 0
+    MOST_ERROR = 0.5  # so the level changes by at most 10 % per step
+    FARTHEST = math.log(1e4)  # of log weight from the first
 
     def __init__(self, target: int):
         self.target, self.steps = target, 0
-        self.log_weight = self.first = self.dims = self.rows = self.start = self.error = 0.0
+        self.log_weight = self.level = self.first = self.dims = self.rows = self.penalty = self.start = 0.0
 
     @property
     def measured(self) -> float:
@@ -50,16 +52,23 @@ class DimsController:
     def update(self, step: Step, at: int, of: int) -> float:
         """The weight for the next step, after step number `at` of `of`."""
         if self.steps == 0:
-            self.first = self.log_weight = math.log(self.FIRST_PENALTY / max(step.penalty, 1e-9))
+            self.first = self.level = math.log(self.FIRST_PENALTY / max(step.penalty, 1e-9))
         self.steps += 1
         newest = max(self.SMOOTHING, 1 / self.steps)
         self.dims += newest * (step.active_dims * step.rows - self.dims)
         self.rows += newest * (step.rows - self.rows)
+        self.penalty += newest * (step.penalty - self.penalty)
         error = math.log(self.measured / self._wanted(at / of))
-        change = self.GAIN * (error - self.error + error / self.INTEGRAL_STEPS)
-        self.error = error
-        self.log_weight += min(max(change, -self.FASTEST), self.FASTEST)
-        self.log_weight = min(max(self.log_weight, self.first - self.FARTHEST), self.first + self.FARTHEST)
+        error = min(max(error, -self.MOST_ERROR), self.MOST_ERROR)
+        lowest, highest = self.first - self.FARTHEST, self.first + self.FARTHEST
+        highest = min(highest, math.log(self.MOST_PENALTY / max(self.penalty, 1e-9)))
+        self.level = min(max(self.level + self.GAIN * error / self.INTEGRAL_STEPS, lowest), highest)
+        self.log_weight = min(max(self.level + self.GAIN * error, lowest), highest)
+        return self.weight
+
+    @property
+    def weight(self) -> float:
+        """The weight for the next step."""
         return math.exp(self.log_weight)
 
     def _wanted(self, share: float) -> float:
@@ -69,7 +78,7 @@ class DimsController:
         way = min(max((share - first) / (last - first), 0.0), 1.0)
         return self.start * (self.target / self.start) ** way
 
-    NUMBERS = ("log_weight", "first", "dims", "rows", "start", "error", "steps")
+    NUMBERS = ("log_weight", "level", "first", "dims", "rows", "penalty", "start", "steps")
 
     def state(self) -> Tensor:
         """What a checkpoint keeps: NUMBERS."""
@@ -113,7 +122,7 @@ class WeightSchedule(SpladeRegularizerWeightSchedulerCallback):
             route: {
                 "target_dims": found.target,
                 "active_dims": round(found.measured, 1),
-                "weight": float(f"{math.exp(found.log_weight):.4g}"),
+                "weight": float(f"{found.weight:.4g}"),
             }
             for route, found in self.controllers.items()
         }
@@ -139,4 +148,4 @@ class WeightSchedule(SpladeRegularizerWeightSchedulerCallback):
                 )
         for route, controller in self.controllers.items():
             controller.load(found[f"{route}.controller"])
-            self._set_weight(route, math.exp(controller.log_weight))
+            self._set_weight(route, controller.weight)
