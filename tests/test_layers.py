@@ -28,6 +28,7 @@ ROWS = [
         "trainer.arguments",
         "trainer.callbacks",
         "trainer.control",
+        "trainer.csr",
         "trainer.evaluators",
         "trainer.teachers",
         "trainer.measured",

@@ -116,6 +116,8 @@ class TensorBoardLog(TrainerCallback):
         for key, value in logs.items():
             if key.endswith("_weight"):
                 name = f"regularizer/{key}"
+            elif key.startswith("csr_"):
+                name = f"csr/{key.removeprefix('csr_')}"
             else:
                 name = names.get(key, f"loss/{key}" if "loss" in key else None)
             if name:

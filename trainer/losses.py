@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+import torch
 from sentence_transformers import SparseEncoder, util
 from sentence_transformers.sparse_encoder.losses import (
     CachedSpladeLoss,
@@ -72,7 +73,9 @@ def build_distillation(model: SparseEncoder, teacher: TeacherConfig, similarity:
 
 class SharedReconstructionLoss(CSRReconstructionLoss):
     """Reconstruction loss (arXiv 2503.01776) of the batch that all processes share: part of it is relative to the batch's
-    variance, which is another one for each process's rows."""
+    variance, which is another one for each process's rows. `see` is told what the code leaves unexplained, in training."""
+
+    see: Callable[[Tensor], None] | None = None
 
     def compute_loss_from_embeddings(self, outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """outputs: for each column, what the autoencoder made of this process's [rows, width]."""
@@ -82,6 +85,10 @@ class SharedReconstructionLoss(CSRReconstructionLoss):
                 {name: None if output[name] is None else all_gather_with_grad(output[name]) for name in names}
                 for output in outputs
             ]
+        if self.see is not None and torch.is_grad_enabled():
+            self.see(
+                torch.cat([found["sentence_embedding_backbone"] - found["decoded_embedding_k"] for found in outputs])
+            )
         return super().compute_loss_from_embeddings(outputs)
 
 

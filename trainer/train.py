@@ -26,6 +26,7 @@ from trainer.callbacks import (
 from trainer.checkpoints import best_of, newest_complete, put_in_place, remove_leftovers, require_unchanged, step_of
 from trainer.config import Config, ConfigError, LoadedConfig
 from trainer.control import WeightSchedule
+from trainer.csr import AutoencoderCare
 from trainer.data import TrainingData, load_data
 from trainer.device import choose_device, describe_device, peak_memory_gib
 from trainer.distributed import (
@@ -131,6 +132,9 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         weights = WeightSchedule(loss, config) if config.loss.type == "splade" else None
         if weights and checkpoint:
             weights.load(checkpoint)
+        care = AutoencoderCare(model, config) if config.loss.type == "csr" else None
+        if care:
+            loss.reconstruction_loss.see = care.see
         trainer = SparseTrainer(
             model=model,
             args=arguments,
@@ -145,6 +149,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             run_id=run.id,
             schedule=weights,
             callbacks=[
+                *([care] if care else []),
                 watchdog,
                 TensorBoardLog(run.logs, statistics, throughput, device, config.evaluation.log_decoded_samples),
                 ProgressBar() if sys.stderr.isatty() else ProgressLines(say),

@@ -97,6 +97,12 @@ def _model(config: Config) -> Iterator[Finding]:
                 f"'model.csr_k' ({model.csr_k}) may be at most a quarter of csr_hidden_dim ({model.csr_hidden_dim}): "
                 "the loss reconstructs from 4 × csr_k dimensions",
             )
+        if model.csr_k_start and not model.csr_k <= model.csr_k_start <= model.csr_hidden_dim // 4:
+            yield (
+                ("model", "csr_k_start"),
+                f"'model.csr_k_start' ({model.csr_k_start}) must lie between csr_k ({model.csr_k}) and a quarter of "
+                f"csr_hidden_dim ({model.csr_hidden_dim})",
+            )
         if model.csr_k_aux > model.csr_hidden_dim:
             yield ("model", "csr_k_aux"), "'model.csr_k_aux' is more than csr_hidden_dim"
     if model.freeze_static_embedding and not inference_free:

@@ -86,6 +86,12 @@ class ModelConfig(Section):
     """csr: dead dimensions used in the auxiliary loss."""
     csr_hidden_dim: Positive = 4096
     """csr: dimensions of the sparse code."""
+    csr_k_start: Positive | None = None
+    """csr: dimensions kept active at the start of training; their number falls to csr_k. null: csr_k throughout."""
+    csr_k_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """csr: share of the steps over which it falls."""
+    csr_revive_steps: Positive | None = 100
+    """csr: every so many steps, dimensions that were in no text's code lately get new weights; null: never."""
     csr_train_base: bool = False
     """csr: train the dense model too. By default only the autoencoder is trained."""
     from_scratch: FromScratchConfig | None = None
