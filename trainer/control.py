@@ -30,19 +30,20 @@ class DimsController:
     Everything is relative: no unit of the penalty, the vocabulary or the batch is in here.
     """
 
-    GAIN = 4.0  # dims change by 5 %: the weight by 20 %
-    SMOOTHING = 0.1  # share of the newest step
-    INTEGRAL_STEPS = 20  # an error of 5 % changes the weight by another 20 % in so many steps
+    GAIN = 2.0  # dims change by 5 %: the weight by 10 %
+    FORWARD = 3.0  # `wanted` changes by 5 %: the weight by 15 %, before any error shows
+    SMOOTHING = 0.02  # share of the run that `measured` looks back on, at least ten steps
+    INTEGRAL = 0.04  # an error of 5 % changes the weight by another 10 % in this share of the run, at least 20 steps
     WARM_UP = 0.1  # share of the run; the quadratic warm-up that fixed weights have over a third
-    GLIDE = (0.03, 0.27)  # shares of the run between which `wanted` goes from the start to the target
+    GLIDE = (0.02, 0.2)  # shares of the run between which `wanted` goes from the start to the target
     FIRST_PENALTY = 0.1  # weight × penalty at the start; the contrastive loss is about 1, and less does nothing
-    MOST_PENALTY = 1.0  # weight × penalty is never more: dims fall some steps after activations do, and then to 0
-    MOST_ERROR = 0.5  # so the level changes by at most 10 % per step
+    MOST_PENALTY = 2.0  # weight × penalty is never more: dims fall some steps after activations do, and then to 0
+    MOST_ERROR = 0.5
     FARTHEST = math.log(1e4)  # of log weight from the first
 
     def __init__(self, target: int):
         self.target, self.steps = target, 0
-        self.log_weight = self.level = self.first = self.dims = self.rows = self.penalty = self.start = 0.0
+        self.log_weight = self.level = self.first = self.dims = self.rows = self.start = 0.0
 
     @property
     def measured(self) -> float:
@@ -54,15 +55,16 @@ class DimsController:
         if self.steps == 0:
             self.first = self.level = math.log(self.FIRST_PENALTY / max(step.penalty, 1e-9))
         self.steps += 1
-        newest = max(self.SMOOTHING, 1 / self.steps)
+        newest = max(1 / max(self.SMOOTHING * of, 10), 1 / self.steps)
         self.dims += newest * (step.active_dims * step.rows - self.dims)
         self.rows += newest * (step.rows - self.rows)
-        self.penalty += newest * (step.penalty - self.penalty)
-        error = math.log(self.measured / self._wanted(at / of))
+        before, wanted = self._wanted((at - 1) / of), self._wanted(at / of)
+        error = math.log(self.measured / wanted)
         error = min(max(error, -self.MOST_ERROR), self.MOST_ERROR)
         lowest, highest = self.first - self.FARTHEST, self.first + self.FARTHEST
-        highest = min(highest, math.log(self.MOST_PENALTY / max(self.penalty, 1e-9)))
-        self.level = min(max(self.level + self.GAIN * error / self.INTEGRAL_STEPS, lowest), highest)
+        highest = min(highest, math.log(self.MOST_PENALTY / max(step.penalty, 1e-9)))
+        self.level += self.FORWARD * math.log(before / wanted) + self.GAIN * error / max(self.INTEGRAL * of, 20)
+        self.level = min(max(self.level, lowest), highest)
         self.log_weight = min(max(self.level + self.GAIN * error, lowest), highest)
         return self.weight
 
@@ -78,7 +80,7 @@ class DimsController:
         way = min(max((share - first) / (last - first), 0.0), 1.0)
         return self.start * (self.target / self.start) ** way
 
-    NUMBERS = ("log_weight", "level", "first", "dims", "rows", "penalty", "start", "steps")
+    NUMBERS = ("log_weight", "level", "first", "dims", "rows", "start", "steps")
 
     def state(self) -> Tensor:
         """What a checkpoint keeps: NUMBERS."""

@@ -45,7 +45,7 @@ class Step:
     active_dims: float
     """Mean over the rows."""
     penalty: float
-    """Of this step's mean activation."""
+    """Of the running mean: that of the step's own mean would depend on the number of rows."""
 
 
 class Penalty(nn.Module):
@@ -101,7 +101,7 @@ class Penalty(nn.Module):
         mean, rows = self._seen[:-2] / self._seen[-1], self._seen[-1]
         self.steps += 1
         self.running = self.running + max(NEWEST, 1 / self.steps) * (mean - self.running)
-        found = torch.stack([rows, self._seen[-2] / rows, self.function(mean)])
+        found = torch.stack([rows, self._seen[-2] / rows, self.function(self.running)])
         self._seen = None
         return Step(*found.tolist())
 
