@@ -22,7 +22,7 @@ class Plant:
     def step(self, weight, number):
         held = self.start + self.slope * max(math.log(max(weight, 1e-12)) - self.needed, 0.0)
         self.level += 0.05 * (held - self.level)
-        self.needed += 0.002
+        self.needed += 0.001
         spread = 0.25 / self.rows**0.5 * torch.randn(1, generator=self.noise).item()
         return math.exp(self.level + spread) * (1.3 if number % 2 else 0.7)
 
@@ -47,14 +47,14 @@ def test_dims_settle_within_a_tenth_in_the_first_third_and_stay(target, rows):
 
 
 def test_the_weight_is_bounded_per_step_and_in_all():
-    # nothing changes these dims, so the weight goes as far as it may: down 10,000 times, and up to a penalty of 2
-    for target, last in ((1000, math.log(0.1 / 20) - math.log(1e4)), (10, math.log(2 / 20))):
+    # nothing changes these dims, so the weight goes as far as it may: down to a penalty of 0.003, and up to one of 0.5
+    for target, last in ((1000, math.log(0.003 / 20)), (10, math.log(0.5 / 20))):
         controller = DimsController(target)
         trace = []
         for number in range(1, 600):
             controller.update(Step(16, 400.0, 20.0), number, 600)
             trace.append(controller.level)
-        assert max(abs(after - before) for before, after in itertools.pairwise(trace)) < 0.1 + 1e-9
+        assert max(abs(after - before) for before, after in itertools.pairwise(trace)) < 0.15
         assert controller.log_weight == pytest.approx(last)
 
 
@@ -94,6 +94,7 @@ def test_a_resumed_run_with_a_target_ends_like_an_uninterrupted_one(target):
     first = run_trainer(target, "train", "tiny.yaml")
     assert first.returncode == 0, first.stderr
     assert "sparsity  documents: 20 active dims on average" in first.stdout
+    assert "active dims per training document at the end, of the 20 asked for, with weight" in first.stdout
     checkpoints = target / "models/tiny/checkpoints"
     assert f"{STATE}:document.controller" in weights(checkpoints / "checkpoint-6")
     found = manifest(target)["sparsity"]["document"]

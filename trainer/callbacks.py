@@ -205,6 +205,13 @@ SIGNS = (
         from_start=True,
     ),
     Sign(
+        "empty documents",
+        lambda s: s["document"]["active_dims_mean"] < 1,
+        "documents have no active dims left, and no gradient brings one back. Stop, and train anew with a larger "
+        "loss.target_document_dims, a smaller loss.document_regularizer_weight or a lower learning rate",
+        from_start=True,
+    ),
+    Sign(
         "a dim in every document",
         lambda s: s["document"]["busiest_dim_share"] > 0.95,
         "dimension {document[busiest_term]} is active in {document[busiest_dim_share]:.0%} of the documents, so it "

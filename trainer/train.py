@@ -184,6 +184,8 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             best_metric={"name": best_metric, "value": trainer.state.best_metric},
             **({"sparsity": weights.summary()} if weights and weights.controllers else {}),
         )
+        for line in weights.lines() if weights else ():
+            say(line)
         if is_first():
             say(verdict(before, after, evaluator, run.manifest))
     return after

@@ -1,4 +1,4 @@
-"""How near a target of active dims comes to it, by target and batch size: trains target.yaml for each and reads TensorBoard.
+"""How near a target of active dims comes to it, by target and batch size: trains target.yaml for each.
 
 python -m tests.benchmarks.sparsity --targets 100 200 400 --batches 8 32 --data ../shared/data --models /where/to
 """
