@@ -20,6 +20,7 @@ from tests.dense_head import (
     random_case,
     whole_number_case,
 )
+from trainer.fused import triton_head
 from trainer.fused.triton_head import INTERPRETED, backward, forward
 
 # Blocks are 16 words × 16 tokens × 16 features here: each size is met below, at and above a block, and odd.
@@ -119,16 +120,22 @@ def test_a_nan_reaches_its_text_and_no_other(row):
 
 
 def test_a_nan_or_infinite_word_reaches_its_column_only():
-    case = Case(
-        torch.ones(3, 2), torch.ones(4, 2), torch.tensor([0.0, torch.nan, torch.inf, -torch.inf]), offsets_of([3, 0])
-    )
-    case.weight[0] = torch.inf
+    bias = torch.tensor([0.0, torch.nan, torch.inf, -torch.inf, 0.0])
+    case = Case(torch.ones(3, 2), torch.ones(5, 2), bias, offsets_of([3, 0]))
+    case.weight[4] = torch.inf
     maxima, positions = forward(*case.inputs, want_positions=True)
-    assert maxima[0].tolist()[::2] == [torch.inf, torch.inf]
     assert maxima[0, 1].isnan()
-    assert positions[0].tolist() == [0, -1, 0, -1]
-    assert maxima[0, 3] == 0
-    assert maxima[1].tolist() == [0, 0, 0, 0]  # a text without tokens, whatever the bias
+    assert maxima[0, [0, 2, 3, 4]].tolist() == [2, torch.inf, 0, torch.inf]
+    assert positions[0].tolist() == [0, -1, 0, -1, 0]
+    assert maxima[1].tolist() == [0, 0, 0, 0, 0]  # a text without tokens, whatever the bias
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+def test_the_order_of_the_programs_makes_no_difference(group, monkeypatch):
+    case = random_case([3, 3, 3, 3, 3], 4, 35)
+    maxima, _ = forward(*case.inputs, want_positions=False)
+    monkeypatch.setattr(triton_head, "GROUP_BYTES", group * 3 * 4 * 4)  # of 5 texts of 3 tokens, width 4, float32
+    assert torch.equal(forward(*case.inputs, want_positions=False)[0], maxima)
 
 
 def test_a_gradient_that_is_nan_is_not_taken_for_none():
