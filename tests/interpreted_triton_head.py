@@ -121,11 +121,11 @@ def test_a_nan_reaches_its_text_and_no_other(row):
 
 def test_a_nan_or_infinite_word_reaches_its_column_only():
     bias = torch.tensor([0.0, torch.nan, torch.inf, -torch.inf, 0.0])
-    case = Case(torch.ones(3, 2), torch.ones(5, 2), bias, offsets_of([3, 0]))
+    case = Case(torch.ones(3, 17), torch.ones(5, 17), bias, offsets_of([3, 0]))  # a block of 16 features and one more
     case.weight[4] = torch.inf
     maxima, positions = forward(*case.inputs, want_positions=True)
     assert maxima[0, 1].isnan()
-    assert maxima[0, [0, 2, 3, 4]].tolist() == [2, torch.inf, 0, torch.inf]
+    assert maxima[0, [0, 2, 3, 4]].tolist() == [17, torch.inf, 0, torch.inf]
     assert positions[0].tolist() == [0, -1, 0, -1, 0]
     assert maxima[1].tolist() == [0, 0, 0, 0, 0]  # a text without tokens, whatever the bias
 
