@@ -60,15 +60,19 @@ def compiled(kernel, capability, config, constants, **types):
     )
 
 
-def compiled_maxima(capability, precision, config, positions=True):
-    dtype = "*bf16" if precision == "half" else "*fp32"
-    types = {"hidden": dtype, "weight": dtype, "bias": "*fp32", "offsets": "*i32", "maxima": "*fp32"}
+def compiled_maxima(capability, precision, config, positions=True, width=960, dtype="bf16"):
+    dtype = f"*{dtype}" if precision == "half" else "*fp32"
+    types = {"hidden": dtype, "weight": dtype, "bias": dtype, "offsets": "*i32", "maxima": "*fp32"}
     types |= {"positions": "*i32"} if positions else {}
     types |= dict.fromkeys(["texts", "vocabulary", "group", "length_bucket"], "i32")
     precision = "ieee" if precision == "half" else precision
-    return compiled(
-        triton_head._maxima, capability, config, {"WIDTH": 960, "PRECISION": precision} | config.kwargs, **types
-    )
+    constants = {"WIDTH": width, "PRECISION": precision} | config.kwargs
+    return compiled(triton_head._maxima, capability, config, constants, **types)
+
+
+def waits_for_tensor_cores(kernel):
+    """How many products may still be in flight where the machine code waits for them, in order."""
+    return re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", kernel.asm["sass"])
 
 
 @pytest.fixture(autouse=True)
@@ -77,24 +81,34 @@ def kernels_of_its_own(tmp_path, monkeypatch, request):
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
 
 
-def test_on_an_h100_the_first_config_keeps_the_tensor_cores_fed():
+def test_on_an_h100_the_tensor_cores_are_kept_fed():
     kernel = compiled_maxima(90, *CONFIG_LIST[0])
-    ptx = kernel.asm["ptx"]
-    assert "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16" in ptx
+    assert "HGMMA.64x256x16.F32.BF16" in kernel.asm["sass"]
     # Inside the loop the newest product stays in flight; it is waited for where a tile's maxima are taken, and at the end.
-    assert re.findall(r"wgmma.wait_group.sync.aligned (\d)", ptx) == ["1", "0", "0"]
+    # ptxas waits after every single product when it cannot follow the accumulator, so with a mask under a condition.
+    assert waits_for_tensor_cores(kernel) == ["1", "0", "0"]
+    assert not re.search(r"\bSTL\b", kernel.asm["sass"])  # no register is spilled to memory
+    assert "FMNMX.NAN" in kernel.asm["sass"]
     assert kernel.metadata.shared <= 227 * 1024
-    assert "max.NaN.f32" in ptx
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("precision,config", CONFIG_LIST, ids=[f"{name} {config}" for name, config in CONFIG_LIST])
-def test_every_config_compiles_for_an_a100_and_an_h100(capability, precision, config):
+@pytest.mark.parametrize(
+    "precision,config", CONFIG_LIST, ids=[f"{name} {config.kwargs} {config.num_stages}" for name, config in CONFIG_LIST]
+)
+def test_every_config_compiles_for_an_h100_and_an_a100(precision, config):
     for positions in (True, False):
-        ptx = compiled_maxima(capability, precision, config, positions).asm["ptx"]
-        tensor_cores = "wgmma.mma_async" if capability == 90 else "mma.sync"
-        assert (tensor_cores in ptx) == (precision != "ieee")
+        hopper = compiled_maxima(90, precision, config, positions)
+        assert waits_for_tensor_cores(hopper) == ([] if precision == "ieee" else ["1", "0", "0"])
+        assert not re.search(r"\bSTL\b", hopper.asm["sass"])
+        assert ("mma.sync" in compiled_maxima(80, precision, config, positions).asm["ptx"]) == (precision != "ieee")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [192, 200, 193], ids=["whole blocks", "part of a block", "odd"])
+def test_every_width_compiles(width):
+    for config in CONFIGS["half"]:
+        assert "wgmma.mma_async" in compiled_maxima(90, "half", config, width=width, dtype="fp16").asm["ptx"]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
