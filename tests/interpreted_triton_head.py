@@ -158,6 +158,18 @@ def test_no_tokens_at_all_is_a_case_like_any_other(lengths):
     assert (d_weight == 0).all()
 
 
+def test_rows_after_the_last_text_belong_to_none():
+    case = random_case([5, 12], 6, 9)
+    padding = torch.full((20, 6), torch.nan)
+    maxima, positions = forward(*case.inputs, want_positions=True)
+    padded = forward(torch.cat([case.hidden, padding]), *case.inputs[1:], want_positions=True)
+    assert torch.equal(maxima, padded[0])
+    assert torch.equal(positions, padded[1])
+    d_hidden, _, _ = backward((maxima > 0).float(), positions, torch.cat([case.hidden, padding]), case.weight)
+    assert d_hidden[:17].any()
+    assert not d_hidden[17:].any()
+
+
 def test_layouts_in_memory_make_no_difference():
     case = random_case([5, 12], 6, 9)
     hidden, weight = case.hidden.t().contiguous().t(), torch.cat([case.weight, case.weight], 1)[:, :6]

@@ -154,9 +154,11 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The largest logit of every word in every text, and the token it comes from. Nothing waits for the device.
 
-    hidden: [tokens, width], the real tokens of all texts one after the other; float32, bfloat16 or float16.
+    hidden: [tokens, width], the tokens of all texts one after the other; float32, bfloat16 or float16. Rows after the last
+    text (padding, say) belong to none: their gradient is 0.
     weight: [vocabulary, width], of hidden's dtype. bias: [vocabulary], any float dtype, or None.
-    offsets: [texts + 1], int32 or int64, ascending from 0 to tokens; text b is rows offsets[b]:offsets[b + 1], maybe none.
+    offsets: [texts + 1], int32 or int64, ascending from 0, at most tokens; text b is rows offsets[b]:offsets[b + 1], maybe
+    none.
 
     Returns maxima [texts, vocabulary], float32, 0 where no logit is positive (so for a text without tokens), NaN where a
     logit is NaN; and positions [texts, vocabulary], int32, the first row of `hidden` that attains a positive maximum and
