@@ -24,6 +24,7 @@ from trainer.export.corpus import Passage, Shard, read_passages
 from trainer.export.documents import claim, write_documents
 from trainer.export.formats import LineFile
 from trainer.export.lines import Elasticsearch, Lucene, OpenSearch, kept_bits
+from trainer.export.parquet import Parquet
 from trainer.export.request import Request
 from trainer.export.vectors import Encoder, escaped, matrix_of, require_distinct, vectors_of
 from trainer.models import save_model
@@ -249,26 +250,32 @@ def test_the_scale_that_is_noted_first_is_that_of_every_shard(tmp_path):
 
 
 @pytest.mark.slow  # half a million documents
-def test_memory_does_not_grow_with_the_corpus(tmp_path):
+@pytest.mark.parametrize("to", ["lucene", "parquet"])
+def test_memory_does_not_grow_with_the_corpus(tmp_path, to):
     class Constant:
-        terms = tuple("abcde")
+        terms = tuple("01234")
 
         def documents(self, texts):
             return sp.csr_matrix(np.ones((len(texts), 5), dtype=np.float32))
+
+    form = {"lucene": Lucene(100), "parquet": Parquet()}[to]
 
     def peak_of(count):
         corpus = tmp_path / f"{count}.jsonl"
         with corpus.open("w") as out:
             out.writelines(f'{{"_id": "{n}", "text": "document {n}"}}\n' for n in range(count))
         tracemalloc.start()
-        target = tmp_path / f"out-{count}"
-        assert write_documents(Constant(), Lucene(100), read_passages(corpus), LineFile(target), print) == count
+        arrow = pa.total_allocated_bytes()  # not Python's memory: parquet's buffers
+        store = form.documents_at(tmp_path / f"out-{count}")
+        assert write_documents(Constant(), form, read_passages(corpus), store, print) == count
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
+        assert pa.total_allocated_bytes() <= arrow + 2**20
+        assert len(store.first(300)) == 300
         return peak
 
-    small, large = peak_of(5_000), peak_of(250_000)
-    assert large < small + 2 * 245_000  # two bytes for each document more
+    small, large = peak_of(20_000), peak_of(250_000)
+    assert large < small + 2 * 230_000  # two bytes for each document more
 
 
 # ---------------------------------------------------------------------------------- reading a corpus

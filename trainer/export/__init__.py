@@ -6,6 +6,7 @@ from functools import partial
 from trainer.config import ConfigError
 from trainer.export.documents import export_documents
 from trainer.export.lines import Elasticsearch, Lucene, OpenSearch
+from trainer.export.parquet import Parquet
 from trainer.export.qdrant import Qdrant
 from trainer.export.request import Request
 from trainer.export.seismic import Seismic
@@ -32,5 +33,6 @@ FORMATS: dict[str, Callable[[str, Request], None]] = {
     "elasticsearch": partial(export_documents, Elasticsearch),
     "qdrant": partial(export_documents, Qdrant),
     "seismic": partial(export_documents, Seismic),
+    "parquet": partial(export_documents, Parquet),
     "onnx": _onnx,
 }
