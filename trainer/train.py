@@ -38,7 +38,7 @@ from trainer.evaluators import SCORE, SearchEvaluator, build_evaluator
 from trainer.loop import SparseTrainer
 from trainer.losses import build_loss
 from trainer.models import build_model, fetch_base_model, load_model, save_model
-from trainer.plan import data_lines, model_lines, schedule_of, training_lines
+from trainer.plan import data_lines, head_line, model_lines, schedule_of, training_lines
 from trainer.run import Run, duration
 from trainer.sparsity import BatchStatistics
 
@@ -87,6 +87,8 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), device)
         for line in model_lines(config, base):
             say(line)
+        if config.loss.type == "splade":
+            say(head_line(config, model))
 
         # 3. Loss
         statistics = BatchStatistics(enabled=config.evaluation.track_sparsity)
