@@ -200,8 +200,12 @@ def test_an_export_that_was_killed_goes_on_where_it_stopped_and_gives_the_same_f
 
 
 def test_shards_together_hold_every_document_once(trained, corpus):
-    for number in (1, 2, 3):
-        run_export("lucene", corpus, shard=Shard(number, 3))
+    said = [run_export("lucene", corpus, shard=Shard(number, 3)) for number in (2, 3, 1)]
+    # the one that comes first chooses the scale for all, from what each of them will check
+    assert [sum(line.startswith("scale") for line in lines) for lines in said] == [1, 0, 0]
+    checked = [json.loads((trained / f"models/tiny/export/lucene/check-{n}-of-3.json").read_text()) for n in (1, 2, 3)]
+    assert len({figures["quantisation"] for figures in checked}) == 1
+    assert f"of all {sum(figures['queries'] for figures in checked)} checked queries" in " ".join(said[0])
     files = sorted((trained / "models/tiny/export/lucene").glob("documents-*.jsonl"))
     ids = [[json.loads(line)["id"] for line in file.read_text().splitlines()] for file in files]
     assert ids[1][:3] == ["d1", "d4", "d7"]

@@ -20,6 +20,7 @@ from trainer.export.check import (
     compare,
     embedded_documents,
     embedded_queries,
+    exactly,
     used_by,
     write_figures,
 )
@@ -60,7 +61,7 @@ def export_onnx(to: str, request: Request) -> None:
         found = tuple(sp.csr_matrix(vectors) for vectors in (graph.queries(queries), graph.documents(documents)))
         try:
             figures = {"to": to, "model": name, "quantisation": words}
-            figures |= compare_vectors((name, share, words), exact, found)
+            figures |= compare_vectors((name, share, words), exact, found, looked_up=graph.table is not None)
         except ConfigError as error:
             exact_one = name == "model.onnx"
             for refused in GRAPHS if exact_one else [(name,)]:  # int8 is made from float32
@@ -73,10 +74,11 @@ def export_onnx(to: str, request: Request) -> None:
         say(f"exported  {folder / name} ({(folder / name).stat().st_size / 2**20:.1f} MiB)")
 
 
-def compare_vectors(graph: tuple[str, float, str], exact: Pair, found: Pair) -> dict[str, Any]:
+def compare_vectors(graph: tuple[str, float, str], exact: Pair, found: Pair, *, looked_up: bool) -> dict[str, Any]:
     """Figures of what a graph gives: (queries, documents), [texts, dimensions] each, beside the model's own.
 
-    Raises ConfigError when a weight is further off than the share of its text's largest one, or for another order.
+    Queries that are `looked_up` are not rounded. Raises ConfigError when a weight is further off than the share of its
+    text's largest one, or for another order.
     """
     (name, share, words), largest = graph, 0.0
     for wanted, given in zip(exact, found, strict=True):
@@ -86,9 +88,9 @@ def compare_vectors(graph: tuple[str, float, str], exact: Pair, found: Pair) -> 
         raise ConfigError(
             f"a weight of {name} is off by {largest:.1%} of its text's largest, where {share:.2%} is stated"
         )
-    rows = used_by(*exact, *found)
-    queries, documents = (Weights.of(next(rows), within(share * wanted.max(axis=1).toarray())) for wanted in exact)
-    found_queries, found_documents = rows
+    asked, held, found_queries, found_documents = used_by(*exact, *found)
+    of_queries, of_documents = (within(share * wanted.max(axis=1).toarray()) for wanted in exact)
+    queries, documents = Weights.of(asked, exactly if looked_up else of_queries), Weights.of(held, of_documents)
     rule = Rule(queries, documents, monotone=False, engine=words * (name != "model.onnx"))
     figures = compare(queries, documents, found_queries @ found_documents.T, rule)
     return figures | {"largest_difference_of_a_weight": largest}
