@@ -1,4 +1,4 @@
-"""Exports a trained model, and the documents it encodes, to what runs them: search engines and ONNX."""
+"""Exports a trained model, and the documents it encodes, to what runs them: search engines, ONNX and columns."""
 
 from collections.abc import Callable
 from functools import partial
