@@ -259,6 +259,8 @@ class DatasetsConfig(BaseModel):
     """round_robin: every set equally often; proportional: by its number of rows."""
     epoch: Literal["smallest", "largest"] = "smallest"
     """round_robin: an epoch ends when the smallest set has been seen once, or when the largest has."""
+    length_window: Positive = 32
+    """Rows of about the same length form a batch, within so many batches of the shuffled order; 1: batches at random."""
     nli: FamilySource | None = None
     """Fremtind/all-nli-norwegian: anchor, positive, negative."""
     scandi_qa: ScandiQaConfig | None = None
