@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict
 from sentence_transformers.sparse_encoder import SparseEncoderTrainer
 
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense, write_modernbert, write_roberta
+from tests.standins import COMMIT, SHAPES, write_norbert
 from tests.test_models import config_of
 from trainer.arguments import build_arguments, routes_of
 from trainer.config import ConfigError, load_config
@@ -53,8 +54,8 @@ BASES = {
 }
 
 
-def built(tmp_path, base, architecture):
-    config = config_of(tmp_path, base, architecture)
+def built(tmp_path, base, architecture, *overrides):
+    config = config_of(tmp_path, base, architecture, *overrides)
     return config, build_model(config, fetch_base_model(config), QUERIES, DOCUMENTS, "cpu")
 
 
@@ -81,6 +82,13 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("base", BASES)
 def test_features_are_those_of_the_library(tmp_path, base, architecture):
     config, model = built(tmp_path, BASES[base](tmp_path / "base"), architecture)
+    check_features(tmp_path, config, model)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_features_of_norbert_are_those_of_the_library(tmp_path, shape):
+    pinned = (f"model.revision={COMMIT}", "model.trust_remote_code=true")
+    config, model = built(tmp_path, write_norbert(tmp_path / "base", shape), "inference-free-splade", *pinned)
     check_features(tmp_path, config, model)
 
 

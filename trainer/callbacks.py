@@ -61,15 +61,17 @@ class Throughput:
         return tuple(int(count) for count in total(self.rows, tokens, encoded, self.positions))
 
     def add(self, features: list[dict[str, Any]]) -> None:
-        """The columns of one batch, with their attention masks [rows, length]."""
-        self.rows += len(features[0]["attention_mask"])
+        """The columns of one batch, with their attention masks [rows, length], or packed: with where each text begins."""
+        first = features[0]
+        self.rows += len(first["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in first else len(first["input_ids"])
         for column in features:
             # the sums stay on the device: reading them here would wait for the GPU at every step
-            count = column["attention_mask"].sum()
+            positions = column["input_ids"].numel()
+            count = column["attention_mask"].sum() if "attention_mask" in column else positions
             self.tokens.append(count)
             if column.get("task") not in self.static_routes:
                 self.encoded.append(count)
-                self.positions += column["attention_mask"].numel()
+                self.positions += positions
 
     def read(self) -> dict[str, float]:
         """Rows (samples) and tokens per second of the current interval, and which share of the positions was padding."""

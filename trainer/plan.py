@@ -9,12 +9,12 @@ from torch import nn
 
 from trainer.arguments import query_rate_mapping, routes_of
 from trainer.config import FROM_SCRATCH, Config, ConfigError, LoadedConfig
-from trainer.data import Tokeniser, TrainingData, folder_of_tokens, load_data
+from trainer.data import Tokeniser, TrainingData, folder_of_tokens, is_packed, load_data
 from trainer.device import choose_device
 from trainer.distributed import processes
 from trainer.hub import HubUnreachable
 from trainer.losses import build_loss
-from trainer.models import BaseModel, build_model, fetch_base_model, vocabulary_of
+from trainer.models import BaseModel, attention_line, build_model, check_attention, fetch_base_model, vocabulary_of
 from trainer.run import MODELS
 from trainer.sparsity import BatchStatistics
 
@@ -106,6 +106,8 @@ def sitting_out_lines(config: Config, data: TrainingData) -> Iterator[str]:
 
 def padding_line(config: Config, data: TrainingData) -> str:
     """How much of what the network computes will be padding. The data has its token ids."""
+    if is_packed(config):
+        return "padding   none: texts are packed (model.attention), so datasets.length_window has no effect"
     share, at_random = data.padding(config)
     window = config.datasets.length_window
     how = f"; {at_random:.0%} if rows of any length were batched (length_window: {window})" if window > 1 else ""
@@ -214,6 +216,11 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
         return
     model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), "cpu")
     yield f"          {vocabulary_of(model):,} dimensions, {sum(p.numel() for p in model.parameters()):,} parameters"
+    try:
+        check_attention(model, config, device)
+        yield attention_line(model, config)
+    except ConfigError as error:
+        yield f"attention {error.format_message()}"
     if not missing:
         yield from sitting_out_lines(config, data)
         sample = data.sample(PLAN_ROWS, config.training.seed)

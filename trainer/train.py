@@ -37,7 +37,15 @@ from trainer.distributed import (
 from trainer.evaluators import SCORE, SearchEvaluator, build_evaluator
 from trainer.loop import SparseTrainer
 from trainer.losses import build_loss
-from trainer.models import build_model, fetch_base_model, load_model, save_model
+from trainer.models import (
+    attention_line,
+    build_model,
+    choose_attention,
+    fetch_base_model,
+    in_any_precision,
+    load_model,
+    save_model,
+)
 from trainer.plan import (
     data_lines,
     model_lines,
@@ -93,7 +101,8 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             model = load_model(checkpoint, config, device)
         else:
             model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), device)
-        for line in model_lines(config, base):
+        choose_attention(model, config, device)
+        for line in (*model_lines(config, base), attention_line(model, config)):
             say(line)
 
         # 3. Token ids: of every text once
@@ -281,7 +290,7 @@ def _score(model: SparseEncoder, evaluator: SearchEvaluator | None, run: Run, wh
     """Search scores, also into the manifest; empty without searches."""
     if evaluator is None:
         return {}
-    with distributed_evaluation(model) as runs_here:
+    with in_any_precision(model), distributed_evaluation(model) as runs_here:
         scores = evaluator(model) if runs_here else {}
     found = {key: round(value, 5) for key, value in from_first(scores).items()}
     run.update(**{when: found})

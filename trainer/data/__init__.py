@@ -30,6 +30,7 @@ __all__ = [
     "TrainingData",
     "bucket_lengths",
     "folder_of_tokens",
+    "is_packed",
     "load_data",
     "shapes_of",
     "static_routes",
@@ -117,7 +118,7 @@ class TrainingData:
                 processes=processes(),
                 ids=self.text_ids(half),
                 lengths=self.tokens[half].lengths() if half in self.tokens else None,
-                window=config.datasets.length_window,
+                window=1 if is_packed(config) else config.datasets.length_window,
             )
         return self._batches[half]
 
@@ -195,6 +196,11 @@ class TrainingData:
 def shapes_of(config: Config) -> list[int] | None:
     """The lengths that texts are padded to; None: each column of a batch to its longest text."""
     return bucket_lengths(config.training.max_seq_length) if config.training.torch_compile else None
+
+
+def is_packed(config: Config) -> bool:
+    """Whether texts are read one after the other, without padding."""
+    return config.model.attention.startswith("flash")
 
 
 def load_data(config: Config, missing: dict[str, HubUnreachable] | None = None) -> TrainingData:

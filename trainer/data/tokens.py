@@ -60,7 +60,10 @@ def static_routes(model: SparseEncoder) -> set[str]:
 
 # ------------------------------------------------------------------------------------------- tokenising
 def unpadded(features: Features) -> Iterator[np.ndarray]:
-    """The token ids of each text of a padded batch."""
+    """The token ids of each text of a padded or packed batch."""
+    if "cu_seq_lens_q" in features:
+        yield from np.split(features["input_ids"][0].numpy(), features["cu_seq_lens_q"][1:-1].numpy())
+        return
     masks = features["attention_mask"].numpy().astype(bool)
     for ids, mask in zip(features["input_ids"].numpy(), masks, strict=True):
         yield ids[mask]
@@ -145,13 +148,41 @@ class Padding:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How token ids become packed features: all texts one after the other, for attention that is told where each begins."""
+
+    collate: Callable[[list[Features]], Features]  # transformers' DataCollatorWithFlattening
+    first_position: int
+    constants: Features
+
+    @classmethod
+    def of(cls, module: nn.Module, features: Features) -> "Packing":
+        """features: what the module's `preprocess` gave for one text."""
+        packed = module.data_collator([{"input_ids": [0]}])
+        constants = {name: value for name, value in features.items() if name not in packed}
+        return cls(module.data_collator, module._flatten_position_offset, constants)
+
+    def features(self, texts: Sequence[np.ndarray], shapes: Sequence[int] | None = None) -> Features:
+        """Tensors [1, tokens of all texts]; `shapes` mean nothing where nothing is padded."""
+        packed = dict(self.collate([{"input_ids": text.tolist()} for text in texts]))
+        del packed["labels"]
+        packed["position_ids"] = packed["position_ids"] + self.first_position
+        return packed | self.constants
+
+
+def layout_of(module: nn.Module, features: Features) -> Padding | Packing:
+    """How this module reads texts. features: what its `preprocess` gave for one text."""
+    return (Packing if "cu_seq_lens_q" in features else Padding).of(module, features)
+
+
+@dataclass(frozen=True)
 class Column:
     """One column of a set of rows."""
 
     name: str
     file: TokenFile
     numbers: np.ndarray  # [rows]: which of the file's texts a row has
-    padding: Padding
+    layout: Padding | Packing
     is_network: bool  # not looked up in a table of static weights
 
 
@@ -174,7 +205,7 @@ class TokenRows:
         found = {}
         for column in self.columns:
             texts = [column.file[number] for number in column.numbers[rows].tolist()]
-            features = column.padding.features(texts, shapes)
+            features = column.layout.features(texts, shapes)
             found |= {f"{column.name}_{name}": value for name, value in features.items()}
         return found
 
@@ -225,10 +256,10 @@ class Tokeniser:
             self.texts += len(used)
             self.tokens += int(file.lengths().sum())
             self.bytes += path.stat().st_size if path else 0
-            padding = Padding.of(module, preprocess([dataset[0][roles[places[0]]]]))
+            layout = layout_of(module, preprocess([dataset[0][roles[places[0]]]]))
             is_network = task not in static_routes(self.model)
             for place, column in zip(places, numbers.T, strict=True):
-                columns[roles[place]] = Column(roles[place], file, np.ascontiguousarray(column), padding, is_network)
+                columns[roles[place]] = Column(roles[place], file, np.ascontiguousarray(column), layout, is_network)
         found = TokenRows([columns[role] for role in roles])
         self._check(name, dataset, found)
         self.seconds += time.perf_counter() - start
