@@ -46,11 +46,9 @@ class SparseTrainer(SparseEncoderTrainer):
         Those of held-out rows are drawn whatever the lengths, so that evaluation losses mean the same in all runs.
         """
         half = next((name for name, rows in self.data.train.items() if rows is dataset), None)
-        return (
-            self.data.batches(half, self.config)
-            if half
-            else NoDuplicateBatches(dataset, batch_size, seed=seed, processes=processes())
-        )
+        if half:
+            return self.data.batches(half, self.config)
+        return NoDuplicateBatches(dataset, batch_size, seed=seed, processes=processes())
 
     def get_multi_dataset_batch_sampler(self, dataset, batch_samplers, generator=None, seed=0):
         """Batches of all data sets, triplets and pairs of one set sharing its turns."""
@@ -61,7 +59,7 @@ class SparseTrainer(SparseEncoderTrainer):
         """The library's batches, as row numbers whose token ids are looked up, not as texts to tokenise at every step."""
         loader = super()._build_dataloader(dataset, batch_size, dataset_kind)
         if isinstance(dataset, DatasetDict):
-            sets = list(self.data.tokens.values())
+            sets = [self.data.tokens[half] for half in dataset]
         else:
             sets = [next(self.data.eval_tokens[name] for name, rows in self.data.eval.items() if rows is dataset)]
         return DataLoader(
