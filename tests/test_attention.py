@@ -16,6 +16,7 @@ from trainer.callbacks import Throughput
 from trainer.config import ConfigError, load_config
 from trainer.data import TokenCollator, Tokeniser
 from trainer.data.batches import text_ids
+from trainer.fused.model import fuse, is_fused
 from trainer.models import attention as module
 from trainer.models import (
     attention_line,
@@ -145,10 +146,14 @@ def test_a_model_with_attention_code_of_its_own_is_one_line(tmp_path, shape):
 
 
 # ------------------------------------------------------------------------------------------- packed texts
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("write", [write_bert, write_roberta, write_modernbert, write_dense])
-def test_packed_texts_have_the_vectors_of_padded_ones(tmp_path, flash, write):
+def test_packed_texts_have_the_vectors_of_padded_ones(tmp_path, flash, write, fused):
     architecture = "csr" if write is write_dense else "splade"
     config, model = built(tmp_path, write(tmp_path / "base"), architecture, *FLASH)
+    if fused:
+        fuse(model)
+    assert is_fused(model) == (fused and architecture == "splade")
     padded = vectors(model)
     choose_attention(model, config, "cuda")
     assert "cu_seq_lens_q" in model.preprocess(DOCUMENTS)

@@ -41,7 +41,9 @@ def test_the_plan_names_model_rates_rows_steps_memory_and_output(tiny):
 def test_the_memory_of_the_starter_shape_is_worked_out_by_hand(tmp_path):
     config_of(tmp_path, write_bert(tmp_path / "base"), "splade")
     overrides = ["training.per_device_train_batch_size=1000", "training.max_seq_length=64"]
-    line = line_with(lines_of(tmp_path / "config.yaml", *overrides), "memory    ")
+    fused = line_with(lines_of(tmp_path / "config.yaml", *overrides), "memory    ")
+    assert "head 0.0 GiB" in fused  # 3000 texts × 162 words × 4 bytes × 24 copies
+    line = line_with(lines_of(tmp_path / "config.yaml", *overrides, "hardware.fused_head=false"), "memory    ")
     # 1000 rows × 3 columns × 64 tokens × 162 words × 4 bytes × 4 copies = 0.46 GiB; × 2 layers × 32 × 68 bytes = 0.78 GiB
     assert "head 0.5 GiB, activations 0.8 GiB, for 3000 texts of 64 tokens per step" in line
 

@@ -48,6 +48,7 @@ from trainer.models import (
 )
 from trainer.plan import (
     data_lines,
+    head_line,
     model_lines,
     padding_line,
     schedule_of,
@@ -101,9 +102,12 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             model = load_model(checkpoint, config, device)
         else:
             model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), device)
-        choose_attention(model, config, device)
-        for line in (*model_lines(config, base), attention_line(model, config)):
+        for line in model_lines(config, base):
             say(line)
+        if config.loss.type == "splade":
+            say(head_line(config, model))
+        choose_attention(model, config, device)  # from here on its networks may compute in 16 bits only
+        say(attention_line(model, config))
 
         # 3. Token ids: of every text once
         tokeniser = Tokeniser(model, routes_of(config), say)

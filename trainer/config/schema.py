@@ -318,6 +318,9 @@ class HardwareConfig(Section):
     """TensorFloat-32 matrix products (CUDA, Ampere and later)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
+    fused_head: bool = True
+    """SPLADE: compute the vectors without a logit for every token and word. Same vectors and gradients, less time and
+    memory; false trains with the library's own head."""
 
 
 class HubConfig(Section):
