@@ -18,7 +18,7 @@ from trainer.data import tokens as module
 from trainer.data.batches import text_ids
 from trainer.data.token_file import PART, TokenFile
 from trainer.losses import build_loss
-from trainer.models import build_model, fetch_base_model
+from trainer.models import build_model, fetch_base_model, load_model, save_model
 from trainer.run import Run
 from trainer.sparsity import BatchStatistics
 
@@ -191,6 +191,17 @@ def test_the_key_does_not_depend_on_what_was_tokenised_before(kept):
     before = module.key_of(model[0], None, "content")
     model.encode(["a text", "another, longer text"])
     assert module.key_of(model[0], None, "content") == before
+
+
+@pytest.mark.parametrize("architecture", ["inference-free-splade", "splade"])
+@pytest.mark.parametrize("base", BASES)
+def test_a_resumed_run_finds_the_ids_of_the_run_it_goes_on_with(tmp_path, base, architecture):
+    config, model = built(tmp_path, BASES[base](tmp_path / "base"), architecture)
+    save_model(model, tmp_path / "saved")
+    again = load_model(tmp_path / "saved", config, "cpu")
+    for task in set(routes_of(config).values()) or {None}:
+        inputs = [module.input_module(each, task) for each in (model, again)]
+        assert module.key_of(inputs[0], task, "content") == module.key_of(inputs[1], task, "content")
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "garbage"])

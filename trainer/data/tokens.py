@@ -96,15 +96,20 @@ def key_of(module: nn.Module, task: str | None, content: str) -> str:
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         module.tokenizer.save_pretrained(folder)
-        for file in sorted(Path(folder).iterdir()):
-            text = file.read_bytes()
-            if file.name == "tokenizer.json":  # it also says how the last call padded and cut
-                text = json.dumps(json.loads(text) | {"padding": None, "truncation": None}, sort_keys=True).encode()
-            digest.update(f"\x1d{file.name}\x1e".encode() + text)
+        files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    if "tokenizer.json" in files:
+        # says everything but how the last call padded and cut, which it says too; and tokenizer_config.json repeats it
+        # with what depends on whether the tokenizer comes from a base model or a checkpoint
+        del files["tokenizer_config.json"]
+        backend = json.loads(files["tokenizer.json"]) | {"padding": None, "truncation": None}
+        files["tokenizer.json"] = json.dumps(backend, sort_keys=True).encode()
+    for name, content_of in files.items():
+        digest.update(f"\x1d{name}\x1e".encode() + content_of)
     settings = {
         "content": content,
         "task": task,
         "module": [type(module).__name__, module.get_config_dict(), module.max_seq_length],
+        "cut": module.tokenizer.truncation_side,
         "versions": [version(name) for name in ("sentence-transformers", "transformers", "tokenizers")],
         "texts in a part": PART,
     }
