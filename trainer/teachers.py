@@ -13,13 +13,13 @@ from datasets import Dataset, DatasetDict
 from trainer.cache import digest, folder_of, identity, kept
 from trainer.config import ConfigError, one_line
 from trainer.config.schema import TeacherConfig
+from trainer.data import LABEL
 from trainer.distributed import processes_here, wait
 from trainer.hub import MODEL_FILES, Snapshot, fetch
 
 Pair = tuple[str, str]
 Score = Callable[[list[Pair]], np.ndarray]
 
-LABEL = "label"  # what the library takes for the labels of a row, and hands to the loss
 KEY = "loss.teacher.model"
 PAIRS_PER_PART = 5_000
 SCORES = pa.schema([("pair", pa.string()), ("score", pa.float32())])

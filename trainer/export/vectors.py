@@ -83,6 +83,11 @@ def vectors_of(rows: sp.csr_matrix, terms: list[str], signed: bool = False) -> I
         yield {terms[dimensions[i]]: float(weights[i]) for i in order if signed or weights[i] > 0}
 
 
+def nine_digits(vector: Vector) -> Vector:
+    """Weights as text has them: nine digits name every float32."""
+    return {term: float(f"{weight:.9g}") for term, weight in vector.items()}
+
+
 def matrix_of(vectors: list[Vector], terms: list[str]) -> sp.csr_matrix:
     """The rows that vectors came from."""
     number = {term: dimension for dimension, term in enumerate(terms)}

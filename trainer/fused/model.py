@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from trainer.fused.head import splade_max, splade_max_packed
 
-# What NorBERT3's converted code, and our own bias of special tokens, set the logits of words to that are never active.
+# The logit of a word that is never active, in NorBERT3's converted code and in our bias of special tokens: far below any
+# other, and within float16's range (65,504), so relu makes it 0 in every precision.
 SILENT = -1e4
 # A text to try a model with; its tokens differ, so that logits in another place are seen to be.
 PROBE = "Galdhøpiggen er Norges høyeste fjell, og ligger i Lom kommune i Innlandet."
