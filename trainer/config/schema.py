@@ -128,7 +128,8 @@ class TrainingConfig(Section):
     fp16: bool = False
     """Train under float16 autocast (CUDA only)."""
     torch_compile: bool = False
-    """Compile the model (minutes of start-up, faster steps on CUDA)."""
+    """Compile the networks, once for each of a few lengths that texts are then padded to (minutes of start-up, faster
+    steps on CUDA)."""
     dataloader_num_workers: Count = 0
     """Processes that tokenise ahead of the model."""
     dataloader_pin_memory: bool = False
@@ -319,8 +320,8 @@ class HardwareConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     fused_head: bool = True
-    """SPLADE: compute the vectors without a logit for every token and word. Same vectors and gradients, less time and
-    memory; false trains with the library's own head."""
+    """SPLADE: compute the vectors without a logit for every token and word, and on CPUs the linear layers through oneDNN.
+    Same vectors and gradients, less time and memory; false trains with the library's own head."""
 
 
 class HubConfig(Section):
