@@ -76,6 +76,7 @@ smoke: $(VENV)/.ok ## train two steps of the quickstart
 	@$(BIN)/python -m trainer train quickstart --name smoke --set training.max_steps=2 $(SETS)
 
 bench: $(VENV)/.dev ## measured ratios: tests/benchmarks
+	@$(BIN)/python -m tests.benchmarks.speed $(ROWS)
 	@$(BIN)/python -m tests.benchmarks.batches
 	@$(BIN)/python -m tests.benchmarks.search
 
