@@ -82,7 +82,7 @@ bench: $(VENV)/.dev ## measured ratios: tests/benchmarks
 	@$(BIN)/python -m tests.benchmarks.batches
 	@$(BIN)/python -m tests.benchmarks.search
 
-soak: $(VENV)/.dev ## kill trainings anywhere, resume them, compare: KILLS=25 (per architecture)
+soak: $(VENV)/.dev ## kill trainings anywhere, resume them, compare: KILLS=25 (of each kind of run)
 	@$(BIN)/python -m tests.soak --kills $(or $(KILLS),25) $(ARGS)
 
 lock: ## remake the hash-locked requirement files (needs uv)

@@ -131,7 +131,7 @@ SparseTrainer.training_step = killing
 
 def test_a_loader_worker_that_is_killed_is_one_line_and_the_run_goes_on(tiny):
     tiny.write_text(TINY.replace("max_steps: 6", "max_steps: 20\n  dataloader_num_workers: 1"))
-    line = one_line_of(run_python(tiny.parent, KILL_WORKER))
+    line = one_line_of(run_python(tiny.parent, KILL_WORKER, fresh=True))
     assert line.startswith("Error: a loader worker was ended by the system")
     assert line.endswith("To go on: make resume CONFIG=tiny.yaml")
     # noticed at once, or when the next batch is asked for
@@ -152,7 +152,7 @@ time.time = backwards
 
 
 def test_a_clock_that_runs_backwards_changes_nothing_that_is_trained(tiny, trained_once):
-    result = run_python(tiny.parent, BACKWARDS)
+    result = run_python(tiny.parent, BACKWARDS, fresh=True)  # before any library takes time.time for itself
     assert result.returncode == 0, result.stderr
     assert_whole(tiny.parent, [2, 4, 6])
     assert_same_weights(tiny.parent / RUN / "final", trained_once / RUN / "final")
