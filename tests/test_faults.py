@@ -131,7 +131,7 @@ SparseTrainer.training_step = killing
 
 def test_a_loader_worker_that_is_killed_is_one_line_and_the_run_goes_on(tiny):
     tiny.write_text(TINY.replace("max_steps: 6", "max_steps: 20\n  dataloader_num_workers: 1"))
-    line = one_line_of(run_python(tiny.parent, KILL_WORKER, fresh=True))
+    line = one_line_of(run_python(tiny.parent, KILL_WORKER))
     assert line.startswith("Error: a loader worker was ended by the system")
     assert line.endswith("To go on: make resume CONFIG=tiny.yaml")
     # noticed at once, or when the next batch is asked for

@@ -52,6 +52,7 @@ def _server():
 
 def _run(folder, module, arguments, code, environment, output, errors):
     """What the fork does."""
+    multiprocessing.set_start_method("fork", force=True)  # as a new interpreter has it here: for loader workers
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment | {"PYTHONPATH": str(ROOT)})
