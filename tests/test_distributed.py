@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 
 from tests.conftest import ROOT, run_trainer
+from tests.soak.processes import gone
 from tests.test_training import assert_same_weights
 from trainer.config import ConfigError, load_config
 from trainer.data import NoDuplicateBatches, batch_sizes, load_data
@@ -381,7 +382,7 @@ def test_one_of_four_or_their_launcher_killed_ends_all_with_the_reason_and_four_
     os.kill(launcher.pid if killed == "launcher" else workers[killed], signal.SIGKILL)
     _, errors = launcher.communicate(timeout=60)  # until the last of them has closed its end
     assert time.monotonic() - at < 30
-    assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]
+    assert all(map(gone, workers))
     assert "Traceback" not in errors
     if killed == "launcher":
         assert errors == "Error: the training ends here, for its launcher was ended\n"
