@@ -13,8 +13,9 @@ import torch
 from sentence_transformers import SparseEncoder
 
 from evaluate.bm25 import BM25
-from evaluate.search import InvertedIndex, comparable, encode
+from evaluate.search import InvertedIndex, comparable
 from trainer.config import ConfigError
+from trainer.fused.encode import encode
 
 Item = TypeVar("Item")
 Clock = Callable[[], float]

@@ -1,23 +1,20 @@
 """Exact search over sparse vectors, and what makes a search system one that mteb can evaluate."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from mteb.models.model_meta import ModelMeta
 from sentence_transformers import SparseEncoder
 from sklearn.preprocessing import normalize
 
 from trainer.beir import passage_text
+from trainer.fused.encode import encode
 
 # Scores of the best passages by query.
 Found = dict[str, dict[str, float]]
-
-# Texts encoded at a time: their vectors exist as torch tensors before they become sparse rows.
-CHUNK = 2_000
 
 
 class InvertedIndex:
@@ -49,22 +46,6 @@ class InvertedIndex:
             best = np.flatnonzero(scores >= last if last > 0 else scores > 0)
             best = best[np.argsort(-scores[best], kind="stable")][:depth]
             yield best, scores[best]
-
-
-def encode(model: SparseEncoder, texts: Sequence[str], route: str, batch_size: int) -> sp.csr_matrix:
-    """Vectors of texts by the query or document route, shape [texts, dimensions], without a dense matrix of them all."""
-    encode_route = model.encode_query if route == "query" else model.encode_document
-    parts = []
-    for start in range(0, len(texts), CHUNK):
-        chunk = list(texts[start : start + CHUNK])
-        vectors = encode_route(chunk, batch_size=batch_size, convert_to_sparse_tensor=True, show_progress_bar=False)
-        vectors = vectors.to_sparse_coo().coalesce().cpu()
-        rows, columns = vectors.indices().numpy()
-        values = vectors.values().to(torch.float32).numpy()
-        parts.append(sp.csr_matrix((values, (rows, columns)), shape=tuple(vectors.shape)))
-    found = sp.vstack(parts, format="csr")
-    found.eliminate_zeros()
-    return found
 
 
 def comparable(model: SparseEncoder, vectors: sp.csr_matrix) -> sp.csr_matrix:

@@ -10,8 +10,9 @@ from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 
 from evaluate.results import Ranking
 from evaluate.scores import DEPTH, mean_ndcg
-from evaluate.search import InvertedIndex, comparable, encode
+from evaluate.search import InvertedIndex, comparable
 from trainer.config import ConfigError
+from trainer.fused.encode import encode
 
 # Dimensions kept per text, from a short query's worth to more than most documents have; None keeps all.
 PRUNED_TO = (8, 16, 32, 64, 128, 256, None)

@@ -11,6 +11,7 @@ from sentence_transformers import SparseEncoder
 
 from evaluate.results import EvalFolder, read_json
 from trainer.config import Config, ConfigError, find_config, is_commit, is_local, load_config, one_line
+from trainer.fused.model import fuse
 from trainer.run import MODELS, hash_of_model
 
 
@@ -50,6 +51,7 @@ class Subject:
             raise ConfigError(f"{self.model} cannot be loaded: {one_line(error)}") from None
         if not any(".sparse_encoder." in type(module).__module__ for module in model.modules() if module is not model):
             raise ConfigError(f"{self.model} is not a sparse encoder: its vectors have no zeros")
+        fuse(model)
         model.model_card_data.model_name = self.name  # mteb's name for it: unnamed models would share results
         return model
 

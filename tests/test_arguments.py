@@ -25,11 +25,10 @@ def built(tmp_path, bert, architecture, *overrides):
     return config, model, loss, arguments
 
 
-def parameter_groups(model, loss, arguments):
+def parameter_groups(config, model, loss, arguments):
     """Learning rate -> names of the parameters the optimizer trains at it."""
     trainer = SparseTrainer(
-        model=model, args=arguments, loss=loss, halves={}, sampling=("round_robin", "smallest"),
-        throughput=None, stop=None, run_id="",
+        model=model, args=arguments, loss=loss, data=None, config=config, throughput=None, stop=None, run_id="",
         eval_dataset=__import__("datasets").Dataset.from_dict({"anchor": ["a"], "positive": ["b"]}),
     )  # fmt: skip
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -40,8 +39,8 @@ def parameter_groups(model, loss, arguments):
 
 
 def test_the_query_rate_reaches_the_static_query_weights_and_nothing_else(tmp_path, bert):
-    _, model, loss, arguments = built(tmp_path, bert, "inference-free-splade")
-    groups = parameter_groups(model, loss, arguments)
+    config, model, loss, arguments = built(tmp_path, bert, "inference-free-splade")
+    groups = parameter_groups(config, model, loss, arguments)
     assert groups[1e-2] == {"0.sub_modules.query.0.weight"}
     rest = {name for name, _ in model.named_parameters()} - groups[1e-2]
     assert groups[1e-3] == rest
@@ -49,15 +48,15 @@ def test_the_query_rate_reaches_the_static_query_weights_and_nothing_else(tmp_pa
 
 
 def test_the_pattern_people_write_would_train_attention_at_the_query_rate(tmp_path, bert):
-    _, model, loss, arguments = built(tmp_path, bert, "inference-free-splade")
+    config, model, loss, arguments = built(tmp_path, bert, "inference-free-splade")
     arguments.learning_rate_mapping = {r".*\.query\..*": 1e-2}
-    assert any(".attention.self.query." in name for name in parameter_groups(model, loss, arguments)[1e-2])
+    assert any(".attention.self.query." in name for name in parameter_groups(config, model, loss, arguments)[1e-2])
 
 
 def test_a_model_without_static_query_weights_trains_at_one_rate(tmp_path, bert):
     config, model, loss, arguments = built(tmp_path, bert, "splade")
     assert query_rate_mapping(config, loss) == {}
-    assert parameter_groups(model, loss, arguments) == {1e-3: {name for name, _ in model.named_parameters()}}
+    assert parameter_groups(config, model, loss, arguments) == {1e-3: {name for name, _ in model.named_parameters()}}
 
 
 # A value other than the default for every key of the training section.

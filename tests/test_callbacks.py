@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from trainer.callbacks import SIGNS, Watchdog
+from trainer.callbacks import SIGNS, Throughput, Watchdog
 from trainer.sparsity import BatchStatistics
 
 
@@ -114,3 +114,25 @@ def test_statistics_equal_a_hand_worked_case():
     assert found["both"]["document_cosine_mean"] == pytest.approx(1 / 2**0.5)
     statistics.reset()
     assert statistics.summary() == {}
+
+
+# ------------------------------------------------------------------------------------------- throughput
+def column(lengths, **task):
+    """Features of texts with so many tokens each."""
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": mask, "attention_mask": mask, **task}
+
+
+def test_padding_is_counted_where_it_costs_something():
+    throughput = Throughput(static_routes={"query"})
+    throughput.add([column([1, 5], task="query"), column([2, 8], task="document"), column([3, 4], task="document")])
+    # 16 and 8 positions for 10 and 7 tokens of documents
+    assert throughput.read()["padding_share"] == pytest.approx(7 / 24)
+    throughput.settle()
+    assert (throughput.total_rows, throughput.total_tokens) == (2, 23)
+    assert (throughput.total_encoded, throughput.total_padding) == (17, 7)
+    throughput.add([column([3, 3])])
+    assert throughput.read()["padding_share"] == 0  # of this interval
+    everything = Throughput()
+    everything.add([column([1, 5]), column([2, 8])])
+    assert everything.read()["padding_share"] == pytest.approx(10 / 26)

@@ -17,12 +17,13 @@ from evaluate import scores as scores_module
 from evaluate.bm25 import BM25
 from evaluate.results import EvalFolder, Ranking, read_score, read_system
 from evaluate.scores import best, ndcg_per_query, score_system
-from evaluate.search import InvertedIndex, SparseSearch, encode
+from evaluate.search import InvertedIndex, SparseSearch
 from evaluate.subject import open_subject
 from evaluate.tasks import GROUPS, LANGUAGES, load, local_task, select_tasks
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense
 from tests.test_models import build
 from trainer.config import ConfigError
+from trainer.fused.encode import encode
 
 LINES = []
 
@@ -142,10 +143,9 @@ def test_search_with_a_model_ranks_by_the_models_own_similarity(tmp_path, archit
         assert list(values) == pytest.approx(sorted(row, reverse=True), abs=1e-5)
 
 
-def test_encoding_in_chunks_gives_the_vectors_of_encoding_at_once(tmp_path, monkeypatch):
+def test_encoding_in_batches_gives_the_vectors_of_encoding_at_once(tmp_path):
     model = build(tmp_path, write_bert(tmp_path / "base"), "splade")
     whole = model.encode_document(DOCUMENTS * 3, convert_to_sparse_tensor=False).numpy()
-    monkeypatch.setattr("evaluate.search.CHUNK", 5)
     found = encode(model, DOCUMENTS * 3, "document", 4)
     np.testing.assert_allclose(found.toarray(), whole, atol=1e-5)
     assert found.nnz == (whole > 0).sum()

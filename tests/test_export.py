@@ -20,9 +20,11 @@ from tests.conftest import run_trainer
 from tests.test_models import build_from, config_of
 from trainer.config import ConfigError
 from trainer.export import export
-from trainer.export.corpus import Passage, Shard, keep_whole, read_passages
-from trainer.export.documents import append, claim, write_documents
+from trainer.export.corpus import Passage, Shard, read_passages
+from trainer.export.documents import claim, write_documents
+from trainer.export.formats import LineFile
 from trainer.export.lines import Elasticsearch, Lucene, OpenSearch, kept_bits
+from trainer.export.parquet import Parquet
 from trainer.export.request import Request
 from trainer.export.vectors import Encoder, escaped, matrix_of, require_distinct, vectors_of
 from trainer.models import save_model
@@ -40,7 +42,14 @@ def corpus(tmp_path):
 
 def run_export(to, corpus, **settings):
     lines = []
-    known = {"corpus": corpus, "queries": None, "output": None, "shard": Shard(1, 1), "scale": 100, "say": lines.append}
+    known = {
+        "corpus": corpus,
+        "queries": None,
+        "output": None,
+        "shard": Shard(1, 1),
+        "scale": None,
+        "say": lines.append,
+    }
     export(to, Request(Run.finished("tiny"), **(known | settings)))
     return lines
 
@@ -58,8 +67,8 @@ def put_model(trained, base, architecture, *overrides):
 # ---------------------------------------------------------------------------------- whole exports
 READ = {  # the vectors of the files, read by hand: documents, and queries
     "lucene": (
-        lambda lines: {r["id"]: {t: w / 100 for t, w in r["vector"].items()} for r in lines},
-        lambda line: {t: w / 100 for t, w in line["vector"].items()},
+        lambda lines: {r["id"]: {t: w / 1000 for t, w in r["vector"].items()} for r in lines},
+        lambda line: {t: w / 1000 for t, w in line["vector"].items()},
     ),
     "opensearch": (
         lambda lines: {a["index"]["_id"]: d["vector"] for a, d in zip(lines[::2], lines[1::2], strict=True)},
@@ -76,7 +85,7 @@ READ = {  # the vectors of the files, read by hand: documents, and queries
 def test_scores_added_up_from_the_files_are_those_of_the_model(trained, corpus, to):
     queries = trained / "queries.jsonl"
     queries.write_text("".join(json.dumps({"_id": f"q{n}", "text": text}) + "\n" for n, text in enumerate(QUERIES)))
-    lines = run_export(to, corpus, queries=queries)
+    lines = run_export(to, corpus, queries=queries, scale=1000 if to == "lucene" else None)
     folder = trained / f"models/tiny/export/{to}"
     file = next(folder.glob("documents-1-of-1.*"))
     read_documents, read_query = READ[to]
@@ -128,7 +137,7 @@ def test_texts_with_line_separators_of_other_kinds_stay_one_line(trained):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
 def test_a_full_disk_is_one_line():
     with pytest.raises(ConfigError, match=r"^/dev/full cannot be written: No space left .* run this again"):
-        append(Path("/dev/full"), ["{}\n"])
+        LineFile(Path("/dev/full")).append(["{}\n"])
 
 
 def test_a_parquet_corpus_gives_the_same_files_as_jsonl(trained, corpus):
@@ -191,8 +200,12 @@ def test_an_export_that_was_killed_goes_on_where_it_stopped_and_gives_the_same_f
 
 
 def test_shards_together_hold_every_document_once(trained, corpus):
-    for number in (1, 2, 3):
-        run_export("lucene", corpus, shard=Shard(number, 3))
+    said = [run_export("lucene", corpus, shard=Shard(number, 3)) for number in (2, 3, 1)]
+    # the one that comes first chooses the scale for all, from what each of them will check
+    assert [sum(line.startswith("scale") for line in lines) for lines in said] == [1, 0, 0]
+    checked = [json.loads((trained / f"models/tiny/export/lucene/check-{n}-of-3.json").read_text()) for n in (1, 2, 3)]
+    assert len({figures["quantisation"] for figures in checked}) == 1
+    assert f"of all {sum(figures['queries'] for figures in checked)} checked queries" in " ".join(said[0])
     files = sorted((trained / "models/tiny/export/lucene").glob("documents-*.jsonl"))
     ids = [[json.loads(line)["id"] for line in file.read_text().splitlines()] for file in files]
     assert ids[1][:3] == ["d1", "d4", "d7"]
@@ -209,40 +222,64 @@ def test_a_shard_is_written_as_number_and_count(text):
 def test_only_whole_documents_stay_of_a_file(tmp_path, written, whole):
     file = tmp_path / "documents"
     file.write_text(written)
-    assert keep_whole(file, 2) == whole
+    assert LineFile(file, 2).whole() == whole
     assert file.read_text() == "a\nb\n" * whole
+
+
+def never():
+    raise AssertionError("a scale is noted")
 
 
 @pytest.mark.parametrize("key,value", [("model", "b"), ("scale", 7), ("shards", 2), ("corpus", {"bytes": 3})])
 def test_an_export_is_not_continued_with_something_else(tmp_path, key, value):
-    made_with = {"model": "a", "scale": 100, "shards": 1, "corpus": {"bytes": 2}}
-    claim(tmp_path / "export", made_with)
-    claim(tmp_path / "export", made_with)
+    made_with = {"model": "a", "shards": 1, "corpus": {"bytes": 2}}
+    assert claim(tmp_path / "export", made_with, 100, lambda: 100) == 100
+    assert claim(tmp_path / "export", made_with, 100, never) == 100
+    changed = (made_with, value) if key == "scale" else (made_with | {key: value}, 100)
     with pytest.raises(ConfigError, match=rf"holds an export with another {key}\. Remove the folder"):
-        claim(tmp_path / "export", made_with | {key: value})
+        claim(tmp_path / "export", *changed, never)
+
+
+def test_the_scale_that_is_noted_first_is_that_of_every_shard(tmp_path):
+    made_with, folder = {"model": "a"}, tmp_path / "export"
+
+    def chosen_while_another_shard_notes_its_own():
+        claim(folder, made_with, None, lambda: 200)
+        return 500
+
+    assert claim(folder, made_with, None, chosen_while_another_shard_notes_its_own) == 200
+    assert claim(folder, made_with, None, never) == 200
+    assert json.loads((folder / "export.json").read_text()) == {"model": "a", "scale": 200}
+    assert [file.name for file in folder.iterdir()] == ["export.json"]
 
 
 @pytest.mark.slow  # half a million documents
-def test_memory_does_not_grow_with_the_corpus(tmp_path):
+@pytest.mark.parametrize("to", ["lucene", "parquet"])
+def test_memory_does_not_grow_with_the_corpus(tmp_path, to):
     class Constant:
-        terms = tuple("abcde")
+        terms = tuple("01234")
 
         def documents(self, texts):
             return sp.csr_matrix(np.ones((len(texts), 5), dtype=np.float32))
+
+    form = {"lucene": Lucene(100), "parquet": Parquet()}[to]
 
     def peak_of(count):
         corpus = tmp_path / f"{count}.jsonl"
         with corpus.open("w") as out:
             out.writelines(f'{{"_id": "{n}", "text": "document {n}"}}\n' for n in range(count))
         tracemalloc.start()
-        target = tmp_path / f"out-{count}"
-        assert write_documents(Constant(), Lucene(100), read_passages(corpus), target, print) == count
+        arrow = pa.total_allocated_bytes()  # not Python's memory: parquet's buffers
+        store = form.documents_at(tmp_path / f"out-{count}")
+        assert write_documents(Constant(), form, read_passages(corpus), store, print) == count
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
+        assert pa.total_allocated_bytes() <= arrow + 2**20
+        assert len(store.first(300)) == 300
         return peak
 
-    small, large = peak_of(5_000), peak_of(250_000)
-    assert large < small + 2 * 245_000  # two bytes for each document more
+    small, large = peak_of(20_000), peak_of(250_000)
+    assert large < small + 2 * 230_000  # two bytes for each document more
 
 
 # ---------------------------------------------------------------------------------- reading a corpus
@@ -276,13 +313,13 @@ def test_lucene_weights_are_rounded_hundredths_and_what_rounds_to_nothing_is_lef
     line = form.document("7", "Å nei", {"å": 1.236, "nei": 0.0149, "bort": 0.004})
     assert json.loads(line) == {"id": "7", "contents": "Å nei", "vector": {"å": 124, "nei": 1}}
     assert line.endswith("}\n")
-    assert form.read_document([line]) == ("7", {"å": 1.24, "nei": 0.01})
+    assert form.read_document(line) == ("7", {"å": 1.24, "nei": 0.01})
 
 
 def test_bulk_lines_are_an_action_and_a_document():
     action, document = Elasticsearch(100).document("7", "a\nb", {"å": 1.23456789}).splitlines()
     assert json.loads(action) == {"index": {"_id": "7"}}
-    assert json.loads(document) == {"text": "a\nb", "vector": {"å": 1.23457}}
+    assert json.loads(document) == {"text": "a\nb", "vector": {"å": 1.23456789}}
 
 
 @given(st.floats(min_value=2.0**-100, max_value=2.0**100, width=32))

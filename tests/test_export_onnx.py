@@ -7,12 +7,14 @@ import sys
 import numpy as np
 import onnx
 import pytest
+import scipy.sparse as sp
 from sentence_transformers import SparseEncoder
 
 from tests.checkpoints import DOCUMENTS, QUERIES, write_dense, write_roberta
 from tests.standins import COMMIT, write_norbert
 from tests.test_export import put_model, run_export
 from trainer.config import ConfigError
+from trainer.export.onnx import compare_vectors
 
 FOLDER = "models/tiny/export/onnx"
 LENGTHS = [DOCUMENTS[0], "kort", " ".join(DOCUMENTS) * 3, "", "😀"]  # one of them longer than the model reads
@@ -82,12 +84,30 @@ def test_an_int8_graph_that_is_not_near_enough_is_left_out_and_a_float_graph_sto
     exact, int8 = ("model.onnx", 1e-4, "float32"), ("model_int8.onnx", 1e-7, "int8")
     monkeypatch.setattr("trainer.export.onnx.GRAPHS", (exact, int8))
     lines = run_export("onnx", None)
-    assert any(line.startswith("left out  model_int8.onnx: the exported files score differently") for line in lines)
+    assert any(line.startswith("left out  model_int8.onnx: a weight of model_int8.onnx is off by") for line in lines)
     assert not (trained / FOLDER / "model_int8.onnx").exists()
     monkeypatch.setattr("trainer.export.onnx.GRAPHS", (("model.onnx", -1.0, "float32"), int8))
-    with pytest.raises(ConfigError, match="the exported files score differently"):
+    with pytest.raises(
+        ConfigError, match=r"a weight of model\.onnx is off by .* of its text's largest, where -100\.00% is"
+    ):
         run_export("onnx", None)
     assert not [file.name for file in (trained / FOLDER).iterdir() if file.suffix == ".onnx" or "check" in file.name]
+
+
+def test_int8_may_change_an_order_that_its_stated_rounding_explains_and_float32_may_not():
+    queries = sp.csr_matrix([[1.0, 0.0]])
+    exact, found = sp.csr_matrix([[1.0, 2.0], [0.95, 2.0]]), sp.csr_matrix([[0.96, 2.0], [0.97, 2.0]])
+    figures = compare_vectors(("model_int8.onnx", 0.05, "int8"), (queries, exact), (queries, found), looked_up=True)
+    assert (figures["pairs_swapped"], figures["top_10_unchanged"]) == (1, 0)
+    # 5 % of 2.0 for either document: 0.2, of which 0.05 is a quarter
+    assert figures["largest_share_of_what_is_explained"] == pytest.approx(0.25, abs=1e-4)
+    assert figures["largest_difference_of_a_weight"] == pytest.approx(0.02)
+    with pytest.raises(ConfigError, match=r"order of the best 10 changes: .* 5\.0000% of the best apart\. The export"):
+        compare_vectors(("model.onnx", 0.05, "float32"), (queries, exact), (queries, found), looked_up=True)
+    with pytest.raises(
+        ConfigError, match=r"a weight of model_int8\.onnx is off by 2\.0% of .*, where 1\.00% is stated"
+    ):
+        compare_vectors(("model_int8.onnx", 0.01, "int8"), (queries, exact), (queries, found), looked_up=True)
 
 
 def test_a_corpus_is_not_taken_and_left_unread(trained):

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 
 import trainer.export.ml_commons
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense, write_roberta
+from tests.conftest import ROOT
 from tests.standins import COMMIT, write_norbert
 from tests.test_export import corpus, put_model, run_export  # noqa: F401, corpus is a fixture
 from trainer.config import ConfigError
@@ -148,6 +150,22 @@ def test_the_document_model_has_no_operator_that_the_torch_of_opensearch_2_lacks
     assert "aten::softmax" in operators
     assert "aten::scaled_dot_product_attention" not in operators
     assert config._attn_implementation == before == "sdpa"
+
+
+def test_no_path_of_this_machine_is_in_the_document_model(trained, monkeypatch):
+    encoder = Encoder.open(trained / "models/tiny/final", "cpu", 8)
+    places = [str(place).encode() for place in (ROOT, trained, Path(torch.__file__).parents[1], Path.home() / ".")]
+    places += [b"site-packages", b"trainer/export"]
+
+    def records_with_a_place(program):
+        with ZipFile(io.BytesIO(program)) as archive:
+            assert "model/data.pkl" in archive.namelist()
+            return [name for name in archive.namelist() if any(place in archive.read(name) for place in places)]
+
+    assert records_with_a_place(traced(encoder.model)) == []
+    monkeypatch.setattr(trainer.export.ml_commons, "without_debug_records", Path.read_bytes)
+    as_torch_saves_it = records_with_a_place(traced(encoder.model))
+    assert as_torch_saves_it and all(name.endswith(".debug_pkl") for name in as_torch_saves_it)
 
 
 def test_special_tokens_have_no_weight_even_where_the_model_gives_them_one(trained):

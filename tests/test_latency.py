@@ -37,7 +37,10 @@ class Slow(torch.nn.Module):
     def _vectors(self, texts, seconds):
         self.clock.seconds += seconds + self.late
         self.late = 0.0
-        return torch.tensor([[number_of(text), 0.0, 0.0] for text in texts]).to_sparse()
+        return torch.tensor([[number_of(text), 0.0, 0.0] for text in texts])
+
+    def __iter__(self):
+        return iter(())  # no module of it is looked at
 
     def encode_query(self, texts, **options):
         assert len(texts) == 1

@@ -15,6 +15,7 @@ ROWS = [
         "trainer.run",
         "trainer.checkpoints",
         "trainer.sparsity",
+        "trainer.fused",
         "trainer.stock",
         "trainer.upload",
     },
@@ -34,7 +35,7 @@ ROWS = [
     {"trainer.__main__"},
 ]
 # What evaluate may import of the trainer: nothing that trains.
-SHARED = {"trainer.config", "trainer.run", "trainer.beir"}
+SHARED = {"trainer.config", "trainer.run", "trainer.beir", "trainer.fused"}
 EVALUATE_ROWS = [
     {"evaluate.results"},
     {"evaluate.tasks", "evaluate.search", "evaluate.subject", "evaluate.terms"},

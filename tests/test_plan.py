@@ -41,7 +41,9 @@ def test_the_plan_names_model_rates_rows_steps_memory_and_output(tiny):
 def test_the_memory_of_the_starter_shape_is_worked_out_by_hand(tmp_path):
     config_of(tmp_path, write_bert(tmp_path / "base"), "splade")
     overrides = ["training.per_device_train_batch_size=1000", "training.max_seq_length=64"]
-    line = line_with(lines_of(tmp_path / "config.yaml", *overrides), "memory    ")
+    fused = line_with(lines_of(tmp_path / "config.yaml", *overrides), "memory    ")
+    assert "head 0.0 GiB" in fused  # 3000 texts × 162 words × 4 bytes × 24 copies
+    line = line_with(lines_of(tmp_path / "config.yaml", *overrides, "hardware.fused_head=false"), "memory    ")
     # 1000 rows × 3 columns × 64 tokens × 162 words × 4 bytes × 4 copies = 0.46 GiB; × 2 layers × 32 × 68 bytes = 0.78 GiB
     assert "head 0.5 GiB, activations 0.8 GiB, for 3000 texts of 64 tokens per step" in line
 
@@ -74,7 +76,7 @@ def test_rows_that_share_too_many_texts_are_counted_before_training(tmp_path, mo
     text = TINY.replace("  quickstart: {}", "  mine: {source: rows.jsonl, eval_rows: 0}")
     (tmp_path / "mine.yaml").write_text(text)
     # two batches of eight, each of which can hold the text once
-    assert "            14 rows sit out each pass" in line_with(lines_of(tmp_path / "mine.yaml"), "sit out")
+    assert "batches   mine: 14 rows sit out each pass" in line_with(lines_of(tmp_path / "mine.yaml"), "sit out")
 
 
 def test_a_local_base_model_is_described_even_when_the_data_needs_the_hub(tmp_path):
@@ -103,6 +105,20 @@ def test_steps_are_those_the_trainer_takes(tiny, overrides, steps, epochs):
     schedule = schedule_of(config, load_data(config))
     assert schedule.steps == steps
     assert schedule.epochs == pytest.approx(epochs)
+
+
+def test_the_padding_said_before_training_is_what_an_epoch_has(tiny):
+    options = ("training.max_steps=-1", "training.eval_steps=100", "training.save_steps=100")
+    result = run_trainer(tiny.parent, "train", "tiny.yaml", *(part for option in options for part in ("--set", option)))
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads((tiny.parent / "models/tiny/run.json").read_text())
+    planned = re.search(r"padding   (\d+)% of the positions .*; (\d+)% if rows of any length", result.stdout)
+    share, at_random = map(int, planned.groups())
+    assert manifest["padding_share"] == pytest.approx(share / 100, abs=0.006)  # said in whole per cent
+    assert share < 0.5 * at_random
+    assert f"{manifest['padding_share']:.0%} padding" in line_with(result.stdout.splitlines(), "verdict")
+    assert manifest["tokens_encoded"] < manifest["tokens_trained"]  # queries are looked up
+    assert planned.group(0) in "\n".join(lines_of(tiny, *options))  # make check says the same of small sets
 
 
 def test_the_planned_steps_are_taken_and_every_row_is_seen_in_an_epoch(tmp_path, monkeypatch):

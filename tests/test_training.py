@@ -205,6 +205,7 @@ def test_tensorboard_has_every_scalar_and_the_probe_sentences(trained):
         "sparsity/flops",
         "speed/samples_per_second",
         "speed/tokens_per_second",
+        "speed/padding_share",
         "memory/peak (GiB)",
         "eval/search_ndcg@10",
         "eval/quickstart_ndcg@10",
@@ -446,8 +447,8 @@ def test_a_device_that_is_not_here_is_named():
 def test_the_verdict_names_no_score_where_nothing_was_searched():
     from trainer.train import verdict
 
-    manifest = {"train_seconds": 125.4, "samples_per_second": 12.34, "peak_memory_gib": 1.25}
-    assert verdict({}, {}, None, manifest) == "verdict   2 min 5 s, 12.3 samples/s, peak memory 1.2 GiB"
+    manifest = {"train_seconds": 125.4, "samples_per_second": 12.34, "padding_share": 0.082, "peak_memory_gib": 1.25}
+    assert verdict({}, {}, None, manifest) == "verdict   2 min 5 s, 12.3 samples/s, 8% padding, peak memory 1.2 GiB"
 
 
 def write_rows(folder, text="hva er"):

@@ -16,6 +16,11 @@ OWN_KEYS = {"query_learning_rate", "max_seq_length"}
 ROUTES = {"anchor": "query", "positive": "document", "negative": "document"}
 
 
+def routes_of(config: Config) -> dict[str, str]:
+    """The route of each column through the model; empty where one serves all."""
+    return ROUTES if config.model.architecture == "inference-free-splade" else {}
+
+
 def build_arguments(
     config: Config, run: Run, model: SparseEncoder, loss: nn.Module, device: str, *, best_metric: str | None
 ) -> SparseEncoderTrainingArguments:
@@ -34,7 +39,7 @@ def build_arguments(
         # transformers' new name for gradient checkpointing; the re-entrant kind breaks DDP
         activation_checkpointing=config.hardware.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if config.hardware.gradient_checkpointing else None,
-        router_mapping=ROUTES if config.model.architecture == "inference-free-splade" else {},
+        router_mapping=routes_of(config),
         # A query's vector and its document's come from different parameters (Router), in separate forward passes: DDP may
         # not take those of the last pass for all. GradCache has a backward pass for every forward pass: there it must.
         ddp_broadcast_buffers=False,  # the trainer shares the one buffer that changes, CSR's count of dead dims

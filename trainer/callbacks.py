@@ -4,7 +4,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,16 @@ PROBES = (
 
 
 class Throughput:
-    """Rows and tokens that went through the model in all processes: in the current interval, and in all.
+    """Rows and tokens that went through the model in all processes, and padding with them: in the current interval, and in
+    all.
 
     `restart` and `read` are called by every process at the same steps.
     """
 
-    def __init__(self):
-        self.total_rows = self.total_tokens = 0
+    def __init__(self, static_routes: Collection[str] = ()):
+        """static_routes: tasks whose texts do not go through the network, where padding costs nothing."""
+        self.static_routes = static_routes
+        self.total_rows = self.total_tokens = self.total_encoded = self.total_padding = 0
         self.restart()
 
     def restart(self) -> None:
@@ -46,26 +49,39 @@ class Throughput:
 
     def settle(self) -> None:
         """Count what was seen towards the totals."""
-        rows, tokens = self._seen() if hasattr(self, "rows") else (0, 0)
+        rows, tokens, encoded, positions = self._seen() if hasattr(self, "rows") else (0, 0, 0, 0)
         self.total_rows += rows
         self.total_tokens += tokens
-        self.rows, self.tokens = 0, []
+        self.total_encoded += encoded
+        self.total_padding += positions - encoded
+        self.rows, self.positions, self.tokens, self.encoded = 0, 0, [], []
 
-    def _seen(self) -> tuple[int, int]:
-        rows, tokens = total(self.rows, sum(int(count) for count in self.tokens))
-        return int(rows), int(tokens)
+    def _seen(self) -> tuple[int, int, int, int]:
+        tokens, encoded = (sum(int(count) for count in counts) for counts in (self.tokens, self.encoded))
+        return tuple(int(count) for count in total(self.rows, tokens, encoded, self.positions))
 
-    def add(self, features: list[dict[str, torch.Tensor]]) -> None:
-        """The columns of one batch, with their attention masks [rows, length]."""
-        self.rows += len(features[0]["attention_mask"])
-        # the sums stay on the device: reading them here would wait for the GPU at every step
-        self.tokens += [column["attention_mask"].sum() for column in features]
+    def add(self, features: list[dict[str, Any]]) -> None:
+        """The columns of one batch, with their attention masks [rows, length], or packed: with where each text begins."""
+        first = features[0]
+        self.rows += len(first["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in first else len(first["input_ids"])
+        for column in features:
+            # the sums stay on the device: reading them here would wait for the GPU at every step
+            positions = column["input_ids"].numel()
+            count = column["attention_mask"].sum() if "attention_mask" in column else positions
+            self.tokens.append(count)
+            if column.get("task") not in self.static_routes:
+                self.encoded.append(count)
+                self.positions += positions
 
     def read(self) -> dict[str, float]:
-        """Rows (samples) and tokens per second of the current interval."""
+        """Rows (samples) and tokens per second of the current interval, and which share of the positions was padding."""
         seconds = time.perf_counter() - self.start
-        rows, tokens = self._seen()
-        return {"samples_per_second": rows / seconds, "tokens_per_second": tokens / seconds}
+        rows, tokens, encoded, positions = self._seen()
+        return {
+            "samples_per_second": rows / seconds,
+            "tokens_per_second": tokens / seconds,
+            "padding_share": 1 - encoded / max(positions, 1),
+        }
 
 
 class TensorBoardLog(TrainerCallback):

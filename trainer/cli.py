@@ -267,7 +267,7 @@ def publish(config: str, repo: str, public: bool, dry_run: bool, name: str | Non
 @main.command()
 @click.argument("config", metavar="CONFIG")
 @click.option(
-    "--to", required=True, metavar="ENGINE", help="lucene, opensearch, elasticsearch, qdrant, seismic or onnx."
+    "--to", required=True, metavar="ENGINE", help="lucene, opensearch, elasticsearch, qdrant, seismic, parquet or onnx."
 )
 @click.option("--corpus", type=Path, help="Documents: .jsonl or .parquet with _id, text and perhaps title.")
 @click.option("--queries", type=Path, help="Queries to write beside them, in the same form.")
@@ -283,7 +283,9 @@ def publish(config: str, repo: str, public: bool, dry_run: bool, name: str | Non
     help="Encode N shards side by side here, each on a GPU of its own as long as they last; all: one per GPU.",
 )
 @click.option(
-    "--scale", default=100, show_default=True, type=click.IntRange(1), help="lucene: weights times this, rounded."
+    "--scale",
+    type=click.IntRange(1),
+    help="lucene: weights times this, rounded; by default the first of 100, 200, 500, 1000, … that keeps the order.",
 )
 @click.option(
     "--upsert", metavar="URL", help="qdrant: upload the points to this server, into a collection named like the run."
@@ -297,7 +299,7 @@ def export(
     output: Path | None,
     shard: str,
     processes: str,
-    scale: int,
+    scale: int | None,
     upsert: str | None,
     name: str | None,
 ) -> None:

@@ -4,14 +4,17 @@ import tempfile
 from pathlib import Path
 
 import torch
+from datasets import DatasetDict
 from sentence_transformers.sparse_encoder import SparseEncoderTrainer
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
+from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from trainer.callbacks import EvaluationCut, NonFiniteLoss, StopOnSignal, Throughput
 from trainer.checkpoints import ASIDE, PREFIX, put_in_place, remove_oldest, require_unchanged, seal, written_aside
-from trainer.data import MixedBatches, Mixture, NoDuplicateBatches
+from trainer.config import Config
+from trainer.data import MixedBatches, NoDuplicateBatches, TokenCollator, TrainingData, shapes_of
 from trainer.distributed import from_all, from_first, is_first, keep_smallest, processes
 from trainer.models import keep_code
 
@@ -22,30 +25,52 @@ class SparseTrainer(SparseEncoderTrainer):
     def __init__(
         self,
         *args,
-        halves: dict[str, list[str]],
-        sampling: tuple[str, str],
+        data: TrainingData,
+        config: Config,
         throughput: Throughput,
         stop: StopOnSignal,
         run_id: str,
         **kwargs,
     ):
-        """halves: per data set the names of its rows in train_dataset; sampling: (strategy, what ends an epoch)."""
-        self.halves, self.sampling, self.throughput = halves, sampling, throughput
+        """data: what train_dataset and eval_dataset are the texts of."""
+        self.data, self.config, self.throughput = data, config, throughput
         self.stop, self.run_id = stop, run_id
+        self.shapes = shapes_of(config)
         super().__init__(*args, **kwargs)
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)  # ours stand in the callbacks argument
 
     def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
-        """Batches of one data set in which no text occurs twice; the last is dealt out in equal parts too, not dropped."""
+        """Batches of one data set in which no text occurs twice; the last is dealt out in equal parts too, not dropped.
+
+        Those of held-out rows are drawn whatever the lengths, so that evaluation losses mean the same in all runs.
+        """
+        half = next((name for name, rows in self.data.train.items() if rows is dataset), None)
+        if half:
+            return self.data.batches(half, self.config)
         return NoDuplicateBatches(dataset, batch_size, seed=seed, processes=processes())
 
     def get_multi_dataset_batch_sampler(self, dataset, batch_samplers, generator=None, seed=0):
         """Batches of all data sets, triplets and pairs of one set sharing its turns."""
-        counts = iter(len(sampler.sizes) for sampler in batch_samplers)
-        groups = [[next(counts) for _ in names] for names in self.halves.values()]
-        self.order = MixedBatches(dataset, batch_samplers, Mixture(groups, *self.sampling, seed))
+        self.order = MixedBatches(dataset, batch_samplers, self.data.mixture(self.config))
         return self.order
+
+    def _build_dataloader(self, dataset, batch_size: int, dataset_kind: str) -> DataLoader:
+        """The library's batches, as row numbers whose token ids are looked up, not as texts to tokenise at every step."""
+        loader = super()._build_dataloader(dataset, batch_size, dataset_kind)
+        if isinstance(dataset, DatasetDict):
+            sets = [self.data.tokens[half] for half in dataset]
+        else:
+            sets = [next(self.data.eval_tokens[name] for name, rows in self.data.eval.items() if rows is dataset)]
+        return DataLoader(
+            range(len(loader.dataset)),
+            batch_sampler=loader.batch_sampler,
+            collate_fn=TokenCollator(sets, self.shapes),
+            num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory,
+            persistent_workers=loader.persistent_workers,
+            prefetch_factor=loader.prefetch_factor,
+        )
 
     def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
         """With several processes and a resumed epoch, the library's wrappers do not pass the epoch on to our order."""

@@ -7,23 +7,29 @@ from dataclasses import dataclass
 from sentence_transformers import SparseEncoder
 from torch import nn
 
-from trainer.arguments import query_rate_mapping
+from trainer.arguments import query_rate_mapping, routes_of
 from trainer.config import FROM_SCRATCH, Config, ConfigError, LoadedConfig
-from trainer.data import TrainingData, load_data
+from trainer.data import Tokeniser, TrainingData, folder_of_tokens, is_packed, load_data
 from trainer.device import choose_device
 from trainer.distributed import processes
+from trainer.fused.model import fuse, is_fused
 from trainer.hub import HubUnreachable
 from trainer.losses import build_loss
-from trainer.models import BaseModel, build_model, fetch_base_model, vocabulary_of
+from trainer.models import BaseModel, attention_line, build_model, check_attention, fetch_base_model, vocabulary_of
 from trainer.run import MODELS
 from trainer.sparsity import BatchStatistics
 
 # Copies of the [texts, length, vocabulary] logits alive at the peak of a stock SPLADE step: forward and backward of a
 # batch of 16 × 256 with a vocabulary of 50,000 took 3,249 MiB on a CPU, and one copy is 781 MiB.
 LOGIT_COPIES = 4
+# Copies of a [texts, vocabulary] tensor at the peak of the fused head's backward pass, when every word is active (with 1 in
+# 1,000 active it was 7): measured with 128 texts and a vocabulary of 50,000.
+VECTOR_COPIES = 24
 # Bytes of activations per token, layer and unit of hidden size, in 16 bits: arXiv 2205.05198, table 2, less the attention
 # matrix, which torch's scaled_dot_product_attention does not keep.
 ACTIVATION_BYTES = 34
+# Rows of each set that a plan tokenises to say how much padding there will be; training looks at all of them.
+PLAN_ROWS = 5_000
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,6 @@ def data_lines(config: Config, data: TrainingData, schedule: Schedule) -> Iterat
             yield f"            {count:,} rows not trained on: {reason}"
         if left := data.rows_left_over(config, summary.name):
             yield f"            {left:,} rows sit out each pass: they cannot be shared equally by {processes()} processes"
-        if alone := data.rows_without_a_batch(config, summary.name):
-            yield f"            {alone:,} rows sit out each pass: too many share a text; lower per_device_train_batch_size"
     for found in data.search:
         yield f"search    {found.name}: {len(found.queries):,} queries over {len(found.corpus):,} passages"
     datasets = config.datasets
@@ -84,6 +88,34 @@ def data_lines(config: Config, data: TrainingData, schedule: Schedule) -> Iterat
     if training.gradient_accumulation_steps > 1:
         batch += f" × {training.gradient_accumulation_steps} accumulated"
     yield f"steps     {schedule.steps:,} of {batch} ({schedule.epochs:.3g} epochs; {how})"
+
+
+def token_line(tokeniser: Tokeniser) -> str:
+    """How many tokens there are, and where their ids are kept."""
+    made = tokeniser.texts - tokeniser.texts_found
+    how = f"tokenised in {tokeniser.seconds:.0f} s" if made else "found"
+    if made and tokeniser.texts_found:
+        how += f", {tokeniser.texts_found:,} of the texts found"
+    kept = f", {tokeniser.bytes / 2**20:,.0f} MiB in {folder_of_tokens()}" if tokeniser.bytes else ""
+    return f"tokens    {tokeniser.tokens:,} in {tokeniser.texts:,} different texts, {how}{kept}"
+
+
+def sitting_out_lines(config: Config, data: TrainingData) -> Iterator[str]:
+    """Rows for which there is no batch."""
+    for name in data.summaries:
+        if alone := data.rows_without_a_batch(config, name):
+            advice = "too many share a text; lower per_device_train_batch_size"
+            yield f"batches   {name}: {alone:,} rows sit out each pass: {advice}"
+
+
+def padding_line(config: Config, data: TrainingData) -> str:
+    """How much of what the network computes will be padding. The data has its token ids."""
+    if is_packed(config):
+        return "padding   none: texts are packed (model.attention), so datasets.length_window has no effect"
+    share, at_random = data.padding(config)
+    window = config.datasets.length_window
+    how = f"; {at_random:.0%} if rows of any length were batched (length_window: {window})" if window > 1 else ""
+    return f"padding   {share:.0%} of the positions that go through the network{how}"
 
 
 def training_lines(config: Config, data: TrainingData, model: SparseEncoder, loss: nn.Module) -> Iterator[str]:
@@ -119,6 +151,13 @@ def model_lines(config: Config, base: BaseModel | None) -> Iterator[str]:
         yield f"code      {file}: {what}"
 
 
+def head_line(config: Config, model: SparseEncoder) -> str:
+    """Put the fused head into the model where config and model allow it, and say so."""
+    if not config.hardware.fused_head:
+        return "head      as the library computes it: hardware.fused_head is false"
+    return f"head      {fuse(model)}"
+
+
 def memory_lines(config: Config, data: TrainingData, model: SparseEncoder) -> Iterator[str]:
     """Estimated memory of the head and of the layers' activations for the texts of one step."""
     shape = model_shape(model)
@@ -140,7 +179,8 @@ def memory_lines(config: Config, data: TrainingData, model: SparseEncoder) -> It
         activations = tokens * layers * hidden * size
     parts = [f"activations {activations / 2**30:.1f} GiB"]
     if config.loss.type == "splade":
-        head = LOGIT_COPIES * tokens * vocabulary_of(model) * size
+        copies = VECTOR_COPIES * texts * 4 if is_fused(model) else LOGIT_COPIES * tokens * size
+        head = copies * vocabulary_of(model)
         parts.insert(0, f"head {head / 2**30:.1f} GiB")
     yield f"memory    at most about {', '.join(parts)}, for {texts} texts of {training.max_seq_length} tokens per step"
 
@@ -188,4 +228,16 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
         return
     model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), "cpu")
     yield f"          {vocabulary_of(model):,} dimensions, {sum(p.numel() for p in model.parameters()):,} parameters"
+    try:
+        check_attention(model, config, device)
+        yield attention_line(model, config)
+    except ConfigError as error:
+        yield f"attention {error.format_message()}"
+    if config.loss.type == "splade":
+        yield head_line(config, model)
+    if not missing:
+        yield from sitting_out_lines(config, data)
+        sample = data.sample(PLAN_ROWS, config.training.seed)
+        sample.tokenise(Tokeniser(model, routes_of(config), lambda line: None, keep=False))
+        yield padding_line(config, sample)
     yield from training_lines(config, data, model, build_loss(config, model, BatchStatistics()))

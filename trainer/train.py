@@ -14,7 +14,7 @@ import transformers
 from sentence_transformers import SparseEncoder
 from sentence_transformers.util.distributed import distributed_evaluation
 
-from trainer.arguments import build_arguments
+from trainer.arguments import build_arguments, routes_of
 from trainer.callbacks import (
     ProgressBar,
     ProgressLines,
@@ -25,7 +25,7 @@ from trainer.callbacks import (
 )
 from trainer.checkpoints import best_of, newest_complete, put_in_place, remove_leftovers, require_unchanged, step_of
 from trainer.config import Config, ConfigError, LoadedConfig
-from trainer.data import TrainingData, load_data
+from trainer.data import Tokeniser, TrainingData, load_data, static_routes
 from trainer.device import choose_device, describe_device, peak_memory_gib
 from trainer.distributed import (
     first_on_each_machine_first,
@@ -37,8 +37,25 @@ from trainer.distributed import (
 from trainer.evaluators import SCORE, SearchEvaluator, build_evaluator
 from trainer.loop import SparseTrainer
 from trainer.losses import build_loss
-from trainer.models import build_model, fetch_base_model, load_model, save_model
-from trainer.plan import data_lines, model_lines, schedule_of, training_lines
+from trainer.models import (
+    attention_line,
+    build_model,
+    choose_attention,
+    fetch_base_model,
+    in_any_precision,
+    load_model,
+    save_model,
+)
+from trainer.plan import (
+    data_lines,
+    head_line,
+    model_lines,
+    padding_line,
+    schedule_of,
+    sitting_out_lines,
+    token_line,
+    training_lines,
+)
 from trainer.run import Run, duration
 from trainer.sparsity import BatchStatistics
 
@@ -87,14 +104,25 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), device)
         for line in model_lines(config, base):
             say(line)
+        if config.loss.type == "splade":
+            say(head_line(config, model))
+        choose_attention(model, config, device)  # from here on its networks may compute in 16 bits only
+        say(attention_line(model, config))
 
-        # 3. Loss
+        # 3. Token ids: of every text once
+        tokeniser = Tokeniser(model, routes_of(config), say)
+        with first_on_each_machine_first():
+            data.tokenise(tokeniser)
+        for line in (token_line(tokeniser), *sitting_out_lines(config, data), padding_line(config, data)):
+            say(line)
+
+        # 4. Loss
         statistics = BatchStatistics(enabled=config.evaluation.track_sparsity)
         loss = build_loss(config, model, statistics)
         for line in training_lines(config, data, model, loss):
             say(line)
 
-        # 4. Evaluation and arguments
+        # 5. Evaluation and arguments
         evaluator = shared_evaluator(config, data, say)
         best_metric = f"eval_{SCORE}" if evaluator else "eval_loss" if data.eval else None
         say(f"result    {_which_checkpoint(config, best_metric)}")
@@ -114,12 +142,12 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         if is_first():
             data.write_texts(run.training_texts)
 
-        # 5. Score before training
+        # 6. Score before training
         before = run.manifest.get("before") if checkpoint else None  # all processes hold the same manifest
         before = before or _score(model, evaluator, run, "before", say)
 
-        # 6. Train
-        throughput, watchdog = Throughput(), Watchdog(statistics, say)
+        # 7. Train
+        throughput, watchdog = Throughput(static_routes(model)), Watchdog(statistics, say)
         trainer = SparseTrainer(
             model=model,
             args=arguments,
@@ -127,8 +155,8 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             eval_dataset=data.eval or None,
             loss=loss,
             evaluator=evaluator,
-            halves=data.halves,
-            sampling=(config.datasets.sampling_strategy, config.datasets.epoch),
+            data=data,
+            config=config,
             throughput=throughput,
             stop=stop,
             run_id=run.id,
@@ -155,7 +183,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         if stop.received is not None and trainer.state.global_step < schedule.steps:
             raise Stopped(trainer.state.global_step, stop.received)
 
-        # 7. Save, evaluate, report: in the precision in which users will open the model, not under training's autocast
+        # 8. Save, evaluate, report: in the precision in which users will open the model, not under training's autocast
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         take_weights_of_first(model)  # another process may not have seen the best checkpoint when it was written
         if is_first():
@@ -235,10 +263,15 @@ class Ledger:
         seconds = known.get("train_seconds", 0.0) + time.perf_counter() - self.start
         rows = known.get("rows_trained", 0) + self.throughput.total_rows
         tokens = known.get("tokens_trained", 0) + self.throughput.total_tokens
+        encoded = known.get("tokens_encoded", 0) + self.throughput.total_encoded
+        padding = known.get("padding_encoded", 0) + self.throughput.total_padding
         self.run.update(
             train_seconds=round(seconds, 2),
             rows_trained=rows,
             tokens_trained=tokens,
+            tokens_encoded=encoded,
+            padding_encoded=padding,
+            padding_share=round(padding / max(encoded + padding, 1), 4),
             samples_per_second=round(rows / seconds, 2),
             tokens_per_second=round(tokens / seconds, 1),
             peak_memory_gib=round(max(known.get("peak_memory_gib", 0.0), peak_memory_gib(self.device)), 3),
@@ -261,7 +294,7 @@ def _score(model: SparseEncoder, evaluator: SearchEvaluator | None, run: Run, wh
     """Search scores, also into the manifest; empty without searches."""
     if evaluator is None:
         return {}
-    with distributed_evaluation(model) as runs_here:
+    with in_any_precision(model), distributed_evaluation(model) as runs_here:
         scores = evaluator(model) if runs_here else {}
     found = {key: round(value, 5) for key, value in from_first(scores).items()}
     run.update(**{when: found})
@@ -295,6 +328,7 @@ def verdict(before: dict, after: dict, evaluator: SearchEvaluator | None, manife
         parts.append(f"active dims {queries:.0f} per query and {documents:.0f} per document")
     parts.append(
         f"{duration(manifest['train_seconds'])}, {manifest['samples_per_second']:.1f} samples/s, "
+        f"{manifest['padding_share']:.0%} padding, "
         f"peak memory {manifest['peak_memory_gib']:.1f} GiB"
     )
     return "verdict   " + " · ".join(parts)

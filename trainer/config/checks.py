@@ -118,6 +118,7 @@ def _model(config: Config) -> Iterator[Finding]:
             f"'training.max_seq_length' ({config.training.max_seq_length}) is more than "
             f"model.from_scratch.max_position_embeddings ({positions})",
         )
+    yield from _attention(config)
     if model.architecture == "csr":
         if 4 * model.csr_k > model.csr_hidden_dim:
             yield (
@@ -140,6 +141,22 @@ def most_parameters(shape: FromScratchConfig) -> int:
     width = shape.hidden_size
     layer = 4 * width**2 + 2 * width * shape.intermediate_size
     return (shape.vocab_size + shape.max_position_embeddings) * width + shape.num_hidden_layers * layer
+
+
+def _attention(config: Config) -> Iterator[Finding]:
+    training, attention = config.training, config.model.attention
+    if not attention.startswith("flash"):
+        return
+    if config.hardware.device in ("cpu", "mps"):
+        yield ("model", "attention"), f"'model.attention' {attention} is for CUDA; device is {config.hardware.device}"
+    if not (training.bf16 or training.fp16):
+        yield ("model", "attention"), f"'model.attention' {attention} computes in 16 bits: set training.bf16 to true"
+    if training.torch_compile:
+        yield (
+            ("training", "torch_compile"),
+            f"'training.torch_compile' compiles for a few lengths, but texts packed for {attention} have another total at "
+            "every step. Turn one of them off.",
+        )
 
 
 def _training(config: Config) -> Iterator[Finding]:

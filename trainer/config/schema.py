@@ -73,6 +73,9 @@ class ModelConfig(Section):
     model."""
     use_router: bool | None = None
     """Separate routes for queries and documents. Follows from the architecture; may be written to be explicit."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
+    """auto: what the base model comes with; flash_attention_2 and 3: texts are packed, and nothing is padded (CUDA, bf16 or
+    fp16, the package flash-attn)."""
     pooling_strategy: Literal["max", "sum"] = "max"
     """How SpladePooling combines the tokens of a text."""
     activation_function: Literal["relu", "log1p_relu"] = "relu"
@@ -260,6 +263,8 @@ class DatasetsConfig(BaseModel):
     """round_robin: every set equally often; proportional: by its number of rows."""
     epoch: Literal["smallest", "largest"] = "smallest"
     """round_robin: an epoch ends when the smallest set has been seen once, or when the largest has."""
+    length_window: Positive = 32
+    """Rows of about the same length form a batch, within so many batches of the shuffled order; 1: batches at random."""
     nli: FamilySource | None = None
     """Fremtind/all-nli-norwegian: anchor, positive, negative."""
     scandi_qa: ScandiQaConfig | None = None
@@ -314,6 +319,9 @@ class HardwareConfig(Section):
     """TensorFloat-32 matrix products (CUDA, Ampere and later)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
+    fused_head: bool = True
+    """SPLADE: compute the vectors without a logit for every token and word. Same vectors and gradients, less time and
+    memory; false trains with the library's own head."""
 
 
 class HubConfig(Section):

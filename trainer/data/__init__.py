@@ -11,13 +11,30 @@ from datasets import Dataset, DatasetDict
 
 from trainer.beir import SearchSet, has_split, is_beir, read_search_set
 from trainer.config import Config, ConfigError
-from trainer.data.batches import MixedBatches, Mixture, NoDuplicateBatches, batch_sizes
+from trainer.data.batches import MixedBatches, Mixture, NoDuplicateBatches, batch_sizes, text_ids
+from trainer.data.buckets import bucket_lengths, padding
 from trainer.data.rows import ROLES, Rows, fingerprint
 from trainer.data.sources import LoadedSource, sample, sources_of
+from trainer.data.tokens import TokenCollator, Tokeniser, TokenRows, folder_of_tokens, static_routes
 from trainer.distributed import processes
 from trainer.hub import HubUnreachable
 
-__all__ = ["MixedBatches", "Mixture", "NoDuplicateBatches", "SearchSet", "SetSummary", "TrainingData", "load_data"]
+__all__ = [
+    "MixedBatches",
+    "Mixture",
+    "NoDuplicateBatches",
+    "SearchSet",
+    "SetSummary",
+    "TokenCollator",
+    "Tokeniser",
+    "TrainingData",
+    "bucket_lengths",
+    "folder_of_tokens",
+    "is_packed",
+    "load_data",
+    "shapes_of",
+    "static_routes",
+]
 
 
 @dataclass
@@ -46,6 +63,10 @@ class TrainingData:
     halves: dict[str, list[str]]
     summaries: dict[str, SetSummary]
     search: list[SearchSet] = field(default_factory=list)
+    tokens: dict[str, TokenRows] = field(default_factory=dict)  # of the rows in `train` and `eval`, by `tokenise`
+    eval_tokens: dict[str, TokenRows] = field(default_factory=dict)
+    _text_ids: dict[str, np.ndarray] = field(default_factory=dict)
+    _batches: dict[str, NoDuplicateBatches] = field(default_factory=dict)
 
     def add_search(self, found: SearchSet) -> None:
         """One more search set; their names keep their scores apart."""
@@ -70,13 +91,66 @@ class TrainingData:
         """Rows of a set that sit out each pass, because what is left cannot be shared equally by all processes."""
         return sum(len(self.train[half]) - sum(self._sizes(half, config)) for half in self.halves[name])
 
+    def tokenise(self, tokeniser: Tokeniser) -> None:
+        """Make the token ids of all rows. Raises ConfigError."""
+        self._batches.clear()
+        for name, halves in self.halves.items():
+            for half in halves:
+                content = self.summaries[name].fingerprint
+                self.tokens[half] = tokeniser.rows(half, self.train[half], self.text_ids(half), content)
+        for half, dataset in self.eval.items():
+            content = fingerprint(dataset.with_format("arrow")[:])
+            self.eval_tokens[half] = tokeniser.rows(half, dataset, text_ids(dataset), content)
+
+    def text_ids(self, half: str) -> np.ndarray:
+        """[rows, columns] numbers of the texts of a half, the same for equal texts."""
+        if half not in self._text_ids:
+            self._text_ids[half] = text_ids(self.train[half])
+        return self._text_ids[half]
+
+    def batches(self, half: str, config: Config) -> NoDuplicateBatches:
+        """The batches of a half; rows of about the same length together, where the lengths are known."""
+        if half not in self._batches:
+            self._batches[half] = NoDuplicateBatches(
+                self.train[half],
+                config.training.per_device_train_batch_size,
+                seed=config.training.seed,
+                processes=processes(),
+                ids=self.text_ids(half),
+                lengths=self.tokens[half].lengths() if half in self.tokens else None,
+                window=1 if is_packed(config) else config.datasets.length_window,
+            )
+        return self._batches[half]
+
     def rows_without_a_batch(self, config: Config, name: str) -> int:
         """Rows of a set that sit out its first pass, because every batch already holds one of their texts."""
-        size, seed = config.training.per_device_train_batch_size, config.training.seed
-        samplers = [
-            NoDuplicateBatches(self.train[half], size, seed=seed, processes=processes()) for half in self.halves[name]
-        ]
+        samplers = [self.batches(half, config) for half in self.halves[name]]
         return sum(int(sampler.sizes.sum()) - sum(map(len, sampler.batches(0))) for sampler in samplers)
+
+    def padding(self, config: Config) -> tuple[float, float]:
+        """The share of padding in what the network will compute: in our batches, and in batches of any lengths.
+
+        Counted on the first pass of each half, which counts as often as its set is drawn.
+        """
+        shapes, rng = shapes_of(config), np.random.default_rng(config.training.seed)
+        tokens, ours, at_random = 0.0, 0.0, 0.0
+        for name, halves in self.halves.items():
+            times = self.summaries[name].rows_drawn / self.summaries[name].rows
+            for half in halves:
+                batches, lengths = self.batches(half, config).batches(0), self.tokens[half].lengths()
+                found, positions = padding(batches, lengths, processes(), shapes)
+                shuffled = np.split(rng.permutation(np.concatenate(batches)), np.cumsum([*map(len, batches)])[:-1])
+                tokens, ours = tokens + times * found, ours + times * positions
+                at_random += times * padding(shuffled, lengths, processes(), shapes)[1]
+        return 1 - tokens / max(ours, 1), 1 - tokens / max(at_random, 1)
+
+    def sample(self, rows: int, seed: int) -> "TrainingData":
+        """The same with at most so many rows of each half to train on, and none held out."""
+        rng = np.random.default_rng(seed)
+        picked = {
+            half: dataset.select(np.sort(rng.permutation(len(dataset))[:rows])) for half, dataset in self.train.items()
+        }
+        return TrainingData(DatasetDict(picked), DatasetDict(), self.halves, self.summaries, self.search)
 
     def count_rows(self, config: Config, mixture: Mixture, batches: int) -> None:
         """Note in the summaries how many rows the first batches of a run draw, and how many different ones."""
@@ -117,6 +191,16 @@ class TrainingData:
                 if role in dataset.column_names:
                     found.update(dict.fromkeys(dataset.with_format("arrow")[:][role].to_pylist()))
         return list(found)
+
+
+def shapes_of(config: Config) -> list[int] | None:
+    """The lengths that texts are padded to; None: each column of a batch to its longest text."""
+    return bucket_lengths(config.training.max_seq_length) if config.training.torch_compile else None
+
+
+def is_packed(config: Config) -> bool:
+    """Whether texts are read one after the other, without padding."""
+    return config.model.attention.startswith("flash")
 
 
 def load_data(config: Config, missing: dict[str, HubUnreachable] | None = None) -> TrainingData:

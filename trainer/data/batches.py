@@ -13,9 +13,14 @@ import pyarrow.compute as pc
 from sentence_transformers.base.sampler import DefaultBatchSampler
 
 from trainer.config import ConfigError
+from trainer.data.buckets import by_length
 
+# Exchange partners of about the same length that are tried first, nearest first, and how many batches away they may be.
+NEAR_SWAPS, NEAR_BATCHES = 100, 8
 # Random exchange partners tried for a row that collides with its batch before it sits out the pass.
 MAX_SWAPS = 200
+# Rows that are tried once more before they sit out. Where more would, texts are too frequent for any order.
+MAX_RETRIES = 2_000
 
 
 def text_ids(dataset) -> np.ndarray:
@@ -47,16 +52,33 @@ class NoDuplicateBatches(DefaultBatchSampler):
     a small rest), and exchanges rows that collide with rows of other batches; a row for which no partner is found in
     MAX_SWAPS tries sits out this pass. Start-up hashes each text once; a pass costs a sort.
 
+    With `lengths`, [rows, columns] in tokens, and a `window` of more than one batch, batches hold rows of about the same
+    length: see `by_length`. A row in a batch that it would repeat a text in is then exchanged with one of about the same
+    length where there is one.
+
     `batch_size` is what one process reads at a step. Several processes share a batch of so many times that size: it is
     one batch to the rule above and to in-batch negatives, and is dealt out in equal slices, one after the other, since
     that is how accelerate hands batches to processes.
     """
 
-    def __init__(self, dataset, batch_size: int, seed: int = 0, processes: int = 1):
+    def __init__(
+        self,
+        dataset,
+        batch_size: int,
+        seed: int = 0,
+        processes: int = 1,
+        *,
+        ids: np.ndarray | None = None,
+        lengths: np.ndarray | None = None,
+        window: int = 1,
+    ):
+        """ids: what text_ids gives for the data set, if it is known already."""
         super().__init__(dataset, batch_size=batch_size, drop_last=False, seed=seed)
         self.rows, self.processes = len(dataset), processes
-        self.ids = text_ids(dataset)
+        self.ids = text_ids(dataset) if ids is None else ids
+        self.lengths, self.window = lengths, window
         self.sizes = np.array(batch_sizes(self.rows, batch_size * processes, processes), dtype=int)
+        self._pass: tuple[int, list[np.ndarray]] | None = None
         # accelerate leaves out batches of another size than this, and ours differ by one
         self.batch_size = None
         if self.rows and not len(self.sizes):
@@ -72,13 +94,24 @@ class NoDuplicateBatches(DefaultBatchSampler):
             yield from slices(batch, self.processes)
 
     def batches(self, pass_number: int) -> list[np.ndarray]:
-        """Row numbers of every batch of a pass."""
+        """Row numbers of every batch of a pass; the last pass asked for is remembered."""
+        if self._pass is None or self._pass[0] != pass_number:
+            self._pass = pass_number, self._batches(pass_number)
+        return self._pass[1]
+
+    def _batches(self, pass_number: int) -> list[np.ndarray]:
         rng = np.random.default_rng([self.seed, pass_number])
         order = rng.permutation(self.rows)[: self.sizes.sum()]
         batch_of = np.repeat(np.arange(len(self.sizes)), self.sizes)
         starts = np.concatenate([[0], np.cumsum(self.sizes)])
-        repair = _Repair(self.ids, order, batch_of, starts, rng)
-        out = np.array([slot for slot in self._collisions(order, batch_of) if not repair.swap(slot)], dtype=int)
+        near = None
+        if self.lengths is not None and self.window > 1:
+            order, near = by_length(order, starts, self.lengths, self.window, rng)
+        repair = _Repair(self.ids, order, batch_of, starts, rng, near)
+        out = [slot for slot in self._collisions(order, batch_of) if not repair.swap(slot)]
+        for slot in out[:MAX_RETRIES]:
+            repair.retry(slot, out)
+        out = sorted(repair.out)
         keep = np.ones(len(order), dtype=bool)
         keep[out] = False
         batches = [order[a:b][keep[a:b]] for a, b in itertools.pairwise(starts)]
@@ -106,10 +139,17 @@ def slices(batch: np.ndarray, processes: int) -> Iterator[list[int]]:
 
 
 class _Repair:
-    """Exchanges rows between batches of one pass until no batch holds a text twice."""
+    """Exchanges rows between batches of one pass until no batch holds a text twice.
 
-    def __init__(self, ids, order, batch_of, starts, rng):
+    near: [slots] the slots in an order in which neighbours hold rows of about the same length, or None.
+    """
+
+    def __init__(self, ids, order, batch_of, starts, rng, near=None):
         self.ids, self.order, self.batch_of, self.starts, self.rng = ids, order, batch_of, starts, rng
+        self.near = near
+        if near is not None:
+            self.place = np.argsort(near)
+            self.reach = NEAR_BATCHES * int(np.diff(starts).max(initial=0))
         self.held: dict[int, Counter] = {}
         self.out: set[int] = set()
 
@@ -126,13 +166,21 @@ class _Repair:
         held = self._in_batch(batch)
         return all(held[text] - (text in leaving) == 0 for text in texts)
 
+    def _partners(self, slot: int) -> Iterator[int]:
+        """Slots to exchange with: of about the same length first, then any."""
+        if self.near is not None:
+            distances = self.rng.integers(-self.reach, self.reach + 1, NEAR_SWAPS)
+            places = self.place[slot] + distances[np.argsort(abs(distances), kind="stable")]
+            yield from self.near[places[(places >= 0) & (places < len(self.near))]]
+        yield from self.rng.integers(0, len(self.order), MAX_SWAPS)
+
     def swap(self, slot: int) -> bool:
         """Exchange the row in `slot` with a row of another batch; False when none was found and it must sit out."""
         batch = self.batch_of[slot]
         mine = self._texts(slot)
         if self._fits(mine, batch, leaving=mine):
             return True  # an earlier exchange already resolved it
-        for other in self.rng.integers(0, len(self.order), MAX_SWAPS):
+        for other in self._partners(slot):
             other_batch = self.batch_of[other]
             theirs = self._texts(other)
             if other_batch == batch or other in self.out or not self._fits(mine, other_batch, leaving=theirs):
@@ -148,6 +196,26 @@ class _Repair:
         self._in_batch(batch).subtract(mine)
         self.out.add(slot)
         return False
+
+    def retry(self, slot: int, gaps: list[int]) -> None:
+        """Try again for a row that sits out: later exchanges may have made room for it, or left one of these gaps."""
+        if slot not in self.out:
+            return  # another row has filled the gap in its batch
+        self.out.remove(slot)
+        self._in_batch(self.batch_of[slot]).update(self._texts(slot))
+        if not self.swap(slot):
+            self._fill_gap(slot, gaps)
+
+    def _fill_gap(self, slot: int, gaps: list[int]) -> None:
+        """Put the row in `slot`, which sits out, where another that sits out left a gap."""
+        mine = self._texts(slot)
+        for place in self.rng.integers(0, len(gaps), MAX_SWAPS):
+            gap = gaps[place]
+            if gap in self.out and self._fits(mine, self.batch_of[gap], leaving=set()):
+                self._in_batch(self.batch_of[gap]).update(mine)
+                self.out.remove(gap)
+                self.order[slot], self.order[gap] = self.order[gap], self.order[slot]
+                return
 
 
 class Mixture:
@@ -233,9 +301,7 @@ class MixedBatches(DefaultBatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         offsets = np.cumsum([0, *(len(part) for part in self.dataset.datasets)])
-        passes: dict[int, tuple[int, list[np.ndarray]]] = {}
         for group, half, pass_number, batch in self.mixture.draws(self.epoch):
             index = self.first_half[group] + half
-            if passes.get(index, (None,))[0] != pass_number:
-                passes[index] = (pass_number, self.batch_samplers[index].batches(pass_number))
-            yield from slices(passes[index][1][batch] + offsets[index], self.processes)
+            rows = self.batch_samplers[index].batches(pass_number)[batch]
+            yield from slices(rows + offsets[index], self.processes)

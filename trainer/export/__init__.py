@@ -1,4 +1,4 @@
-"""Exports a trained model, and the documents it encodes, to what runs them: search engines and ONNX."""
+"""Exports a trained model, and the documents it encodes, to what runs them: search engines, ONNX and columns."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,6 +6,7 @@ from functools import partial
 from trainer.config import ConfigError
 from trainer.export.documents import export_documents
 from trainer.export.lines import Elasticsearch, Lucene, OpenSearch
+from trainer.export.parquet import Parquet
 from trainer.export.qdrant import Qdrant
 from trainer.export.request import Request
 from trainer.export.seismic import Seismic
@@ -32,5 +33,6 @@ FORMATS: dict[str, Callable[[str, Request], None]] = {
     "elasticsearch": partial(export_documents, Elasticsearch),
     "qdrant": partial(export_documents, Qdrant),
     "seismic": partial(export_documents, Seismic),
+    "parquet": partial(export_documents, Parquet),
     "onnx": _onnx,
 }

@@ -95,19 +95,3 @@ def chunks(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
     passages = iter(passages)
     while chunk := list(islice(passages, size)):
         yield chunk
-
-
-def keep_whole(file: Path, lines_per_document: int) -> int:
-    """Cut off what a killed run left half written; the number of whole documents that stay."""
-    if not file.exists():
-        return 0
-    lines = offset = whole = 0
-    with file.open("r+b") as data:
-        for line in data:
-            if not line.endswith(b"\n"):
-                break
-            lines, offset = lines + 1, offset + len(line)
-            if lines % lines_per_document == 0:
-                whole = offset
-        data.truncate(whole)
-    return lines // lines_per_document

@@ -5,12 +5,15 @@ from typing import Any
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from trainer.fused.model import unfuse
+
 
 class DocumentGraph(nn.Module):
     """Token ids to sparse weights: the logits of the vocabulary never leave it."""
 
     def __init__(self, model: Any):
         super().__init__()
+        unfuse(model)  # a graph is traced through the library's own modules
         self.steps = nn.ModuleList(modules_of(model, "document"))
         self.unit_length = model.similarity_fn_name == "cosine"
 

@@ -8,64 +8,22 @@ from typing import Any, ClassVar
 import numpy as np
 
 from trainer.config import ConfigError
+from trainer.export.formats import Format, step_of
 from trainer.export.ml_commons import DOCUMENT, QUERY, write_models
 from trainer.export.query_side import write_query_tokenizer
 from trainer.export.request import Request
-from trainer.export.vectors import Encoder, Vector, escaped, require_distinct
+from trainer.export.vectors import Encoder, Vector, escaped, nine_digits, require_distinct
 
 # Lucene's FeatureField keeps 9 significant bits of a weight, and takes query weights up to 64.
 FEATURE_BITS, MAX_QUERY_WEIGHT = 9, 64.0
-SIX_DIGITS = 1e-6
+# What is tried for whole numbers. Half a step of the last is 1e-6, less than what float32 tells apart in a score.
+SCALES = tuple(step * 10**power for power in (2, 3, 4, 5) for step in (1, 2, 5))
 
 
-class LineFormat:
-    """How one engine takes sparse vectors. `quantisation` says, in words, what the errors say in numbers."""
-
-    suffix: ClassVar[str] = ".jsonl"
-    lines_per_document: ClassVar[int] = 1
-    signed: ClassVar[bool] = False  # whether the engine takes weights below 0, which a trained query word may have
-    beside: ClassVar[tuple[str, ...]] = ()  # names of what write_beside makes
-    quantisation: str
-    remedy: str = ""  # what to do when quantisation changes the order
-
-    def __init__(self, scale: int):
-        self.scale = scale
-
-    def terms(self, tokens: list[str]) -> list[str]:
-        """What dimensions are called in this engine; the tokens themselves where it takes every character."""
-        return require_distinct(tokens)
-
-    def document(self, name: str, text: str, vector: Vector) -> str:
-        """A document's lines."""
-        raise NotImplementedError
-
-    def read_document(self, lines: list[str]) -> tuple[str, Vector]:
-        """A document's id, and its vector as the engine will hold it."""
-        raise NotImplementedError
-
-    def query(self, name: str, text: str, vector: Vector) -> str:
-        """A query's line."""
-        raise NotImplementedError
-
-    def read_query(self, line: str) -> Vector:
-        """A query's vector as the engine will use it."""
-        raise NotImplementedError
-
-    def document_errors(self, weights: np.ndarray) -> np.ndarray:
-        """How far each weight of a document may be off."""
-        return SIX_DIGITS * np.abs(weights)
-
-    def query_errors(self, weights: np.ndarray) -> np.ndarray:
-        """How far each weight of a query may be off; one below 0 is left out."""
-        left_out = (weights < 0) & (not self.signed)
-        return np.where(left_out, -weights, SIX_DIGITS * np.abs(weights))
-
-    def write_beside(self, folder: Path, encoder: Encoder, request: Request) -> None:
-        """Mappings and the like."""
-
-
-class Lucene(LineFormat):
+class Lucene(Format):
     """Impact vectors as Anserini and Pyserini read them (JsonVectorCollection, -impact -pretokenized)."""
+
+    scales = SCALES
 
     @property
     def quantisation(self) -> str:
@@ -74,8 +32,8 @@ class Lucene(LineFormat):
 
     @property
     def remedy(self) -> str:
-        """A finer scale."""
-        return f'. Quantise less: ARGS="--scale {10 * self.scale}"'
+        """What keeps the order."""
+        return f'. Quantise less, ARGS="--scale {10 * self.scale}", or leave out the scale to have it chosen'
 
     def terms(self, tokens: list[str]) -> list[str]:
         """Without whitespace and control characters: the index is made with a whitespace analyzer."""
@@ -88,47 +46,51 @@ class Lucene(LineFormat):
 
     query = document
 
-    def read_document(self, lines: list[str]) -> tuple[str, Vector]:
+    def read_document(self, record: str) -> tuple[str, Vector]:
         """Back to the model's scale, so that scores can be compared."""
-        row = json.loads(lines[0])
+        row = json.loads(record)
         if not all(type(weight) is int for weight in row["vector"].values()):
             raise ConfigError(f"document {row['id']} has a weight that is no whole number")
         return row["id"], {term: weight / self.scale for term, weight in row["vector"].items()}
 
-    def read_query(self, line: str) -> Vector:
+    def read_query(self, record: str) -> Vector:
         """As documents are read."""
-        return self.read_document([line])[1]
+        return self.read_document(record)[1]
 
-    def document_errors(self, weights: np.ndarray) -> np.ndarray:
+    def document_rounding(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Half of a step; what is smaller is left out."""
-        return np.full_like(weights, 0.5 / self.scale)
+        half = np.where(weights > 0, 0.5 / self.scale, 0.0)
+        return half, half
 
-    def query_errors(self, weights: np.ndarray) -> np.ndarray:
-        """Half of a step, or all of what is below 0."""
-        return np.maximum(0.5 / self.scale, -weights)
+    def query_rounding(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Half of a step too, and all of what is below 0."""
+        half, _ = self.document_rounding(weights)
+        return half, half + self.left_out(weights)[1]
 
 
-class Bulk(LineFormat):
+class Bulk(Format):
     """What OpenSearch's and Elasticsearch's _bulk takes: an action line and a document line."""
 
     suffix = ".ndjson"
     lines_per_document = 2
     beside = ("index.json",)
     field_type: ClassVar[str]
-    quantisation = f"the engine keeps {FEATURE_BITS} significant bits of a document's weight, 2^-8 of it at most"
+    fixed = True
+    quantisation = f"the engine keeps {FEATURE_BITS} significant bits of a document's weight and cuts off the others"
 
     def document(self, name: str, text: str, vector: Vector) -> str:
         """Into whatever index the request names."""
-        return _json({"index": {"_id": name}}) + _json({"text": text, "vector": _six_digits(vector)})
+        return _json({"index": {"_id": name}}) + _json({"text": text, "vector": nine_digits(vector)})
 
-    def read_document(self, lines: list[str]) -> tuple[str, Vector]:
+    def read_document(self, record: str) -> tuple[str, Vector]:
         """With the bits that Lucene's FeatureField keeps."""
-        vector = json.loads(lines[1])["vector"]
-        return json.loads(lines[0])["index"]["_id"], dict(zip(vector, kept_bits(list(vector.values())), strict=True))
+        action, document, _ = record.split("\n")
+        vector = json.loads(document)["vector"]
+        return json.loads(action)["index"]["_id"], dict(zip(vector, kept_bits(list(vector.values())), strict=True))
 
-    def document_errors(self, weights: np.ndarray) -> np.ndarray:
-        """What truncation to 9 bits takes away."""
-        return (2.0 ** (1 - FEATURE_BITS) + SIX_DIGITS) * np.abs(weights)
+    def document_rounding(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Less than the ninth bit is cut off."""
+        return step_of(weights, FEATURE_BITS), np.zeros_like(weights)
 
     def query(self, name: str, text: str, vector: Vector) -> str:
         """The body of a search request."""
@@ -137,11 +99,11 @@ class Bulk(LineFormat):
                 f"query '{text[:40]}' has a weight of {max(vector.values()):.1f}; "
                 f"the engine takes {MAX_QUERY_WEIGHT:.0f} at most"
             )
-        return _json({"id": name, "text": text, "query": self.clause(_six_digits(vector))})
+        return _json({"id": name, "text": text, "query": self.clause(nine_digits(vector))})
 
-    def read_query(self, line: str) -> Vector:
+    def read_query(self, record: str) -> Vector:
         """Out of the search request."""
-        return self.vector_in(json.loads(line)["query"])
+        return self.vector_in(json.loads(record)["query"])
 
     def clause(self, vector: Vector) -> dict[str, Any]:
         """The query clause for a vector."""
@@ -205,10 +167,6 @@ def kept_bits(weights: list[float]) -> list[float]:
     """Weights as Lucene's FeatureField stores them: the upper 17 bits of a float32, 9 of them significant."""
     bits = np.asarray(weights, dtype=np.float32).view(np.uint32)
     return ((bits >> 15) << 15).view(np.float32).astype(float).tolist()
-
-
-def _six_digits(vector: Vector) -> Vector:
-    return {term: float(f"{weight:.6g}") for term, weight in vector.items()}
 
 
 def _is_space_or_control(character: str) -> bool:

@@ -1,6 +1,7 @@
 """Models that run inside OpenSearch: zips for its ml-commons plug-in, each with the request that registers it."""
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -82,7 +83,20 @@ def traced(model: Any) -> bytes:
             raise ConfigError(f"the model cannot be traced for OpenSearch: {one_line(error)}") from None
         file = Path(aside) / "model.pt"
         torch.jit.save(program, str(file))
-        return file.read_bytes()
+        return without_debug_records(file)
+
+
+def without_debug_records(file: Path) -> bytes:
+    """A TorchScript archive less its debug records: what runs stays, bit for bit.
+
+    They hold, for the stacks of error messages, the paths of every source file on the machine that traced the model.
+    """
+    kept = io.BytesIO()
+    with ZipFile(file) as archive, ZipFile(kept, "w") as target:
+        for record in archive.infolist():
+            if not record.filename.endswith(".debug_pkl"):
+                target.writestr(ZipInfo(record.filename), archive.read(record))
+    return kept.getvalue()
 
 
 @contextmanager

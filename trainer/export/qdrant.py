@@ -7,21 +7,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trainer.config import ConfigError, one_line
-from trainer.export.lines import LineFormat
+from trainer.export.formats import Format
 from trainer.export.request import Request
-from trainer.export.vectors import Encoder, Vector
+from trainer.export.vectors import Encoder, Vector, nine_digits
 
 VECTOR = "text"
 COLLECTION = {"sparse_vectors": {VECTOR: {"index": {"on_disk": False}}}}
 BATCH = 256
 
 
-class Qdrant(LineFormat):
+class Qdrant(Format):
     """Points with dimensions by number, and the document's own id and text as payload."""
 
     signed = True
     beside = ("collection.json",)
-    quantisation = "six digits per weight"
 
     def terms(self, tokens: list[str]) -> list[str]:
         """Dimensions are numbers here."""
@@ -32,9 +31,9 @@ class Qdrant(LineFormat):
         point = {"id": point_id(name), "vector": {VECTOR: _sparse(vector)}, "payload": {"id": name, "text": text}}
         return json.dumps(point, ensure_ascii=False) + "\n"
 
-    def read_document(self, lines: list[str]) -> tuple[str, Vector]:
+    def read_document(self, record: str) -> tuple[str, Vector]:
         """Out of a point."""
-        point = json.loads(lines[0])
+        point = json.loads(record)
         return point["payload"]["id"], _dense(point["vector"][VECTOR])
 
     def query(self, name: str, text: str, vector: Vector) -> str:
@@ -42,9 +41,9 @@ class Qdrant(LineFormat):
         body = {"query": _sparse(vector), "using": VECTOR, "limit": 10, "with_payload": True}
         return json.dumps({"id": name, "text": text, "query": body}, ensure_ascii=False) + "\n"
 
-    def read_query(self, line: str) -> Vector:
+    def read_query(self, record: str) -> Vector:
         """Out of a query request."""
-        return _dense(json.loads(line)["query"]["query"])
+        return _dense(json.loads(record)["query"]["query"])
 
     def write_beside(self, folder: Path, encoder: Encoder, request: Request) -> None:
         """collection.json: the body with which the collection is created."""
@@ -100,7 +99,7 @@ def _batches(file: Path, make_point: Callable) -> Iterator[list]:
 
 
 def _sparse(vector: Vector) -> dict[str, list]:
-    pairs = sorted((int(term), float(f"{weight:.6g}")) for term, weight in vector.items())
+    pairs = sorted((int(term), weight) for term, weight in nine_digits(vector).items())
     return {"indices": [number for number, _ in pairs], "values": [weight for _, weight in pairs]}
 
 

@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from tokenizers import Tokenizer
 
 from trainer.config import ConfigError
-from trainer.export.vectors import Encoder
+from trainer.export.vectors import Encoder, nine_digits
 from trainer.models import static_embedding
 
 # transformers' model_max_length of tokenizers that read texts of any length is greater.
@@ -39,7 +39,7 @@ def write_query_tokenizer(folder: Path, encoder: Encoder, *, for_lucene: bool) -
         tokenizer.enable_truncation(embedding.tokenizer.model_max_length)
     values = json.loads(tokenizer.to_str()) | {"decoder": None, "post_processor": None}
     folder.mkdir(parents=True, exist_ok=True)
-    idf = {term: float(f"{weight:.6g}") for term, weight in weights.items()}
+    idf = nine_digits(weights)
     for name, content in (("tokenizer.json", values), ("idf.json", idf)):
         (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     return True

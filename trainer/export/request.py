@@ -18,7 +18,7 @@ class Request:
     queries: Path | None
     output: Path | None
     shard: Shard
-    scale: int
+    scale: int | None  # of whole numbers; None has it chosen
     say: Callable[[str], None]
 
     def folder(self, to: str) -> Path:

@@ -4,18 +4,19 @@ import json
 
 import numpy as np
 
-from trainer.export.lines import SIX_DIGITS, LineFormat
-from trainer.export.vectors import Vector, require_distinct
+from trainer.export.formats import Format, step_of
+from trainer.export.vectors import Vector, nine_digits, require_distinct
 
 # It compares words as arrays of this many characters (get_seismic_string), and keeps documents' weights in float16:
 # 11 significant bits, and steps of 2^-24 among the smallest.
-MAX_TERM, HALF, SMALLEST_STEP = 100, 2.0**-11, 2.0**-24
+MAX_TERM, HALF_BITS, SMALLEST_STEP = 100, 11, 2.0**-24
 
 
-class Seismic(LineFormat):
+class Seismic(Format):
     """id, content, and weights by term; queries in the same form."""
 
-    quantisation = "the index keeps 11 significant bits of a document's weight, 2^-11 of it at most"
+    fixed = True
+    quantisation = f"the index keeps {HALF_BITS} significant bits of a document's weight, to the nearest (float16)"
 
     def terms(self, tokens: list[str]) -> list[str]:
         """The tokens, and a number for what is longer than it compares."""
@@ -23,20 +24,20 @@ class Seismic(LineFormat):
 
     def document(self, name: str, text: str, vector: Vector) -> str:
         """A line."""
-        row = {"id": name, "content": text, "vector": {term: float(f"{w:.6g}") for term, w in vector.items()}}
-        return json.dumps(row, ensure_ascii=False) + "\n"
+        return json.dumps({"id": name, "content": text, "vector": nine_digits(vector)}, ensure_ascii=False) + "\n"
 
     query = document
 
-    def read_document(self, lines: list[str]) -> tuple[str, Vector]:
+    def read_document(self, record: str) -> tuple[str, Vector]:
         """With the bits that the index keeps."""
-        row = json.loads(lines[0])
+        row = json.loads(record)
         return row["id"], {term: float(np.float16(weight)) for term, weight in row["vector"].items()}
 
-    def read_query(self, line: str) -> Vector:
+    def read_query(self, record: str) -> Vector:
         """As it is."""
-        return json.loads(line)["vector"]
+        return json.loads(record)["vector"]
 
-    def document_errors(self, weights: np.ndarray) -> np.ndarray:
-        """What rounding to float16 may change."""
-        return (HALF + SIX_DIGITS) * np.abs(weights) + SMALLEST_STEP
+    def document_rounding(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Half of the last bit either way."""
+        half = np.where(weights > 0, np.maximum(step_of(weights, HALF_BITS), SMALLEST_STEP) / 2, 0.0)
+        return half, half

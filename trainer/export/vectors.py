@@ -10,6 +10,8 @@ import scipy.sparse as sp
 from sklearn.preprocessing import normalize
 
 from trainer.config import ConfigError
+from trainer.fused.encode import encode
+from trainer.fused.model import fuse
 from trainer.stock import carries_code, open_model
 
 Vector = dict[str, float]
@@ -27,22 +29,19 @@ class Encoder:
     def open(cls, folder: Path, device: str, batch_size: int) -> "Encoder":
         """The model of a run, its dimensions under their tokens."""
         model = open_model(folder, carries_code(folder), device)
+        fuse(model)
         return cls(model, terms_of(model), batch_size)
 
     def documents(self, texts: list[str]) -> sp.csr_matrix:
         """[documents, dimensions]."""
-        return self._encode(self.model.encode_document, texts)
+        return self._encode("document", texts)
 
     def queries(self, texts: list[str]) -> sp.csr_matrix:
         """[queries, dimensions]. A trained query weight may be negative."""
-        return self._encode(self.model.encode_query, texts)
+        return self._encode("query", texts)
 
-    def _encode(self, encode: Callable, texts: list[str]) -> sp.csr_matrix:
-        if not texts:
-            return sp.csr_matrix((0, len(self.terms)))
-        found = encode(texts, batch_size=self.batch_size, show_progress_bar=False, save_to_cpu=True).coalesce()
-        rows, columns = found.indices().numpy()
-        matrix = sp.csr_matrix((found.values().float().numpy(), (rows, columns)), shape=(len(texts), len(self.terms)))
+    def _encode(self, route: str, texts: list[str]) -> sp.csr_matrix:
+        matrix = encode(self.model, texts, route, self.batch_size) if texts else sp.csr_matrix((0, len(self.terms)))
         # Engines multiply and add; for cosine (CSR), vectors have to have length 1 already.
         return normalize(matrix) if self.model.similarity_fn_name == "cosine" else matrix
 
@@ -82,6 +81,11 @@ def vectors_of(rows: sp.csr_matrix, terms: list[str], signed: bool = False) -> I
         weights, dimensions = rows.data[start:end], rows.indices[start:end]
         order = np.argsort(-weights, kind="stable")
         yield {terms[dimensions[i]]: float(weights[i]) for i in order if signed or weights[i] > 0}
+
+
+def nine_digits(vector: Vector) -> Vector:
+    """Weights as text has them: nine digits name every float32."""
+    return {term: float(f"{weight:.9g}") for term, weight in vector.items()}
 
 
 def matrix_of(vectors: list[Vector], terms: list[str]) -> sp.csr_matrix:

@@ -21,6 +21,7 @@ from trainer.config import FROM_SCRATCH, Config, ConfigError, one_line
 from trainer.config.schema import FromScratchConfig
 from trainer.distributed import is_first, share_files
 from trainer.hub import fetch
+from trainer.models.attention import attention_line, check_attention, choose_attention, in_any_precision
 from trainer.models.card import build_card
 from trainer.models.heads import check_not_dense, decoder_of, silence_special_tokens
 from trainer.models.queries import START_WEIGHTS, query_tokenizer
@@ -29,8 +30,12 @@ from trainer.models.scratch import build_from_scratch
 
 __all__ = [
     "BaseModel",
+    "attention_line",
     "build_model",
+    "check_attention",
+    "choose_attention",
     "fetch_base_model",
+    "in_any_precision",
     "keep_code",
     "load_model",
     "save_model",

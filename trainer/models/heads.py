@@ -6,9 +6,7 @@ from sentence_transformers.sparse_encoder.modules import Transformer
 from torch import nn
 
 from trainer.config import ConfigError
-
-# Far below any logit and within float16's range (65,504), so relu makes it 0 in every precision.
-SILENT = -1e4
+from trainer.fused.model import SILENT, fuse, unfuse
 
 
 def decoder_of(transformer: Transformer, name: str) -> nn.Linear:
@@ -46,7 +44,9 @@ def check_not_dense(model: SparseEncoder, texts: list[str], name: str) -> None:
     """
     if not texts:  # a plan without the data
         return
+    fuse(model)  # the library's head needs more memory for four texts than a training step for sixteen does
     vectors = model.encode_document(texts, convert_to_sparse_tensor=False, show_progress_bar=False, batch_size=4)
+    unfuse(model)
     if int((vectors > 0).sum(1).min()) >= vectors.shape[1] - len(_special_ids(model)):
         lowest = _lowest_logit(model, texts)
         if lowest > 0:

@@ -1,0 +1,191 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense, write_modernbert, write_roberta
+from tests.conftest import TINY
+from tests.standins import COMMIT, SHAPES, write_norbert
+from tests.test_models import config_of
+from trainer.arguments import routes_of
+from trainer.callbacks import Throughput
+from trainer.config import ConfigError, load_config
+from trainer.data import TokenCollator, Tokeniser
+from trainer.data.batches import text_ids
+from trainer.fused.model import fuse, is_fused
+from trainer.models import attention as module
+from trainer.models import (
+    attention_line,
+    build_model,
+    choose_attention,
+    fetch_base_model,
+    in_any_precision,
+    load_model,
+    save_model,
+)
+
+FLASH = ("hardware.device=cuda", "training.bf16=true", "model.attention=flash_attention_2")
+
+
+def built(tmp_path, base, architecture, *overrides):
+    config = config_of(tmp_path, base, architecture, *overrides)
+    return config, build_model(config, fetch_base_model(config), QUERIES, DOCUMENTS, "cpu")
+
+
+def network_of(model):
+    return module.transformers_of(model)[0]
+
+
+def vectors(model):
+    texts = [*DOCUMENTS, "Å", " ".join(DOCUMENTS)]
+    return model.encode_document(texts, convert_to_sparse_tensor=False, show_progress_bar=False)
+
+
+def rows():
+    return Dataset.from_dict({"anchor": QUERIES, "positive": DOCUMENTS, "negative": [*DOCUMENTS[1:], "Å"]})
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Flash attention's interface on a CPU: each packed text by itself, through torch's own attention."""
+
+    def attention(layer, query, key, value, mask, *, scaling=None, sliding_window=None, cu_seq_lens_q=None, **kwargs):
+        assert mask is None
+        parts = []
+        for start, end in pairwise(cu_seq_lens_q.tolist()):
+            places = torch.arange(end - start)
+            near = None if sliding_window is None else (places[:, None] - places).abs() < sliding_window
+            text = (each[:, :, start:end] for each in (query, key, value))
+            parts.append(scaled_dot_product_attention(*text, attn_mask=near, scale=scaling))
+        return torch.cat(parts, 2).transpose(1, 2), None
+
+    functions = ((None, attention, None, None, None), (None, None))
+    monkeypatch.setattr(
+        "transformers.modeling_flash_attention_utils.lazy_import_flash_attention", lambda *args, **kwargs: functions
+    )
+    adjust = PreTrainedModel._check_and_adjust_attn_implementation
+    monkeypatch.setattr(
+        PreTrainedModel,
+        "_check_and_adjust_attn_implementation",
+        lambda self, name, *args, **kwargs: name if "flash" in (name or "") else adjust(self, name, *args, **kwargs),
+    )
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", attention)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name == "flash_attn" or None)
+
+
+# ------------------------------------------------------------------------------------------- the key
+@pytest.mark.parametrize("architecture", ["inference-free-splade", "splade", "csr"])
+def test_the_key_reaches_the_library_and_is_not_saved(tmp_path, architecture):
+    base = write_dense(tmp_path / "base") if architecture == "csr" else write_bert(tmp_path / "base")
+    config, model = built(tmp_path, base, architecture, "model.attention=eager")
+    before = vectors(model)
+    assert network_of(model).model.config._attn_implementation == "sdpa"
+    choose_attention(model, config, "cpu")
+    assert network_of(model).model.config._attn_implementation == "eager"
+    assert attention_line(model, config) == "attention eager (model.attention says so)"
+    assert torch.allclose(vectors(model), before, atol=1e-5)
+    save_model(model, tmp_path / "saved")
+    again = load_model(tmp_path / "saved", config, "cpu")
+    assert network_of(again).model.config._attn_implementation == "sdpa"  # what a user opens is stock
+    choose_attention(again, config, "cpu")
+    assert network_of(again).model.config._attn_implementation == "eager"
+
+
+def test_left_alone_the_plan_says_what_the_base_model_has(tmp_path):
+    config, model = built(tmp_path, write_bert(tmp_path / "base"), "splade")
+    choose_attention(model, config, "cpu")
+    assert attention_line(model, config) == "attention sdpa (the base model has it)"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ("hardware.device=cpu", "training.bf16=true"),
+            "'model.attention' flash_attention_2 is for CUDA; device is cpu",
+        ),
+        (
+            ("hardware.device=auto",),
+            "'model.attention' flash_attention_2 computes in 16 bits: set training.bf16 to true",
+        ),
+        (
+            ("hardware.device=cuda", "training.bf16=true", "training.torch_compile=true"),
+            "texts packed for flash_attention_2 have another total at every step",
+        ),
+    ],
+)
+def test_contradictions_are_one_line(tmp_path, overrides, says):
+    (tmp_path / "a.yaml").write_text(TINY)
+    with pytest.raises(ConfigError) as found:
+        load_config(tmp_path / "a.yaml", ["model.attention=flash_attention_2", *overrides])
+    assert says in found.value.format_message()
+    assert "\n" not in found.value.format_message()
+
+
+def test_a_machine_without_cuda_or_the_package_is_one_line(tmp_path):
+    config, model = built(tmp_path, write_bert(tmp_path / "base"), "splade", *FLASH)
+    with pytest.raises(ConfigError, match=r"flash_attention_2 is for CUDA, and training is on cpu. Leave it at auto"):
+        choose_attention(model, config, "cpu")
+    with pytest.raises(
+        ConfigError, match="flash_attention_2 needs the package flash-attn, which is not installed here"
+    ):
+        choose_attention(model, config, "cuda")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_model_with_attention_code_of_its_own_is_one_line(tmp_path, shape):
+    base = write_norbert(tmp_path / "base", shape)
+    pinned = (f"model.revision={COMMIT}", "model.trust_remote_code=true")
+    config, model = built(tmp_path, base, "splade", *pinned, "model.attention=eager")
+    with pytest.raises(ConfigError, match=r"ForMaskedLM .* has code of its own for attention, so eager cannot be set"):
+        choose_attention(model, config, "cpu")
+
+
+# ------------------------------------------------------------------------------------------- packed texts
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("write", [write_bert, write_roberta, write_modernbert, write_dense])
+def test_packed_texts_have_the_vectors_of_padded_ones(tmp_path, flash, write, fused):
+    architecture = "csr" if write is write_dense else "splade"
+    config, model = built(tmp_path, write(tmp_path / "base"), architecture, *FLASH)
+    if fused:
+        fuse(model)
+    assert is_fused(model) == (fused and architecture == "splade")
+    padded = vectors(model)
+    choose_attention(model, config, "cuda")
+    assert "cu_seq_lens_q" in model.preprocess(DOCUMENTS)
+    assert torch.allclose(vectors(model), padded, atol=1e-5)
+    with in_any_precision(model):
+        assert "attention_mask" in model.preprocess(DOCUMENTS)
+        assert torch.equal(vectors(model), padded)
+    assert "cu_seq_lens_q" in model.preprocess(DOCUMENTS)
+
+
+@pytest.mark.parametrize("write", [write_bert, write_roberta])
+@pytest.mark.parametrize("architecture", ["inference-free-splade", "splade"])
+def test_packed_features_are_those_of_the_library(tmp_path, flash, write, architecture):
+    config, model = built(tmp_path, write(tmp_path / "base"), architecture, *FLASH)
+    routes, texts = routes_of(config), rows()
+    padded = Tokeniser(model, routes, print).rows("a", texts, text_ids(texts), "content")
+    choose_attention(model, config, "cuda")
+    tokens = Tokeniser(model, routes, print).rows("a", texts, text_ids(texts), "content")
+    assert tokens.lengths().tolist() == padded.lengths().tolist()
+    batch = TokenCollator([tokens])([2, 0, 3])
+    throughput = Throughput({"query"} if routes else ())
+    columns = []
+    for role in texts.column_names:
+        theirs = model.preprocess([texts[n][role] for n in (2, 0, 3)], task=routes.get(role))
+        ours = {key.removeprefix(f"{role}_"): value for key, value in batch.items() if key.startswith(f"{role}_")}
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert torch.equal(ours[key], value) if torch.is_tensor(value) else ours[key] == value, key
+        assert ("attention_mask" in ours) == (routes.get(role) == "query")
+        columns.append(ours)
+    throughput.add(columns)
+    throughput.settle()
+    assert throughput.total_rows == 3
+    assert throughput.total_encoded == tokens.lengths()[[2, 0, 3]].sum()
+    assert throughput.total_padding == 0

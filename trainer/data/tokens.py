@@ -1,0 +1,322 @@
+"""Texts as token ids: every different text is tokenised once, by the model itself, and padded when its batch is drawn.
+
+What comes of it is what the library's own data collator, which tokenises at every step, makes of the same rows.
+"""
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from sentence_transformers import SparseEncoder
+from sentence_transformers.sparse_encoder.modules import Router, SparseStaticEmbedding
+from torch import nn
+
+from trainer.config import ConfigError, one_line
+from trainer.data.buckets import next_length
+from trainer.data.token_file import PART, TokenFile
+
+Say = Callable[[str], None]
+Features = dict[str, Any]
+
+# Texts per call of the tokenizer, which works on them in parallel.
+CALL = 1_000
+# From so many different texts on, their ids are kept on disk: fewer are tokenised in a second or two.
+KEPT_FROM = 10_000
+# Seconds between two lines that say how far tokenising has come.
+SAY_EVERY = 10.0
+# Rows of each set whose features are compared with the library's.
+CHECKED_ROWS = 8
+
+
+def folder_of_tokens() -> Path:
+    """Where token ids are kept. Any file in it may be removed: it is made anew."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "nordsparse" / "tokens"
+
+
+def input_module(model: SparseEncoder, task: str | None) -> nn.Module:
+    """The module that tokenises the texts of a task, "query" or "document"; None where one route serves both."""
+    first = model[0]
+    return first.sub_modules[task][0] if isinstance(first, Router) else first
+
+
+def static_routes(model: SparseEncoder) -> set[str]:
+    """The tasks whose texts are looked up in a table: each position of other texts costs time, padding too."""
+    routes = model[0].sub_modules if isinstance(model[0], Router) else {}
+    return {task for task, modules in routes.items() if isinstance(modules[0], SparseStaticEmbedding)}
+
+
+# ------------------------------------------------------------------------------------------- tokenising
+def unpadded(features: Features) -> Iterator[np.ndarray]:
+    """The token ids of each text of a padded or packed batch."""
+    if "cu_seq_lens_q" in features:
+        yield from np.split(features["input_ids"][0].numpy(), features["cu_seq_lens_q"][1:-1].numpy())
+        return
+    masks = features["attention_mask"].numpy().astype(bool)
+    for ids, mask in zip(features["input_ids"].numpy(), masks, strict=True):
+        yield ids[mask]
+
+
+def tokenised(
+    texts: pa.ChunkedArray, preprocess: Callable[[list[str]], Features], ids_type: pa.DataType, say: Say
+) -> Iterator[pa.Array]:
+    """Token ids of the texts, in parts as TokenFile holds them. Texts of one call are of about the same length."""
+    start = last = time.perf_counter()
+    for first in range(0, len(texts), PART):
+        part = texts[first : first + PART].to_pylist()
+        ids = [np.zeros(0, dtype=int)] * len(part)
+        by_size = sorted(range(len(part)), key=lambda number: len(part[number]))
+        for call in range(0, len(part), CALL):
+            numbers = by_size[call : call + CALL]
+            found = unpadded(preprocess([part[number] for number in numbers]))
+            for number, text in zip(numbers, found, strict=True):
+                ids[number] = text
+        offsets = np.cumsum([0, *map(len, ids)], dtype=np.int32)
+        yield pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(ids), ids_type))
+        done, now = first + len(part), time.perf_counter()
+        if now - last > SAY_EVERY and done < len(texts):
+            last = now
+            say(f"{done:,} of {len(texts):,} texts, {(now - start) / done * (len(texts) - done):.0f} s left")
+
+
+def key_of(module: nn.Module, task: str | None, content: str) -> str:
+    """What token ids depend on, as a hash: the texts, the tokenizer with its settings, the versions of the libraries."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        module.tokenizer.save_pretrained(folder)
+        files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    if "tokenizer.json" in files:
+        # says everything but how the last call padded and cut, which it says too; and tokenizer_config.json repeats it
+        # with what depends on whether the tokenizer comes from a base model or a checkpoint
+        del files["tokenizer_config.json"]
+        backend = json.loads(files["tokenizer.json"]) | {"padding": None, "truncation": None}
+        files["tokenizer.json"] = json.dumps(backend, sort_keys=True).encode()
+    for name, content_of in files.items():
+        digest.update(f"\x1d{name}\x1e".encode() + content_of)
+    settings = {
+        "content": content,
+        "task": task,
+        "module": [type(module).__name__, module.get_config_dict(), module.max_seq_length],
+        "cut": module.tokenizer.truncation_side,
+        "versions": [version(name) for name in ("sentence-transformers", "transformers", "tokenizers")],
+        "texts in a part": PART,
+    }
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------- features
+@dataclass(frozen=True)
+class Padding:
+    """How token ids become the features that the model's own `preprocess` gives."""
+
+    names: tuple[str, ...]  # of the tensors
+    constants: Features  # what does not depend on the text: task, modality
+    token: int
+    token_type: int
+    left: bool
+
+    @classmethod
+    def of(cls, module: nn.Module, features: Features) -> "Padding":
+        """features: what the module's `preprocess` gave for one text."""
+        names = tuple(name for name, value in features.items() if torch.is_tensor(value))
+        constants = {name: value for name, value in features.items() if name not in names}
+        tokenizer = module.tokenizer
+        left = tokenizer.padding_side == "left"
+        return cls(names, constants, tokenizer.pad_token_id, tokenizer.pad_token_type_id, left)
+
+    def features(self, texts: Sequence[np.ndarray], shapes: Sequence[int] | None = None) -> Features:
+        """Tensors [texts, length] of the ids of several texts, shorter ones padded.
+
+        shapes: ascending lengths; the texts are padded to the next of them, not to the longest text.
+        """
+        longest = next_length(max(map(len, texts)), shapes)
+        ids = np.full((len(texts), longest), self.token, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, text in enumerate(texts):
+            place = slice(longest - len(text), longest) if self.left else slice(0, len(text))
+            ids[row, place], mask[row, place] = text, 1
+        made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.where(mask, 0, self.token_type)}
+        return {name: torch.from_numpy(made[name]) for name in self.names if name in made} | self.constants
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How token ids become packed features: all texts one after the other, for attention that is told where each begins."""
+
+    collate: Callable[[list[Features]], Features]  # transformers' DataCollatorWithFlattening
+    first_position: int
+    constants: Features
+
+    @classmethod
+    def of(cls, module: nn.Module, features: Features) -> "Packing":
+        """features: what the module's `preprocess` gave for one text."""
+        packed = module.data_collator([{"input_ids": [0]}])
+        constants = {name: value for name, value in features.items() if name not in packed}
+        return cls(module.data_collator, module._flatten_position_offset, constants)
+
+    def features(self, texts: Sequence[np.ndarray], shapes: Sequence[int] | None = None) -> Features:
+        """Tensors [1, tokens of all texts]; `shapes` mean nothing where nothing is padded."""
+        packed = dict(self.collate([{"input_ids": text.tolist()} for text in texts]))
+        del packed["labels"]
+        packed["position_ids"] = packed["position_ids"] + self.first_position
+        return packed | self.constants
+
+
+def layout_of(module: nn.Module, features: Features) -> Padding | Packing:
+    """How this module reads texts. features: what its `preprocess` gave for one text."""
+    return (Packing if "cu_seq_lens_q" in features else Padding).of(module, features)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a set of rows."""
+
+    name: str
+    file: TokenFile
+    numbers: np.ndarray  # [rows]: which of the file's texts a row has
+    layout: Padding | Packing
+    is_network: bool  # not looked up in a table of static weights
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """A set of rows as token ids."""
+
+    columns: list[Column]
+
+    def __len__(self) -> int:
+        return len(self.columns[0].numbers)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text that goes through the network, [rows, columns]."""
+        found = [column.file.lengths()[column.numbers] for column in self.columns if column.is_network]
+        return np.stack(found, axis=1)
+
+    def features(self, rows: Sequence[int], shapes: Sequence[int] | None = None) -> Features:
+        """The features of these rows, named as the library's data collator names them."""
+        found = {}
+        for column in self.columns:
+            texts = [column.file[number] for number in column.numbers[rows].tolist()]
+            features = column.layout.features(texts, shapes)
+            found |= {f"{column.name}_{name}": value for name, value in features.items()}
+        return found
+
+
+class TokenCollator:
+    """Makes the features of a batch from its row numbers, counted through several sets. A batch is of one set."""
+
+    def __init__(self, sets: Sequence[TokenRows], shapes: Sequence[int] | None = None):
+        self.sets, self.shapes = sets, shapes
+        self.ends = np.cumsum([len(rows) for rows in sets])
+
+    def __call__(self, rows: list[int]) -> Features:
+        """The features of these rows."""
+        number = int(np.searchsorted(self.ends, rows[0], side="right"))
+        found = self.sets[number]
+        return found.features(np.asarray(rows) - (self.ends[number] - len(found)), self.shapes)
+
+
+# ------------------------------------------------------------------------------------------- making them
+class Tokeniser:
+    """Makes TokenRows for one model, and counts what it took."""
+
+    def __init__(self, model: SparseEncoder, routes: dict[str, str], say: Say, *, keep: bool = True):
+        """routes: the task of each column, as in router_mapping. keep: store the ids of large sets on disk."""
+        self.model, self.routes, self.say, self.keep = model, routes, say, keep
+        self.texts = self.tokens = self.texts_found = self.bytes = 0
+        self.seconds = 0.0
+
+    def rows(self, name: str, dataset: Dataset, ids: np.ndarray, content: str) -> TokenRows:
+        """The token ids of a set of rows.
+
+        ids: what text_ids gives for it. content: a hash of its texts. Raises ConfigError when the model reads something
+        else than padded token ids, or the ids cannot be written to disk.
+        """
+        start = time.perf_counter()
+        columns: dict[str, Column] = {}
+        roles = dataset.column_names
+        for task in dict.fromkeys(self.routes.get(role) for role in roles):
+            places = [place for place, role in enumerate(roles) if self.routes.get(role) == task]
+            used, first, numbers = np.unique(ids[:, places], return_index=True, return_inverse=True)
+            numbers = numbers.reshape(len(ids), len(places)).astype(np.int32)
+            module, preprocess = input_module(self.model, task), self._preprocess(task)
+            texts = partial(_take, dataset, [roles[place] for place in places], first)
+            path = None
+            if self.keep and len(used) >= KEPT_FROM:
+                path = folder_of_tokens() / f"{name}_{key_of(module, task, f'{content}/{name}/{places}')[:16]}.arrow"
+            file = self._found(path, len(used)) or self._made(name, texts(), task, path)
+            self.texts += len(used)
+            self.tokens += int(file.lengths().sum())
+            self.bytes += path.stat().st_size if path else 0
+            layout = layout_of(module, preprocess([dataset[0][roles[places[0]]]]))
+            is_network = task not in static_routes(self.model)
+            for place, column in zip(places, numbers.T, strict=True):
+                columns[roles[place]] = Column(roles[place], file, np.ascontiguousarray(column), layout, is_network)
+        found = TokenRows([columns[role] for role in roles])
+        self._check(name, dataset, found)
+        self.seconds += time.perf_counter() - start
+        return found
+
+    def _preprocess(self, task: str | None) -> Callable[[list[str]], Features]:
+        return partial(self.model.preprocess, prompt=None, task=task)
+
+    def _found(self, path: Path | None, texts: int) -> TokenFile | None:
+        """The file of so many texts that an earlier run wrote, if it is there and as it was written."""
+        if path is None or not path.exists():
+            return None
+        try:
+            file = TokenFile.open(path)
+            if len(file) != texts:
+                raise pa.ArrowInvalid(f"it holds {len(file):,} texts, not {texts:,}")
+        except (OSError, pa.ArrowException) as error:
+            self.say(f"tokens    {path} is damaged, and is made anew: {one_line(error)}")
+            return None
+        self.texts_found += len(file)
+        return file
+
+    def _made(self, name: str, texts: pa.ChunkedArray, task: str | None, path: Path | None) -> TokenFile:
+        ids_type = pa.uint16() if len(input_module(self.model, task).tokenizer) <= 2**16 else pa.int32()
+        say = lambda progress: self.say(f"tokens    {name}: {progress}")  # noqa: E731
+        parts = tokenised(texts, self._preprocess(task), ids_type, say)
+        if path is None:
+            return TokenFile.of(ids_type, parts)
+        try:
+            return TokenFile.write(path, ids_type, parts)
+        except OSError as error:
+            raise ConfigError(f"token ids cannot be written to {path.parent}: {error}. Set HF_HOME") from None
+
+    def _check(self, name: str, dataset: Dataset, found: TokenRows) -> None:
+        """Compare the features of a few rows with those that the library makes of their texts."""
+        rows = list(range(min(len(dataset), CHECKED_ROWS)))
+        ours, texts = found.features(rows), dataset[rows]
+        for column in found.columns:
+            for key, value in self._preprocess(self.routes.get(column.name))(texts[column.name]).items():
+                made = ours.get(f"{column.name}_{key}")
+                if not (
+                    torch.is_tensor(made) and torch.equal(made, value) if torch.is_tensor(value) else made == value
+                ):
+                    raise ConfigError(
+                        f"model.base_model: its '{key}' of the {column.name} in {name} is not token ids padded at one end, "
+                        "which is all that is read here"
+                    )
+
+
+def _take(dataset: Dataset, columns: list[str], cells: np.ndarray) -> pa.ChunkedArray:
+    """The texts in these cells, which are counted row by row."""
+    table = dataset.with_format("arrow")[:]
+    rows, places = np.divmod(cells, len(columns))
+    chunks = pa.chunked_array([chunk for column in columns for chunk in table[column].chunks], pa.string())
+    return chunks.take(pa.array(rows + places * table.num_rows))

@@ -1,0 +1,149 @@
+"""What the formats of an export share: their names for dimensions, how they round, and the files they are written to."""
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from trainer.config import ConfigError
+from trainer.export.check import exactly
+from trainer.export.request import Request
+from trainer.export.vectors import Encoder, Vector, require_distinct
+
+
+class Store(Protocol):
+    """Where the records of documents, or of queries, are written one after the other."""
+
+    def whole(self) -> int:
+        """Remove what a killed run left half written; the number of whole records that stay."""
+
+    def append(self, records: Iterable[Any]) -> None:
+        """Add records. Raises ConfigError when the disk is full or gone."""
+
+    def close(self) -> None:
+        """Have everything in its place."""
+
+    def first(self, count: int) -> list[Any]:
+        """The first records, fewer if there are no more."""
+
+    def paths(self) -> list[Path]:
+        """Its files."""
+
+
+class Format:
+    """How one engine takes sparse vectors. `quantisation` says, in words, what the rounding says in numbers."""
+
+    suffix: ClassVar[str] = ".jsonl"
+    lines_per_document: ClassVar[int] = 1
+    signed: ClassVar[bool] = False  # whether the engine takes weights below 0, which a trained query word may have
+    beside: ClassVar[tuple[str, ...]] = ()  # names of what write_beside makes
+    scales: ClassVar[tuple[int, ...]] = ()  # what to try for whole numbers; none where weights are floating-point
+    fixed: ClassVar[bool] = False  # whether the engine rounds weights by itself
+    quantisation: str = "float32"
+    remedy: str = ""  # what to do when quantisation changes the order
+
+    def __init__(self, scale: int | None = None):
+        self.scale = scale
+
+    def terms(self, tokens: list[str]) -> list[str]:
+        """What dimensions are called in this engine; the tokens themselves where it takes every character."""
+        return require_distinct(tokens)
+
+    def document(self, name: str, text: str, vector: Vector) -> Any:
+        """A document's record."""
+        raise NotImplementedError
+
+    def read_document(self, record: Any) -> tuple[str, Vector]:
+        """A document's id, and its vector as the engine will hold it."""
+        raise NotImplementedError
+
+    def query(self, name: str, text: str, vector: Vector) -> Any:
+        """A query's record."""
+        raise NotImplementedError
+
+    def read_query(self, record: Any) -> Vector:
+        """A query's vector as the engine will use it."""
+        raise NotImplementedError
+
+    def document_rounding(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How much lower, and how much higher, each weight of a document may be where it is stored; 0 stays 0."""
+        return exactly(weights)
+
+    def query_rounding(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same of a query's weights."""
+        return self.left_out(weights)
+
+    def left_out(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What a query loses where the engine takes no weight below 0."""
+        return np.zeros_like(weights), np.maximum(-weights, 0.0) * (not self.signed)
+
+    def documents_at(self, stem: Path) -> Store:
+        """Where documents are written."""
+        return LineFile(stem.with_name(stem.name + self.suffix), self.lines_per_document)
+
+    def queries_at(self, stem: Path) -> Store:
+        """Where queries are written."""
+        return LineFile(stem.with_name(f"{stem.name}.jsonl"))
+
+    def write_beside(self, folder: Path, encoder: Encoder, request: Request) -> None:
+        """Mappings and the like."""
+
+
+class LineFile:
+    """A text file, of which each record is one line or several."""
+
+    def __init__(self, file: Path, lines_per_record: int = 1):
+        self.file = file
+        self.lines_per_record = lines_per_record
+
+    def whole(self) -> int:
+        """Cut off what a killed run left half written; the number of whole records that stay."""
+        if not self.file.exists():
+            return 0
+        lines = offset = whole = 0
+        with self.file.open("r+b") as data:
+            for line in data:
+                if not line.endswith(b"\n"):
+                    break
+                lines, offset = lines + 1, offset + len(line)
+                if lines % self.lines_per_record == 0:
+                    whole = offset
+            data.truncate(whole)
+        return lines // self.lines_per_record
+
+    def append(self, records: Iterable[str]) -> None:
+        """Add whole records. Raises ConfigError when the disk is full or gone."""
+        try:
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write("".join(records))
+        except OSError as error:
+            raise full(self.file, error) from None
+
+    def close(self) -> None:
+        """There is nothing to do: what is appended is in its place."""
+
+    def first(self, count: int) -> list[str]:
+        """The first records; not by splitlines, for a text may hold other line separators."""
+        with self.file.open(encoding="utf-8") as lines:
+            read = list(islice(lines, count * self.lines_per_record))
+        size = self.lines_per_record
+        return ["".join(read[start : start + size]) for start in range(0, len(read), size)]
+
+    def __str__(self) -> str:
+        return str(self.file)
+
+    def paths(self) -> list[Path]:
+        """The file, if it is there."""
+        return [self.file] if self.file.exists() else []
+
+
+def full(file: Path, error: OSError) -> ConfigError:
+    """What to say when a file of documents cannot be written any further."""
+    return ConfigError(f"{file} cannot be written: {error.strerror or error}. To go on from there, run this again")
+
+
+def step_of(weights: np.ndarray, bits: int) -> np.ndarray:
+    """The value of the last of a weight's `bits` significant bits; 0 for 0."""
+    return np.where(weights == 0, 0.0, np.ldexp(1.0, np.frexp(weights)[1] - bits))
