@@ -21,7 +21,7 @@ export PYTORCH_ENABLE_MPS_FALLBACK ?= 1
 RUN     := docker/run
 export CONFIG SET RUNTIME VENV NODES PROCS RENDEZVOUS PORT IMAGE
 
-.PHONY: help train resume eval check show bm25 publish export tensorboard images test test-docker lint smoke bench soak lock schema clean
+.PHONY: help train resume eval check show bm25 publish export tensorboard images test test-docker lint audit smoke bench soak lock schema clean
 .DEFAULT_GOAL := help
 
 help: ## this help
@@ -71,15 +71,19 @@ test: $(VENV)/.dev ## the fast tests, offline
 lint: $(VENV)/.dev ## ruff: errors, style, format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
+audit: $(VENV)/.dev ## ask a vulnerability service about every locked package
+	@$(BIN)/python $(REQ)/audit.py $(ARGS)
+
 smoke: $(VENV)/.ok ## train two steps of the quickstart
 	@rm -rf models/smoke
 	@$(BIN)/python -m trainer train quickstart --name smoke --set training.max_steps=2 $(SETS)
 
 bench: $(VENV)/.dev ## measured ratios: tests/benchmarks
+	@$(BIN)/python -m tests.benchmarks.speed $(ROWS)
 	@$(BIN)/python -m tests.benchmarks.batches
 	@$(BIN)/python -m tests.benchmarks.search
 
-soak: $(VENV)/.dev ## kill trainings anywhere, resume them, compare: KILLS=25 (per architecture)
+soak: $(VENV)/.dev ## kill trainings anywhere, resume them, compare: KILLS=25 (of each kind of run)
 	@$(BIN)/python -m tests.soak --kills $(or $(KILLS),25) $(ARGS)
 
 lock: ## remake the hash-locked requirement files (needs uv)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.warm import run_warm
+
 # Before any library reads them: the suite must pass without a network, and leave the user's cache alone.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="nordsparse-tests-")
@@ -60,7 +62,7 @@ def trained_once(tmp_path_factory):
     """The folder of one finished tiny run."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "tiny.yaml").write_text(TINY)
-    result = run_trainer(folder, "train", "tiny.yaml")
+    result = run_trainer(folder, "train", "tiny.yaml", fresh=True)  # what others are compared with
     assert result.returncode == 0, result.stderr
     (folder / "output.txt").write_text(result.stdout)
     return folder
@@ -94,13 +96,23 @@ def folder(tmp_path):
 
 
 def run_trainer(folder: Path, *arguments: str, **kwargs) -> subprocess.CompletedProcess:
-    """python -m trainer, or another module, in a process of its own, working in `folder`."""
-    module = kwargs.pop("module", "trainer")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | kwargs.pop("env", {})
+    """python -m trainer, or another module, in a process of its own, working in `folder`.
+
+    A new interpreter with `fresh`, or where `env` changes what libraries read when they are imported; else a fork of a
+    server that has imported them. `code` is run first.
+    """
+    module, code = kwargs.pop("module", "trainer"), kwargs.pop("code", "")
+    changed, fresh = kwargs.pop("env", {}), kwargs.pop("fresh", False)
+    if sys.platform == "linux" and module in ("trainer", "evaluate") and not changed and not fresh:
+        return run_warm(folder, module, arguments, code, seconds=300)
+    command = ["-m", module, *arguments]
+    if code:
+        run = f"runpy.run_module('{module}', run_name='__main__', alter_sys=True)"
+        command = ["-c", f"{code}\nimport runpy, sys\nsys.argv = {[module, *arguments]}\n{run}"]
     return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
+        [sys.executable, *command],
         cwd=folder,
-        env=environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | changed,
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,5 +1,5 @@
 from collections import Counter
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -133,6 +133,24 @@ def test_a_large_set_goes_on_in_the_next_epoch_where_it_stopped():
         (half, number, batch) for epoch in range(3) for group, half, number, batch in mixture.draws(epoch) if group == 1
     ]
     assert len(seen) == len(set(seen)) == 12
+
+
+@pytest.mark.parametrize("strategy", ["round_robin", "proportional"])
+@pytest.mark.parametrize("rule", ["smallest", "largest"])
+def test_batches_are_counted_as_they_are_drawn_in_epochs_that_end_anywhere(strategy, rule):
+    mixture = Mixture([[10], [6, 14], [5]], strategy, rule, seed=3)
+    drawn = chain.from_iterable(mixture.draws(epoch) for epoch in range(40))
+    one_by_one = [Counter() for _ in range(3)]
+    for number, (group, half, _, batch) in enumerate(islice(drawn, 500), 1):
+        one_by_one[group][half, batch] += 1
+        if number in (1, 7, 14, 60, 61, 123, 499, 500):
+            assert mixture.drawn(number) == one_by_one
+    # without going through them: a run of 10**30 steps is planned at once
+    assert sum(count.total() for count in mixture.drawn(10**30)) == 10**30
+
+
+def test_a_mixture_without_a_batch_is_counted_too():
+    assert Mixture([[0], [3]], "round_robin", "smallest", seed=0).drawn(9)[0].total() == 0
 
 
 def test_halves_share_a_sets_turns_by_their_size():

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 from datasets import Dataset
 
 from tests.conftest import ROOT, run_trainer
+from tests.soak.processes import CACHED, gone
+from tests.test_training import assert_same_weights
 from trainer.config import ConfigError, load_config
 from trainer.data import NoDuplicateBatches, batch_sizes, load_data
 from trainer.device import choose_device
@@ -39,6 +42,7 @@ evaluation: {nanobeir_datasets: [], search: [SEARCH]}
 hardware: {device: cpu}
 """
 TWO = ("--processes", "2", "--set", "training.per_device_train_batch_size=8")
+FOUR = ("--processes", "4", "--set", "training.per_device_train_batch_size=4")
 
 
 def write_even_rows(folder):
@@ -257,6 +261,43 @@ def test_two_processes_give_the_loss_curve_of_one_with_the_same_batch(even, opti
     assert result.stdout.count("verdict") == 1
 
 
+# Put in front of Python's path: every process but the first gets a view of the working directory that it cannot write to.
+READ_ONLY_BUT_FOR_THE_FIRST = """
+import ctypes, os, subprocess
+if os.environ.get("RANK", "0") != "0":
+    NEW_MOUNTS = 0x20000
+    if ctypes.CDLL(None, use_errno=True).unshare(NEW_MOUNTS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    here = os.getcwd()
+    for options in (["--make-rprivate", "/"], ["--bind", here, here], ["-o", "remount,ro,bind", here]):
+        subprocess.run(["mount", *options], check=True)
+    os.chdir(here)
+    try:
+        open("written_by_another", "w")
+    except OSError:
+        open(f"/tmp/{os.environ['CANNOT_WRITE']}{os.environ['RANK']}", "w").close()
+"""
+
+
+@pytest.mark.slow
+def test_four_processes_give_the_loss_curve_of_one_and_all_but_the_first_could_do_so_on_a_read_only_disk(even):
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("a view of the disk of one's own is not allowed here")
+    with tempfile.TemporaryDirectory(dir="/tmp") as outside:
+        (Path(outside) / "sitecustomize.py").write_text(READ_ONLY_BUT_FOR_THE_FIRST)
+        environment = {"PYTHONPATH": f"{outside}:{ROOT}", "CANNOT_WRITE": f"{Path(outside).name}/rank"}
+        result = run_trainer(even, "train", "even.yaml", "--name", "four", *FOUR, env=environment)
+        assert result.returncode == 0, result.stderr
+        assert sorted(file.name for file in Path(outside).glob("rank*")) == ["rank1", "rank2", "rank3"]
+    train(even, "one")
+    assert losses(even, "four") == pytest.approx(losses(even, "one"), rel=1e-5)
+    found = {path.relative_to(even / "models/four") for path in (even / "models/four").rglob("*") if path.is_file()}
+    expected = {path.relative_to(even / "models/one") for path in (even / "models/one").rglob("*") if path.is_file()}
+    # the random numbers of each process, which the first writes for all, are what four have more than one
+    more = {str(path) for path in found - expected if "tfevents" not in path.name}
+    assert {Path(name).name for name in more} == {f"rng_state_{rank}.pth" for rank in range(4)}
+
+
 @pytest.mark.slow
 def test_the_plan_of_several_processes_is_what_they_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -327,3 +368,33 @@ def test_a_killed_process_ends_all_with_one_line_each_and_resume_goes_on(even):
     assert "changed   processes: 2 → 1, with the same batches" in resumed.stdout
     train(even, "whole", *TWO, "--set", "training.max_steps=80")
     assert losses(even, "two") == pytest.approx(losses(even, "whole"), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed,options", [(0, CACHED), (2, []), ("launcher", CACHED)])
+def test_one_of_four_or_their_launcher_killed_ends_all_with_the_reason_and_four_go_on(even, killed, options):
+    longer = ("--set", "training.max_steps=40", "--set", "model.from_scratch.dropout=0.1", *options)
+    train(even, "whole", *FOUR, *longer)
+    launcher = start(even, *FOUR, *longer)
+    until_saved(even, 8)
+    workers = workers_of(launcher)
+    assert len(workers) == 4
+    at = time.monotonic()
+    os.kill(launcher.pid if killed == "launcher" else workers[killed], signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=60)  # until the last of them has closed its end
+    assert time.monotonic() - at < 30
+    assert all(map(gone, workers))
+    assert "Traceback" not in errors
+    if killed == "launcher":
+        assert errors == "Error: the training ends here, for its launcher was ended\n"
+    else:
+        assert f"process {killed} was ended by SIGKILL" in errors
+        assert launcher.returncode == 137
+    resumed = run_trainer(even, "train", "even.yaml", "--name", "two", "--resume", "--processes", "4")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from models/two/checkpoints/checkpoint-" in resumed.stdout
+    if options == CACHED:
+        assert losses(even, "two") == losses(even, "whole")
+        assert_same_weights(even / "models/two/final", even / "models/whole/final")
+    else:  # the order in which gradients are added differs after a resume: tests/soak/processes.py
+        assert losses(even, "two") == pytest.approx(losses(even, "whole"), rel=1e-5)

@@ -370,13 +370,9 @@ def test_a_signal_cuts_an_evaluation_short_and_saves_a_checkpoint(tiny):
 
 
 # ---------------------------------------------------------------------------------- failures
-def run_python(folder, code):
+def run_python(folder, code, **kwargs):
     """Train tiny.yaml in a process of its own after running `code`."""
-    tail = "import sys; sys.argv = ['trainer', 'train', 'tiny.yaml']; from trainer.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code + "\n" + tail],
-        cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    return run_trainer(folder, "train", "tiny.yaml", code=code, **kwargs)
 
 
 NAN_AT_STEP_4 = """

@@ -12,6 +12,8 @@ from trainer.run import Run
 
 # Keys of the training section that are not arguments of the library: the trainer itself applies them.
 OWN_KEYS = {"query_learning_rate", "max_seq_length"}
+# One that is, but is applied to the networks alone (trainer/models/compiled.py); the library would compile head and all.
+APPLIED_HERE = {"torch_compile"}
 
 ROUTES = {"anchor": "query", "positive": "document", "negative": "document"}
 
@@ -25,7 +27,7 @@ def build_arguments(
     config: Config, run: Run, model: SparseEncoder, loss: nn.Module, device: str, *, best_metric: str | None
 ) -> SparseEncoderTrainingArguments:
     """The library's arguments. best_metric picks the best checkpoint; None when nothing is evaluated."""
-    values = config.training.model_dump(exclude=OWN_KEYS)
+    values = config.training.model_dump(exclude=OWN_KEYS | APPLIED_HERE)
     values["load_best_model_at_end"] = config.training.load_best_model_at_end and best_metric is not None
     return SparseEncoderTrainingArguments(
         output_dir=str(run.checkpoints),

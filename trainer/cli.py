@@ -57,12 +57,15 @@ def train(
     verbose: bool,
 ) -> None:
     """Train CONFIG into models/<name>/."""
+    from trainer.distributed import end_with_launcher
+
     file = find_config(config)
     loaded = load_config(file, overrides)
     if nodes > 1 and rendezvous is None:
         raise ConfigError("--nodes needs --rendezvous HOST:PORT, the same on every machine, where HOST is one of them")
     if nodes * processes > 1:
         _launch(loaded, name, processes, nodes, rendezvous)
+    end_with_launcher()
     again = _how_to_go_on(config, name)
     with _one_of_several(again), _alone_in(name or loaded.name, resume):
         loaded, run = _open_run(file, loaded, name, overrides, resume)
@@ -130,6 +133,7 @@ def _launch(loaded: LoadedConfig, name: str | None, processes: int, nodes: int, 
     from trainer.launch import launch
 
     os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"] = str(processes * nodes), str(processes)
+    os.environ["NORDSPARSE_LAUNCHER"] = str(os.getpid())
     os.environ["NORDSPARSE_COMMAND"] = shlex.join(sys.argv[1:])
     os.environ["NORDSPARSE_RENDEZVOUS"] = rendezvous or ""
     choose_device(loaded.config)  # what this machine cannot do is said once, not by every process

@@ -5,6 +5,9 @@ The first process alone writes. Every function is a no-op, or the identity, in a
 
 import contextlib
 import os
+import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +32,26 @@ def is_first() -> bool:
 def processes_here() -> int:
     """How many of them are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def end_with_launcher() -> None:
+    """From now on, end this process at once when the launcher that started it has ended, by a kill perhaps.
+
+    It would train on otherwise, seen by nobody, and hold the run's lock against whoever resumes. What it has not saved is
+    trained again then, as after any kill.
+    """
+    launcher = int(os.environ.get("NORDSPARSE_LAUNCHER", "0"))
+    if not launcher or processes() == 1:
+        return
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        if is_first():
+            print("Error: the training ends here, for its launcher was ended", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def connect(device: str) -> None:

@@ -158,6 +158,9 @@ class SparseTrainer(SparseEncoderTrainer):
                     (Path(output_dir) / name).write_bytes(content)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        """One process writes: transformers 5 calls this in every one, and the library takes each for the first."""
+        if not is_first():
+            return
         super()._save(output_dir, state_dict)
         keep_code(Path(output_dir or self.args.output_dir))
         if self.schedule is not None:

@@ -27,7 +27,7 @@ from trainer.checkpoints import best_of, newest_complete, put_in_place, remove_l
 from trainer.config import Config, ConfigError, LoadedConfig
 from trainer.control import WeightSchedule
 from trainer.csr import AutoencoderCare
-from trainer.data import Tokeniser, TrainingData, load_data, static_routes
+from trainer.data import Tokeniser, TrainingData, load_data, shapes_of, static_routes
 from trainer.device import choose_device, describe_device, peak_memory_gib
 from trainer.distributed import (
     first_on_each_machine_first,
@@ -43,6 +43,7 @@ from trainer.models import (
     attention_line,
     build_model,
     choose_attention,
+    compile_networks,
     document_idf,
     fetch_base_model,
     in_any_precision,
@@ -121,6 +122,10 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             data.tokenise(tokeniser)
         for line in (token_line(tokeniser), *sitting_out_lines(config, data), padding_line(config, data)):
             say(line)
+
+        if (lengths := shapes_of(config)) is not None:
+            compile_networks(model, lengths)
+            say(f"compile   the networks, for texts of {', '.join(map(str, lengths))} tokens")
 
         # 4. Loss
         statistics = BatchStatistics(enabled=config.evaluation.track_sparsity)

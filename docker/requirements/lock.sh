@@ -13,7 +13,7 @@ lock() { uv pip compile --quiet --universal --python-version 3.11 --generate-has
 
 echo "torch==$torch" > "$work/torch.in"
 lock base.in "$work/torch.in" -o "$work/all.txt"
-lock dev.in -c "$work/all.txt" -o dev.txt
+lock dev.in -c "$work/all.txt" --no-emit-package pip -o dev.txt # every virtual environment has its own pip
 python3 - "$work/all.txt" <<'PY'
 import re
 import sys

@@ -4,7 +4,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.config.schema import FROM_SCRATCH, Config, FromScratchConfig, LocalSource, MiningConfig
+from trainer.config.schema import (
+    FROM_SCRATCH,
+    Config,
+    FromScratchConfig,
+    HubSource,
+    LocalSource,
+    MiningConfig,
+)
 from trainer.config.tree import Path_
 
 Finding = tuple[Path_, str]
@@ -18,6 +25,8 @@ SPLADE_KEYS = (
     "document_dims_cap",
 )
 FILE_ENDINGS = (".jsonl", ".json", ".parquet")
+# Four bytes each, so 4 GB: more than that is no small model, and would take the machine's memory before it is said why.
+LARGEST_FROM_SCRATCH = 10**9
 FAMILIES = ("nli", "scandi_qa", "ddsc", "quickstart")
 RESERVED_NAMES = ("quickstart_nli", "quickstart_scandi_qa", "quickstart_ddsc")
 
@@ -40,6 +49,15 @@ def exists(name: str) -> bool:
         return False
 
 
+def why_unreadable(name: str) -> str | None:
+    """Why the system cannot say whether there is such a file: no file can have the name, or its folder may not be read."""
+    try:
+        Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of a user that there is not
+        return getattr(error, "strerror", None) or str(error)
+    return None
+
+
 def is_commit(revision: str | None) -> bool:
     """Whether a revision is a full commit hash, which cannot move."""
     return bool(revision and re.fullmatch(r"[0-9a-f]{40}", revision))
@@ -47,10 +65,30 @@ def is_commit(revision: str | None) -> bool:
 
 def find_contradictions(config: Config) -> Iterator[Finding]:
     """Every contradiction, as the path of the key to change and what to do."""
+    yield from _names(config)
     yield from _model(config)
     yield from _training(config)
     yield from _loss(config)
     yield from _datasets(config)
+
+
+def _names(config: Config) -> Iterator[Finding]:
+    """Files and folders that a config names and that the system will not even look for."""
+    datasets = config.datasets
+    families = {("nli",): datasets.nli, ("ddsc",): datasets.ddsc}
+    families |= {
+        ("scandi_qa", name): source for name, source in datasets.scandi_qa or () if isinstance(source, HubSource)
+    }
+    families |= {(name,): source for name, source in datasets.local.items()}
+    named: list[Finding] = [(("model", "base_model"), config.model.base_model)]
+    named += [(("datasets", *path, "source"), source.source) for path, source in families.items() if source]
+    named += [(("evaluation", "search", number), name) for number, name in enumerate(config.evaluation.search)]
+    for path, name in named:
+        if reason := why_unreadable(name):
+            yield (
+                path,
+                f"'{'.'.join(map(str, path))}' names no file or folder that can be looked for: {reason}: {name[:60]}",
+            )
 
 
 def _model(config: Config) -> Iterator[Finding]:
@@ -83,7 +121,13 @@ def _model(config: Config) -> Iterator[Finding]:
             f"'model.from_scratch.hidden_size' ({model.from_scratch.hidden_size}) must be a multiple of "
             f"num_attention_heads ({model.from_scratch.num_attention_heads})",
         )
-    positions = (model.from_scratch or FromScratchConfig()).max_position_embeddings
+    scratch = model.from_scratch or FromScratchConfig()
+    if model.base_model == FROM_SCRATCH and (parameters := most_parameters(scratch)) > LARGEST_FROM_SCRATCH:
+        yield (
+            ("model", "from_scratch"),
+            f"'model.from_scratch' would have {parameters:,} parameters; at most {LARGEST_FROM_SCRATCH:,} are built",
+        )
+    positions = scratch.max_position_embeddings
     if model.base_model == FROM_SCRATCH and config.training.max_seq_length > positions:
         yield (
             ("training", "max_seq_length"),
@@ -112,6 +156,13 @@ def _model(config: Config) -> Iterator[Finding]:
             f"'model.freeze_static_embedding' is for inference-free-splade; {model.architecture} has no static "
             "embedding. Remove it.",
         )
+
+
+def most_parameters(shape: FromScratchConfig) -> int:
+    """Parameters of a BERT of this shape, biases and norms aside, when the texts fill its vocabulary."""
+    width = shape.hidden_size
+    layer = 4 * width**2 + 2 * width * shape.intermediate_size
+    return (shape.vocab_size + shape.max_position_embeddings) * width + shape.num_hidden_layers * layer
 
 
 def _attention(config: Config) -> Iterator[Finding]:

@@ -36,19 +36,20 @@ class Section(BaseModel):
 
 
 class FromScratchConfig(Section):
-    """A small BERT and its tokenizer, built from the training texts when `base_model: from-scratch`."""
+    """A small BERT and its tokenizer, built from the training texts when `base_model: from-scratch`. At most a billion
+    parameters in all."""
 
-    vocab_size: Positive = 8000
+    vocab_size: Annotated[int, Field(gt=0, le=1_000_000)] = 8000
     """Entries of the WordPiece vocabulary, hence dimensions of every vector."""
-    hidden_size: Positive = 128
+    hidden_size: Annotated[int, Field(gt=0, le=16_384)] = 128
     """Width of the transformer; a multiple of num_attention_heads."""
-    num_hidden_layers: Positive = 2
+    num_hidden_layers: Annotated[int, Field(gt=0, le=200)] = 2
     """Transformer layers."""
     num_attention_heads: Positive = 2
     """Attention heads per layer."""
-    intermediate_size: Positive = 512
+    intermediate_size: Annotated[int, Field(gt=0, le=131_072)] = 512
     """Width of the feed-forward layers."""
-    max_position_embeddings: Positive = 512
+    max_position_embeddings: Annotated[int, Field(gt=0, le=131_072)] = 512
     """Longest text in tokens that the model can read."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of activations dropped in training."""
@@ -87,7 +88,7 @@ class ModelConfig(Section):
     """csr: dimensions kept active per text."""
     csr_k_aux: Count = 512
     """csr: dead dimensions used in the auxiliary loss."""
-    csr_hidden_dim: Positive = 4096
+    csr_hidden_dim: Annotated[int, Field(gt=0, le=1_000_000)] = 4096
     """csr: dimensions of the sparse code."""
     csr_k_start: Positive | None = None
     """csr: dimensions kept active at the start of training; their number falls to csr_k. null: csr_k throughout."""
@@ -105,7 +106,7 @@ class TrainingConfig(Section):
     """Names of SparseEncoderTrainingArguments, so the library's documentation holds, plus query_learning_rate and
     max_seq_length."""
 
-    num_train_epochs: Rate = 1.0
+    num_train_epochs: Annotated[float, Field(gt=0, le=1e9)] = 1.0
     """Epochs; what ends one is said by datasets.epoch."""
     max_steps: int = -1
     """Optimizer steps; -1 means: as num_train_epochs says."""
@@ -134,7 +135,8 @@ class TrainingConfig(Section):
     fp16: bool = False
     """Train under float16 autocast (CUDA only)."""
     torch_compile: bool = False
-    """Compile the model (minutes of start-up, faster steps on CUDA)."""
+    """Compile the networks, once for each of a few lengths that texts are then padded to (minutes of start-up, faster
+    steps on CUDA)."""
     dataloader_num_workers: Count = 0
     """Processes that tokenise ahead of the model."""
     dataloader_pin_memory: bool = False
@@ -387,8 +389,8 @@ class HardwareConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     fused_head: bool = True
-    """SPLADE: compute the vectors without a logit for every token and word. Same vectors and gradients, less time and
-    memory; false trains with the library's own head."""
+    """SPLADE: compute the vectors without a logit for every token and word, and on CPUs the linear layers through oneDNN.
+    Same vectors and gradients, less time and memory; false trains with the library's own head."""
 
 
 class HubConfig(Section):

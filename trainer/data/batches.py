@@ -264,16 +264,23 @@ class Mixture:
         return half, pass_number, batch
 
     def drawn(self, batches: int) -> list[Counter]:
-        """Per group, how often each (half, batch) is drawn in the first `batches` batches of a run."""
-        counts = [Counter() for _ in self.groups]
-        epoch = 0
-        while batches > 0:
-            for group, half, _, batch in self.draws(epoch):
-                counts[group][half, batch] += 1
-                batches -= 1
-                if batches == 0:
-                    break
-            epoch += 1
+        """Per group, how often each (half, batch) is drawn in the first `batches` batches of a run, however many."""
+        epochs, rest = divmod(
+            batches, len(self) or 1
+        )  # no batches: a set with fewer rows than processes, refused later
+        per_epoch = self.sizes if self.strategy == "proportional" else [self.turns] * len(self.groups)
+        taken = [epochs * turns for turns in per_epoch]
+        for group, *_ in itertools.islice(self.draws(epochs), rest):
+            taken[group] += 1
+        counts = []
+        for group, number in enumerate(taken):
+            passes, rest = divmod(number, self.sizes[group] or 1)
+            halves = enumerate(self.groups[group])
+            count = Counter({(half, batch): passes for half, size in halves for batch in range(size)})
+            for place in range(number - rest, number):
+                half, _, batch = self._locate(group, place)
+                count[half, batch] += 1
+            counts.append(count)
         return counts
 
 

@@ -9,6 +9,7 @@ from sentence_transformers.sparse_encoder.modules import Router, SpladePooling, 
 from torch import Tensor, nn
 
 from trainer.fused.head import splade_max, splade_max_packed
+from trainer.fused.products import use_onednn, use_torch
 
 # The logit of a word that is never active, in NorBERT3's converted code and in our bias of special tokens: far below any
 # other, and within float16's range (65,504), so relu makes it 0 in every precision.
@@ -26,24 +27,34 @@ class NotFusable(Exception):
 def fuse(model: SparseEncoder) -> str:
     """Replace every masked-language-model head and the pooling after it by the fused head. Returns what was done, in words.
 
+    On CPUs, the linear layers of every network then compute through oneDNN, too.
+
     The head is tried on a text first. One that gives other logits than a projection of its input (a new architecture, a
     soft cap) stays as it is, and the reason is returned.
     """
     pairs = list(_pairs(model))
+    for network in _networks(model) if model.device.type == "cpu" else ():
+        use_onednn(network)
     try:
         heads = [FusedHead(transformer, pooling) for transformer, pooling in pairs]
     except NotFusable as reason:
         return f"as the library computes it: {reason}"
     for head in heads:
-        head.install()
+        head.install()  # after the layers: a decoder may be one of them
     return "fused, without logits" if heads else "none"
 
 
 def unfuse(model: SparseEncoder) -> None:
     """Take the fused heads out again."""
+    for network in _networks(model):
+        use_torch(network)
     for transformer, pooling in _pairs(model):
         for module in (transformer.model.get_output_embeddings(), pooling):
             vars(module).pop("forward", None)
+
+
+def _networks(model: SparseEncoder) -> list[nn.Module]:
+    return [module.model for module in model.modules() if isinstance(module, Transformer)]
 
 
 def is_fused(model: SparseEncoder) -> bool:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.fused.products import product
+
 # A tile of 2 MiB stays in one core's cache while its maxima are taken (fastest of 0.5 to 16 MiB on Zen 3 and Zen 5).
 TILE_BYTES = 2 << 20
 # Short texts share a tile until it is so many tokens wide: a product of 32 columns ran at half the speed of one of 256.
@@ -32,7 +34,7 @@ def forward(
         part = slice(start, start + block)
         part_bias = 0.0 if bias is None else bias[part].to(maxima.dtype)
         for first, last in groups:  # the inner loop, so that this part of the weights is read from memory once
-            tile = _product(weight[part], hidden[bounds[first] : bounds[last]])
+            tile = product(weight[part], hidden[bounds[first] : bounds[last]])
             for text in range(first, last):
                 begin, end = bounds[text], bounds[text + 1]
                 if begin == end:
@@ -58,17 +60,6 @@ def _groups(bounds: list[int]) -> Iterator[tuple[int, int]]:
             first = text
     if len(bounds) > 1:
         yield first, len(bounds) - 1
-
-
-def _product(weight: Tensor, hidden: Tensor) -> Tensor:
-    """[words, tokens]: weight · hiddenᵀ.
-
-    Through oneDNN where torch has it: torch.mm goes to MKL, which on AMD's Zen 5 runs at less than half of its speed (107
-    against 240 GFLOP/s on one core).
-    """
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(weight, hidden, None, "none", [], "")
-    return F.linear(weight, hidden)
 
 
 def backward(gradient: Tensor, positions: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,7 @@ from trainer.distributed import is_first, share_files
 from trainer.hub import MODEL_FILES, fetch
 from trainer.models.attention import attention_line, check_attention, choose_attention, in_any_precision
 from trainer.models.card import build_card
+from trainer.models.compiled import compile_networks
 from trainer.models.heads import check_not_dense, decoder_of, silence_special_tokens
 from trainer.models.queries import START_WEIGHTS, query_tokenizer, weights_of_idf
 from trainer.models.remote_code import BaseModel, check_code, check_weights, keep_code, with_own_code
@@ -34,6 +35,7 @@ __all__ = [
     "build_model",
     "check_attention",
     "choose_attention",
+    "compile_networks",
     "document_idf",
     "fetch_base_model",
     "in_any_precision",

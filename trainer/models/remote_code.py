@@ -36,9 +36,13 @@ class BaseModel:
 def with_own_code(snapshot: Snapshot, config: Config) -> BaseModel:
     """The base model with its code converted, in a folder of its own under the cache.
 
-    Raises ConfigError when the config does not trust the code, when the code is not what the pinned commit holds, when
-    it cannot be converted, or when the copy cannot be written.
+    Raises ConfigError when the folder holds no model, when the config does not trust the code, when the code is not what
+    the pinned commit holds, when it cannot be converted, or when the copy cannot be written.
     """
+    if not any(
+        (snapshot.folder / name).is_file() for name in ("config.json", "modules.json")
+    ):  # before the whole of / is searched for code
+        raise ConfigError(f"model.base_model: {snapshot.source} cannot be loaded: no config.json, no modules.json")
     references = code_references(snapshot.folder)
     if not references:
         return BaseModel(snapshot.source, snapshot.commit, snapshot.folder)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.speed.process import answer, best_seconds, peak_mib
+from tests.benchmarks.speed.process import answer, best_seconds, forget_peak, peak_mib
 from trainer.fused.head import reference, splade_max
 
 TEXTS, LENGTH, WORDS = 16, 256, 50_000
@@ -32,7 +32,7 @@ def measure(side: str, width: int, padded: bool = False) -> dict[str, Any]:
         return {"forward": seconds}
     leaves = [part.requires_grad_() for part in (hidden, weight, bias)]
     outer = torch.randn(TEXTS, WORDS) / WORDS
-    before, found = peak_mib(), []
+    before, found = forget_peak(), []
     for _ in range(3):
         for leaf in leaves:
             leaf.grad = None

@@ -1,0 +1,61 @@
+"""Linear layers through oneDNN: the numbers of torch's own."""
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.fused import products
+from trainer.fused.products import use_onednn, use_torch
+
+
+def outputs_and_gradients(layer, inputs):
+    inputs = inputs.detach().requires_grad_()
+    layer.zero_grad()
+    found = layer(inputs)
+    (found * torch.linspace(-1, 1, found.numel()).reshape(found.shape)).sum().backward()
+    return found.detach(), inputs.grad, *(parameter.grad.clone() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (1, 7), (0, 7), (2, 40, 7)])
+def test_values_and_gradients_are_those_of_float64(bias, shape):
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(7, 13, bias=bias), torch.randn(shape)
+    reference = nn.Linear(7, 13, bias=bias).double()
+    reference.load_state_dict(layer.state_dict())
+    exact = outputs_and_gradients(reference, inputs.double())
+    use_onednn(layer)
+    for ours, theirs in zip(outputs_and_gradients(layer, inputs), exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_only_what_is_trained_gets_a_gradient():
+    layer = nn.Linear(4, 4)
+    layer.weight.requires_grad_(False)
+    use_onednn(layer)
+    layer(torch.ones(2, 4)).sum().backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad.tolist() == [2.0] * 4
+
+
+def test_other_precisions_and_autocast_are_left_to_torch(monkeypatch):
+    layer, inputs = nn.Linear(4, 4), torch.randn(3, 4)
+    plain = layer(inputs)
+    use_onednn(layer)
+    monkeypatch.setattr(products._Linear, "apply", lambda *_: pytest.fail("went through oneDNN"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(inputs).dtype == torch.bfloat16
+    assert layer.double()(inputs.double()).dtype == torch.float64
+    layer.float()
+    use_torch(layer)
+    assert torch.equal(layer(inputs), plain)
+
+
+def test_layers_of_another_class_keep_their_own_computation():
+    class Scaled(nn.Linear):
+        def forward(self, inputs):
+            return 2 * super().forward(inputs)
+
+    network = nn.Sequential(nn.Linear(4, 4), Scaled(4, 4))
+    use_onednn(network)
+    assert ["forward" in vars(layer) for layer in network] == [True, False]
