@@ -15,7 +15,7 @@ from trainer.config import ConfigError
 from trainer.fused.encode import encode
 
 # Dimensions kept per text, from a short query's worth to more than most documents have; None keeps all.
-PRUNED_TO = (8, 16, 32, 64, 128, 256, None)
+PRUNED_TO = (4, 8, 16, 32, 64, 128, 256, None)
 MOST_FREQUENT = 20
 HISTOGRAM_BINS = 40
 

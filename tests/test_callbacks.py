@@ -40,6 +40,7 @@ def test_healthy_vectors_raise_no_warning():
     [
         ("dense documents", "documents are dense: 100 active dims on average, 50% of the vocabulary"),
         ("empty queries", "a query has zero active dims"),
+        ("empty documents", "documents have no active dims left"),
         ("a dim in every document", "dimension 7 is active in 100% of the documents"),
         ("documents alike", "documents look alike: their mean cosine is 0.9"),
     ],
@@ -50,6 +51,10 @@ def test_each_sign_of_collapse_is_named_with_its_step(sign, says):
         documents = (torch.rand(40, 200, generator=torch.Generator().manual_seed(0)).argsort(1) < 100).float()
     elif sign == "empty queries":
         queries[3] = 0
+    elif sign == "empty documents":
+        documents[1:] = 0
+        documents[0] = 0
+        documents[0, 5] = 1.0
     elif sign == "a dim in every document":
         documents[:, 7] = 0.01
     else:
@@ -85,10 +90,11 @@ def test_a_query_that_finds_nothing_is_news_at_any_step():
     assert warnings_of(queries, documents, step=1)[0] == ["empty queries"]
 
 
-def test_all_four_signs_are_watched():
+def test_all_five_signs_are_watched():
     assert {sign.name for sign in SIGNS} == {
         "dense documents",
         "empty queries",
+        "empty documents",
         "a dim in every document",
         "documents alike",
     }

@@ -153,6 +153,17 @@ def test_any_key_can_be_overridden(tmp_path):
         ("  architecture: inference-free", "  use_router: false\n  architecture: inference-free", "needs router"),
         ("  architecture: inference-free-splade", "  architecture: splade", "has none. Remove it"),
         ("document_regularizer_weight: 1e-3", "document_regularizer_weight: 0", "documents stay dense"),
+        (
+            "1e-3}\ndatasets",
+            "1e-3, target_document_dims: 90}\ndatasets",
+            "'loss.target_document_dims' (90) finds the weight",
+        ),
+        ("document_regularizer_weight: 1e-3", "target_document_dims: 90, target_query_dims: 9", "are their own words"),
+        (
+            "document_regularizer_weight: 1e-3",
+            "target_document_dims: 90, document_dims_cap: 90",
+            "must be less than target",
+        ),
         ("loss: {type: splade", "loss: {type: csr", "needs splade"),
         ("hidden_size: 64", "hidden_size: 63", "multiple of num_attention_heads"),
         ("base_model: from-scratch", "base_model: ltg/norbert3-xs", "needs 'model.revision'"),

@@ -242,8 +242,9 @@ def test_a_process_that_follows_writes_nothing(tiny):
             *("--set", "model.architecture=splade", "--set", "loss.query_regularizer_weight=1e-3"),
             *("--set", "training.query_learning_rate=null"),
         ),
+        ("--set", "loss.document_regularizer_weight=null", "--set", "loss.target_document_dims=20"),
     ],
-    ids=["plain", "cached", "accumulated", "splade"],
+    ids=["plain", "cached", "accumulated", "splade", "target"],
 )
 def test_two_processes_give_the_loss_curve_of_one_with_the_same_batch(even, options):
     train(even, "one", *options)

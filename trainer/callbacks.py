@@ -132,6 +132,8 @@ class TensorBoardLog(TrainerCallback):
         for key, value in logs.items():
             if key.endswith("_weight"):
                 name = f"regularizer/{key}"
+            elif key.startswith("csr_"):
+                name = f"csr/{key.removeprefix('csr_')}"
             else:
                 name = names.get(key, f"loss/{key}" if "loss" in key else None)
             if name:
@@ -209,20 +211,27 @@ SIGNS = (
         "dense documents",
         lambda s: s["document"]["active_share"] > 0.2,
         "documents are dense: {document[active_dims_mean]:.0f} active dims on average, {document[active_share]:.0%} of "
-        "the vocabulary. Raise loss.document_regularizer_weight",
+        "the vocabulary. Raise loss.document_regularizer_weight or lower loss.target_document_dims",
     ),
     Sign(
         "empty queries",
         lambda s: s["query"]["active_dims_min"] == 0,
-        "a query has zero active dims, so it finds nothing. Lower loss.query_regularizer_weight, or look for queries "
-        "of unknown words only",
+        "a query has zero active dims, so it finds nothing. Lower loss.query_regularizer_weight or raise "
+        "loss.target_query_dims, or look for queries of unknown words only",
+        from_start=True,
+    ),
+    Sign(
+        "empty documents",
+        lambda s: s["document"]["active_dims_mean"] < 1,
+        "documents have no active dims left, and no gradient brings one back. Stop, and train anew with a larger "
+        "loss.target_document_dims, a smaller loss.document_regularizer_weight or a lower learning rate",
         from_start=True,
     ),
     Sign(
         "a dim in every document",
         lambda s: s["document"]["busiest_dim_share"] > 0.95,
         "dimension {document[busiest_term]} is active in {document[busiest_dim_share]:.0%} of the documents, so it "
-        "tells nothing apart. Raise loss.document_regularizer_weight",
+        "tells nothing apart. Raise loss.document_regularizer_weight or lower loss.target_document_dims",
     ),
     Sign(
         "documents alike",

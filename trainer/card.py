@@ -203,12 +203,19 @@ def settings_of(config: Config, manifest: dict[str, Any]) -> dict[str, str]:
     if training.query_learning_rate:
         rates += f", query weights {training.query_learning_rate:g}"
     weights = {"documents": loss.document_regularizer_weight, "queries": loss.query_regularizer_weight}
+    targets = manifest.get("sparsity", {})
     found = {
         "steps": f"{manifest.get('steps_done', 0):,}, {manifest.get('rows_trained', 0):,} rows",
         "batch": f"{training.per_device_train_batch_size} × {training.gradient_accumulation_steps} rows"
         + (f" × {manifest['processes']} processes" if manifest.get("processes", 1) > 1 else ""),
         "learning rate": f"{rates}; {training.lr_scheduler_type}, warm-up {training.warmup_steps:g}",
         "loss": loss.type,
+        "sparsity": "; ".join(
+            f"{route} driven to {found['target_dims']} active dims, ended at {found['active_dims']:g} with weight "
+            f"{found['weight']:g}"
+            for route, found in targets.items()
+        ),
+        "penalty": loss.penalty if loss.type == "splade" and loss.penalty != "flops" else "",
         "regulariser weights": ", ".join(f"{side} {value:g}" for side, value in weights.items() if value is not None),
         "data order": config.datasets.sampling_strategy.replace("_", " "),
         "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "float32",

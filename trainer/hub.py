@@ -7,6 +7,18 @@ from typing import Literal
 
 from trainer.config import ConfigError, is_local, one_line
 
+# Weights once (safetensors, or the older .bin), the tokenizer, the code; no ONNX, TensorFlow or Flax copies.
+MODEL_FILES = [
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.safetensors",
+    "*/*.safetensors",
+    "pytorch_model*.bin",
+    "*.py",
+    "*/*.json",
+]
+
 
 class HubUnreachable(ConfigError):
     """A repository that is neither in the cache nor to be had now."""

@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from trainer.callbacks import EvaluationCut, NonFiniteLoss, StopOnSignal, Throughput
 from trainer.checkpoints import ASIDE, PREFIX, put_in_place, remove_oldest, require_unchanged, seal, written_aside
 from trainer.config import Config
+from trainer.control import WeightSchedule
 from trainer.data import MixedBatches, NoDuplicateBatches, TokenCollator, TrainingData, shapes_of
 from trainer.distributed import from_all, from_first, is_first, keep_smallest, processes
 from trainer.models import keep_code
@@ -30,12 +31,15 @@ class SparseTrainer(SparseEncoderTrainer):
         throughput: Throughput,
         stop: StopOnSignal,
         run_id: str,
+        schedule: WeightSchedule | None = None,
         **kwargs,
     ):
-        """data: what train_dataset and eval_dataset are the texts of."""
+        """data: what train_dataset and eval_dataset are the texts of; schedule: the penalties' weights, if any."""
         self.data, self.config, self.throughput = data, config, throughput
-        self.stop, self.run_id = stop, run_id
+        self.stop, self.run_id, self.schedule = stop, run_id, schedule
         self.shapes = shapes_of(config)
+        if schedule is not None:
+            kwargs["callbacks"] = [schedule, *kwargs.get("callbacks", ())]
         super().__init__(*args, **kwargs)
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)  # ours stand in the callbacks argument
@@ -159,6 +163,8 @@ class SparseTrainer(SparseEncoderTrainer):
             return
         super()._save(output_dir, state_dict)
         keep_code(Path(output_dir or self.args.output_dir))
+        if self.schedule is not None:
+            self.schedule.save(Path(output_dir or self.args.output_dir))
 
     def _load_best_model(self) -> None:
         if self.state.global_step < self.state.max_steps:

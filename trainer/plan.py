@@ -9,15 +9,26 @@ from torch import nn
 
 from trainer.arguments import query_rate_mapping, routes_of
 from trainer.config import FROM_SCRATCH, Config, ConfigError, LoadedConfig
+from trainer.config.schema import TeacherConfig
 from trainer.data import Tokeniser, TrainingData, folder_of_tokens, is_packed, load_data
+from trainer.data.mining import mining_words
 from trainer.device import choose_device
 from trainer.distributed import processes
 from trainer.fused.model import fuse, is_fused
 from trainer.hub import HubUnreachable
 from trainer.losses import build_loss
-from trainer.models import BaseModel, attention_line, build_model, check_attention, fetch_base_model, vocabulary_of
+from trainer.models import (
+    BaseModel,
+    attention_line,
+    build_model,
+    check_attention,
+    document_idf,
+    fetch_base_model,
+    vocabulary_of,
+)
 from trainer.run import MODELS
 from trainer.sparsity import BatchStatistics
+from trainer.teachers import ScoreStore, fetch_teacher, with_negatives
 
 # Copies of the [texts, length, vocabulary] logits alive at the peak of a stock SPLADE step: forward and backward of a
 # batch of 16 × 256 with a vocabulary of 50,000 took 3,249 MiB on a CPU, and one copy is 781 MiB.
@@ -71,6 +82,8 @@ def data_lines(config: Config, data: TrainingData, schedule: Schedule) -> Iterat
         )
         for source, commit in summary.revisions.items():
             yield f"            from {source}" + (f" at {commit}" if commit else " (local copy)")
+        if summary.mined:
+            yield f"            {mining_words(summary.mined)}"
         for reason, count in summary.left_out.items():
             yield f"            {count:,} rows not trained on: {reason}"
         if left := data.rows_left_over(config, summary.name):
@@ -119,7 +132,7 @@ def padding_line(config: Config, data: TrainingData) -> str:
 
 
 def training_lines(config: Config, data: TrainingData, model: SparseEncoder, loss: nn.Module) -> Iterator[str]:
-    """Parameters per learning rate, and estimated memory."""
+    """Parameters per learning rate, what decides the sparsity, and estimated memory."""
     rates = query_rate_mapping(config, loss)
     query = {name.removeprefix("^").removesuffix("$").replace("\\", "") for name in rates}
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"query": [], "rest": [], "frozen": []}
@@ -138,7 +151,19 @@ def training_lines(config: Config, data: TrainingData, model: SparseEncoder, los
         yield f"          {config.training.query_learning_rate:g}: {count('query')}: {names}"
     if groups["frozen"]:
         yield f"          not trained: {count('frozen')} in {len(groups['frozen'])} tensors"
+    yield from sparsity_lines(config)
     yield from memory_lines(config, data, model)
+
+
+def sparsity_lines(config: Config) -> Iterator[str]:
+    """The targets that weights are found for, and the penalty where it is not the usual one."""
+    loss = config.loss
+    for route, target in (("documents", loss.target_document_dims), ("queries", loss.target_query_dims)):
+        if target:
+            yield f"sparsity  {route}: {target:,} active dims on average, for which the first third finds the weight"
+    if loss.type == "splade" and (loss.penalty != "flops" or loss.document_dims_cap):
+        cap = f", of documents with more than {loss.document_dims_cap:,} active dims" if loss.document_dims_cap else ""
+        yield f"penalty   {loss.penalty}{cap}"
 
 
 def model_lines(config: Config, base: BaseModel | None) -> Iterator[str]:
@@ -166,7 +191,7 @@ def memory_lines(config: Config, data: TrainingData, model: SparseEncoder) -> It
         return
     hidden, layers = shape
     training = config.training
-    columns = max((len(rows.column_names) for rows in data.train.values()), default=3)
+    columns = max((3 if "negative" in rows.column_names else 2 for rows in data.train.values()), default=3)
     if config.model.architecture == "inference-free-splade":
         columns -= 1  # static queries cost nothing
     texts = training.per_device_train_batch_size * columns
@@ -240,4 +265,17 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
         sample = data.sample(PLAN_ROWS, config.training.seed)
         sample.tokenise(Tokeniser(model, routes_of(config), lambda line: None, keep=False))
         yield padding_line(config, sample)
-    yield from training_lines(config, data, model, build_loss(config, model, BatchStatistics()))
+    idf = document_idf(config, model, data.texts("positive", "negative"))
+    yield from training_lines(config, data, model, build_loss(config, model, BatchStatistics(), idf))
+    if config.loss.teacher:
+        yield teacher_line(config.loss.teacher, data)
+
+
+def teacher_line(teacher: TeacherConfig, data: TrainingData) -> str:
+    """What the teacher has to score before the first step."""
+    try:
+        missing = ScoreStore(teacher, fetch_teacher(teacher)).missing(data.train)
+    except HubUnreachable:
+        return f"teacher   needs the hub: {teacher.model}"
+    rows = sum(map(len, with_negatives(data.train).values()))
+    return f"teacher   {teacher.model}: {rows:,} rows with a negative to teach, {len(missing):,} pairs to score first"

@@ -25,6 +25,8 @@ from trainer.callbacks import (
 )
 from trainer.checkpoints import best_of, newest_complete, put_in_place, remove_leftovers, require_unchanged, step_of
 from trainer.config import Config, ConfigError, LoadedConfig
+from trainer.control import WeightSchedule
+from trainer.csr import AutoencoderCare
 from trainer.data import Tokeniser, TrainingData, load_data, shapes_of, static_routes
 from trainer.device import choose_device, describe_device, peak_memory_gib
 from trainer.distributed import (
@@ -42,6 +44,7 @@ from trainer.models import (
     build_model,
     choose_attention,
     compile_networks,
+    document_idf,
     fetch_base_model,
     in_any_precision,
     load_model,
@@ -59,6 +62,7 @@ from trainer.plan import (
 )
 from trainer.run import Run, duration
 from trainer.sparsity import BatchStatistics
+from trainer.teachers import teach
 
 Say = Callable[[str], None]
 
@@ -98,6 +102,8 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         # 2. Device and model
         device, reason = choose_device(config)
         say(f"device    {device} ({reason})")
+        teacher = config.loss.teacher
+        taught = {"teacher": teach(data.train, teacher, device, say)} if teacher else {}
         transformers.set_seed(config.training.seed)
         if checkpoint:
             model = load_model(checkpoint, config, device)
@@ -123,7 +129,8 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
 
         # 4. Loss
         statistics = BatchStatistics(enabled=config.evaluation.track_sparsity)
-        loss = build_loss(config, model, statistics)
+        idf = document_idf(config, model, data.texts("positive", "negative"))
+        loss = build_loss(config, model, statistics, idf)
         for line in training_lines(config, data, model, loss):
             say(line)
 
@@ -142,6 +149,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             processes=processes(),
             rows_per_batch=config.training.per_device_train_batch_size * processes(),
             steps=schedule.steps,
+            **taught,
         )
 
         if is_first():
@@ -153,6 +161,12 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
 
         # 7. Train
         throughput, watchdog = Throughput(static_routes(model)), Watchdog(statistics, say)
+        weights = WeightSchedule(loss, config) if config.loss.type == "splade" else None
+        if weights and checkpoint:
+            weights.load(checkpoint)
+        care = AutoencoderCare(model, config) if config.loss.type == "csr" else None
+        if care:
+            loss.reconstruction_loss.see = care.see
         trainer = SparseTrainer(
             model=model,
             args=arguments,
@@ -165,7 +179,9 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             throughput=throughput,
             stop=stop,
             run_id=run.id,
+            schedule=weights,
             callbacks=[
+                *([care] if care else []),
                 watchdog,
                 TensorBoardLog(run.logs, statistics, throughput, device, config.evaluation.log_decoded_samples),
                 ProgressBar() if sys.stderr.isatty() else ProgressLines(say),
@@ -198,7 +214,10 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             status="finished",
             best_checkpoint=trainer.state.best_model_checkpoint,
             best_metric={"name": best_metric, "value": trainer.state.best_metric},
+            **({"sparsity": weights.summary()} if weights and weights.controllers else {}),
         )
+        for line in weights.lines() if weights else ():
+            say(line)
         if is_first():
             say(verdict(before, after, evaluator, run.manifest))
     return after

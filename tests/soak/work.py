@@ -34,10 +34,10 @@ PARTS = {
     "splade": {
         "model": "base_model: bert",
         "query_rate": "",
-        "loss": "type: splade, document_regularizer_weight: 1e-3, query_regularizer_weight: 1e-3",
+        "loss": "type: splade, target_document_dims: 40, target_query_dims: 20",
     },
     "csr": {
-        "model": "base_model: dense, csr_hidden_dim: 64, csr_k: 8, csr_k_aux: 8",
+        "model": "base_model: dense, csr_hidden_dim: 64, csr_k: 4, csr_k_aux: 8, csr_k_start: 8, csr_revive_steps: 4",
         "query_rate": "",
         "loss": "type: csr",
     },

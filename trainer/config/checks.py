@@ -4,14 +4,23 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.config.schema import FROM_SCRATCH, Config, FromScratchConfig, HubSource, LocalSource
+from trainer.config.schema import FROM_SCRATCH, Config, FromScratchConfig, HubSource, LocalSource, MiningConfig
 from trainer.config.tree import Path_
 
 Finding = tuple[Path_, str]
 
+# Keys of the loss that csr has no use for; `penalty` has a default, so it is not among them.
+SPLADE_KEYS = (
+    "document_regularizer_weight",
+    "query_regularizer_weight",
+    "target_document_dims",
+    "target_query_dims",
+    "document_dims_cap",
+)
 FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 # Four bytes each, so 4 GB: more than that is no small model, and would take the machine's memory before it is said why.
 LARGEST_FROM_SCRATCH = 10**9
+FAMILIES = ("nli", "scandi_qa", "ddsc", "quickstart")
 RESERVED_NAMES = ("quickstart_nli", "quickstart_scandi_qa", "quickstart_ddsc")
 
 
@@ -126,6 +135,12 @@ def _model(config: Config) -> Iterator[Finding]:
                 f"'model.csr_k' ({model.csr_k}) may be at most a quarter of csr_hidden_dim ({model.csr_hidden_dim}): "
                 "the loss reconstructs from 4 × csr_k dimensions",
             )
+        if model.csr_k_start and not model.csr_k <= model.csr_k_start <= model.csr_hidden_dim // 4:
+            yield (
+                ("model", "csr_k_start"),
+                f"'model.csr_k_start' ({model.csr_k_start}) must lie between csr_k ({model.csr_k}) and a quarter of "
+                f"csr_hidden_dim ({model.csr_hidden_dim})",
+            )
         if model.csr_k_aux > model.csr_hidden_dim:
             yield ("model", "csr_k_aux"), "'model.csr_k_aux' is more than csr_hidden_dim"
     if model.freeze_static_embedding and not inference_free:
@@ -198,28 +213,72 @@ def _training(config: Config) -> Iterator[Finding]:
 
 def _loss(config: Config) -> Iterator[Finding]:
     loss, architecture = config.loss, config.model.architecture
+    teacher = loss.teacher
+    if teacher and not is_local(teacher.model) and teacher.revision is None:
+        yield (
+            ("loss", "teacher", "model"),
+            f"the repository {teacher.model} needs 'loss.teacher.revision' (a commit is best)",
+        )
+    if teacher and teacher.temperature != 1 and teacher.objective != "kl":
+        yield (
+            ("loss", "teacher", "temperature"),
+            "'loss.teacher.temperature' has no effect on margin-mse. Remove it, or set objective: kl",
+        )
     expected = "csr" if architecture == "csr" else "splade"
     if loss.type != expected:
         yield ("loss", "type"), f"'loss.type' is {loss.type}, but architecture {architecture} needs {expected}"
         return
     if expected == "csr":
-        for key in ("document_regularizer_weight", "query_regularizer_weight", "cached"):
+        for key in (*SPLADE_KEYS, "cached"):
             if getattr(loss, key):
                 yield (
                     ("loss", key),
                     f"'loss.{key}' is for SPLADE; a csr model is sparse by model.csr_k. Remove it.",
                 )
         return
-    if not loss.document_regularizer_weight:
+    for route in ("document", "query"):
+        yield from _weight_or_target(config, route)
+    if loss.penalty == "idf-flops" and architecture != "inference-free-splade":
         yield (
-            ("loss", "document_regularizer_weight"),
-            "'loss.document_regularizer_weight' must be more than 0, or documents stay dense",
+            ("loss", "penalty"),
+            f"'loss.penalty' idf-flops is for inference-free-splade, where queries weigh words by IDF, not {architecture}",
         )
-    if architecture == "splade" and not loss.query_regularizer_weight:
+    cap, target = loss.document_dims_cap, loss.target_document_dims
+    if cap and target and cap >= target:
         yield (
-            ("loss", "query_regularizer_weight"),
-            "'loss.query_regularizer_weight' must be more than 0 for splade, or queries stay dense "
-            "(0 is for inference-free-splade)",
+            ("loss", "document_dims_cap"),
+            f"'loss.document_dims_cap' ({cap}) must be less than target_document_dims ({target}): documents up to the cap "
+            "are not penalised, so no weight brings their mean below it",
+        )
+
+
+def _weight_or_target(config: Config, route: str) -> Iterator[Finding]:
+    """Each route's sparsity is said once: by a weight, or by the dims that the weight is found for."""
+    weight_key, target_key = f"{route}_regularizer_weight", f"target_{route}_dims"
+    weight, target = getattr(config.loss, weight_key), getattr(config.loss, target_key)
+    inference_free = config.model.architecture == "inference-free-splade"
+    if target and weight:
+        yield (
+            ("loss", target_key),
+            f"'loss.{target_key}' ({target}) finds the weight during training, 'loss.{weight_key}' ({weight:g}) gives it: "
+            "remove one of them (null unsets a parent's). A target holds for every vocabulary, batch size and data set",
+        )
+    elif route == "query" and target and inference_free:
+        yield (
+            ("loss", target_key),
+            f"'loss.{target_key}' is for splade: queries of inference-free-splade are their own words. Remove it.",
+        )
+    elif route == "document" and not target and not weight:
+        yield (
+            ("loss", weight_key),
+            f"'loss.{weight_key}' must be more than 0, or documents stay dense. Or say how many dims documents shall have: "
+            f"loss.{target_key}",
+        )
+    elif route == "query" and not target and not weight and not inference_free:
+        yield (
+            ("loss", weight_key),
+            f"'loss.{weight_key}' must be more than 0 for splade, or queries stay dense (0 is for inference-free-splade). "
+            f"Or say how many dims queries shall have: loss.{target_key}",
         )
 
 
@@ -235,6 +294,27 @@ def _datasets(config: Config) -> Iterator[Finding]:
             yield ("datasets", name), f"'{name}' is the name of an embedded set. Choose another"
         if source.enabled:
             yield from _local(("datasets", name), source)
+    for name, source in (*datasets.local.items(), *((name, getattr(datasets, name)) for name in FAMILIES)):
+        if source and source.enabled and source.mine:
+            yield from _mining(("datasets", name, "mine"), source.mine)
+
+
+def _mining(path: Path_, mining: MiningConfig) -> Iterator[Finding]:
+    dotted = ".".join(map(str, path))
+    lowest, highest = mining.range
+    if highest - lowest < mining.per_query:
+        yield (
+            (*path, "range"),
+            f"'{dotted}.range' [{lowest}, {highest}] has fewer ranks than per_query ({mining.per_query}) asks for",
+        )
+    if mining.method == "bm25":
+        for key in ("model", "revision"):
+            if getattr(mining, key):
+                yield (*path, key), f"'{dotted}.{key}' has no effect with method bm25. Remove it, or set method: model"
+    elif not mining.model:
+        yield (*path, "method"), f"'{dotted}.method' model needs '{dotted}.model'"
+    elif not is_local(mining.model) and mining.revision is None:
+        yield (*path, "model"), f"the repository {mining.model} needs '{dotted}.revision' (a commit is best)"
 
 
 def _local(path: Path_, source: LocalSource) -> Iterator[Finding]:

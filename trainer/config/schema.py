@@ -90,6 +90,12 @@ class ModelConfig(Section):
     """csr: dead dimensions used in the auxiliary loss."""
     csr_hidden_dim: Annotated[int, Field(gt=0, le=1_000_000)] = 4096
     """csr: dimensions of the sparse code."""
+    csr_k_start: Positive | None = None
+    """csr: dimensions kept active at the start of training; their number falls to csr_k. null: csr_k throughout."""
+    csr_k_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """csr: share of the steps over which it falls."""
+    csr_revive_steps: Positive | None = 100
+    """csr: every so many steps, dimensions that were in no text's code lately get new weights; null: never."""
     csr_train_base: bool = False
     """csr: train the dense model too. By default only the autoencoder is trained."""
     from_scratch: FromScratchConfig | None = None
@@ -151,15 +157,52 @@ class TrainingConfig(Section):
     """Seed of everything random: weights, order of rows, dropout."""
 
 
+class TeacherConfig(Section):
+    """A stronger model whose scores are imitated, for the rows that have a negative."""
+
+    model: str
+    """A hub repository, or a local folder."""
+    revision: str | None = None
+    """Commit, tag or branch of the repository. Scores are kept for the commit it stands for."""
+    kind: Literal["cross-encoder", "dense"]
+    """cross-encoder: reads query and passage together; dense: a sentence encoder."""
+    cache: str | None = None
+    """Folder for the scores. By default HF_HOME/nordsparse/scores."""
+    objective: Literal["margin-mse", "kl"] = "margin-mse"
+    """margin-mse: the same difference between positive and negative (arXiv 2010.02666); kl: the same probabilities
+    (arXiv 2010.11386)."""
+    weight: Rate = 1.0
+    """Weight of this loss beside the contrastive loss, whose weight is 1."""
+    score_scale: Rate = 1.0
+    """The teacher's scores are multiplied by this. Cosines differ by 0.1 where cross-encoders' logits differ by 5."""
+    temperature: Rate = 1.0
+    """kl: both models' scores are divided by this before the softmax."""
+    batch_size: Positive = 32
+    """Texts, or pairs of them, that the teacher reads at once."""
+
+
 class LossConfig(Section):
     """The training objective: a contrastive loss with in-batch negatives, and what keeps the vectors sparse."""
 
     type: Literal["splade", "csr"]
     """splade for both SPLADE architectures, csr for csr."""
     document_regularizer_weight: Weight | None = None
-    """SPLADE: weight of the FLOPS loss on documents. Larger is sparser."""
+    """SPLADE: weight of the penalty on documents. Larger is sparser. Or say the sparsity: target_document_dims."""
     query_regularizer_weight: Weight | None = None
     """SPLADE: the same on queries; more than 0 for `splade`, usually 0 for `inference-free-splade`."""
+    target_document_dims: Positive | None = None
+    """SPLADE: active dims that documents shall have on average; the weight is found during training, instead of
+    document_regularizer_weight."""
+    target_query_dims: Positive | None = None
+    """splade: the same for queries, instead of query_regularizer_weight."""
+    penalty: Literal["flops", "l1", "idf-flops"] = "flops"
+    """SPLADE: what the weight multiplies. flops: Σ m² of the mean activation (arXiv 2004.05665); l1: Σ m; idf-flops:
+    FLOPS where common words cost more, for inference-free-splade (arXiv 2411.04403)."""
+    document_dims_cap: Positive | None = None
+    """SPLADE: documents of no more active dims than this are not penalised (arXiv 2504.14839, where documents are also
+    encoded with model.activation_function log1p_relu)."""
+    teacher: TeacherConfig | None = None
+    """Imitate the scores of a stronger model too."""
     scale: Rate | None = None
     """Similarities are multiplied by this before the softmax; 1 for dot products (SPLADE), 20 for cosine (csr)."""
     cached: bool = False
@@ -170,6 +213,23 @@ class LossConfig(Section):
     """csr: weight of the auxiliary reconstruction loss."""
     gamma: Weight = 1.0
     """csr: weight of the contrastive loss."""
+
+
+class MiningConfig(Section):
+    """Finds negatives for the rows of a data set that have none."""
+
+    method: Literal["bm25", "model"] = "bm25"
+    """bm25: passages with the query's words, in its language; model: passages that a dense model finds similar."""
+    model: str | None = None
+    """model: a hub repository, or a local folder."""
+    revision: str | None = None
+    """model: commit, tag or branch of the repository."""
+    per_query: Positive = 1
+    """Negatives per query. A row becomes as many rows, each with one of them."""
+    range: Annotated[list[Count], Field(min_length=2, max_length=2)] = [10, 100]
+    """Ranks from and to which passages are taken, the query's own left out: the first few may be answers too."""
+    margin: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Only passages that score at least this share below the query's own, 0.05: 5 % (arXiv 2407.15831)."""
 
 
 class HubSource(Section):
@@ -190,6 +250,8 @@ class FamilySource(HubSource):
 
     eval_rows: Count = 500
     """Rows held out for the evaluation loss, where the source has no split for it."""
+    mine: MiningConfig | None = None
+    """Find negatives for the rows that have none."""
 
 
 class ScandiQaConfig(Section):
@@ -199,6 +261,8 @@ class ScandiQaConfig(Section):
     """Use this family."""
     eval_rows: Count = 500
     """Rows held out for the evaluation loss."""
+    mine: MiningConfig | None = None
+    """Find negatives for the rows that have none."""
     norquad: HubSource | None = None
     """ltg/norquad: question, context."""
     noropenbookqa: HubSource | None = None
@@ -245,6 +309,8 @@ class LocalSource(Section):
     """Use a random sample of this many rows."""
     eval_rows: Count = 200
     """Rows held out for the evaluation loss, where there is no eval_split."""
+    mine: MiningConfig | None = None
+    """Find negatives for the rows that have none."""
 
 
 class QuickstartSource(Section):
@@ -252,6 +318,8 @@ class QuickstartSource(Section):
 
     enabled: bool = True
     """Use it."""
+    mine: MiningConfig | None = None
+    """Find negatives for the rows that have none, in each of the three sets."""
 
 
 class DatasetsConfig(BaseModel):

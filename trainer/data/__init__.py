@@ -13,13 +13,15 @@ from trainer.beir import SearchSet, has_split, is_beir, read_search_set
 from trainer.config import Config, ConfigError
 from trainer.data.batches import MixedBatches, Mixture, NoDuplicateBatches, batch_sizes, text_ids
 from trainer.data.buckets import bucket_lengths, padding
-from trainer.data.rows import ROLES, Rows, fingerprint
-from trainer.data.sources import LoadedSource, sample, sources_of
+from trainer.data.mining import fill_negatives
+from trainer.data.rows import LABEL, ROLES, Rows, fingerprint
+from trainer.data.sources import LoadedSource, mining_of, sample, sources_of
 from trainer.data.tokens import TokenCollator, Tokeniser, TokenRows, folder_of_tokens, static_routes
 from trainer.distributed import processes
 from trainer.hub import HubUnreachable
 
 __all__ = [
+    "LABEL",
     "MixedBatches",
     "Mixture",
     "NoDuplicateBatches",
@@ -50,6 +52,7 @@ class SetSummary:
     left_out: dict[str, int]
     revisions: dict[str, str | None]
     fingerprint: str
+    mined: dict[str, int | str] = field(default_factory=dict)
     rows_seen: int = 0
     rows_drawn: int = 0
 
@@ -172,16 +175,17 @@ class TrainingData:
         aside = file.with_name(f".{file.name}")
         with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
             for name, halves in self.halves.items():
-                columns = [
-                    column.cast(pa.string())
-                    for half in halves
-                    for column in self.train[half].with_format("arrow")[:].itercolumns()
-                ]
+                columns = [column.cast(pa.string()) for half in halves for column in self._texts_of(half).itercolumns()]
                 texts = pc.unique(
                     pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
                 )
                 writer.write_table(pa.table({"dataset": pa.repeat(name, len(texts)), "text": texts}, schema))
         aside.replace(file)
+
+    def _texts_of(self, half: str) -> pa.Table:
+        """The columns that are read as texts; a teacher's labels are none."""
+        table = self.train[half].with_format("arrow")[:]
+        return table.select([role for role in ROLES if role in table.column_names])
 
     def texts(self, *roles: str) -> list[str]:
         """Every different training text in the given columns, in a fixed order."""
@@ -239,6 +243,10 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
         rows = sample(rows, source.max_samples, seed)
     if held_out is None:
         rows, held_out = _hold_out(rows, source.hold_out, seed)
+    mined = {}
+    if mining := mining_of(config.datasets, name):
+        everything = [part.table for part in (source.rows, source.eval_rows) if part is not None]
+        rows, mined = fill_negatives(name, rows, everything, mining)
     halves = _split(name, rows.table)
     data.halves[name] = list(halves)
     data.train.update({half: Dataset(table) for half, table in halves.items()})
@@ -261,6 +269,7 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
         left_out=dict(rows.left_out),
         revisions=source.revisions,
         fingerprint=fingerprint(rows.table),
+        mined=mined,
     )
 
 

@@ -11,7 +11,14 @@ import pyarrow.compute as pc
 
 from trainer.beir import SearchSet, has_split, is_beir, read_search_set
 from trainer.config import ConfigError, is_local, one_line
-from trainer.config.schema import DatasetsConfig, FamilySource, HubSource, LocalSource, ScandiQaConfig
+from trainer.config.schema import (
+    DatasetsConfig,
+    FamilySource,
+    HubSource,
+    LocalSource,
+    MiningConfig,
+    ScandiQaConfig,
+)
 from trainer.data.rows import Columns, Rows, join, read_files, read_parquet, rows_from_table
 from trainer.hub import Snapshot, fetch
 
@@ -255,3 +262,10 @@ def sources_of(config: DatasetsConfig) -> dict[str, Callable[[], LoadedSource]]:
         if source.enabled:
             loaders[name] = partial(load_local, name, source)
     return loaders
+
+
+def mining_of(config: DatasetsConfig, name: str) -> MiningConfig | None:
+    """How a data set's missing negatives are mined, by the name it has in `sources_of`."""
+    if name in config.local:
+        return config.local[name].mine
+    return getattr(config, "quickstart" if name.startswith("quickstart_") else name).mine

@@ -24,6 +24,7 @@ from torch import nn
 
 from trainer.config import ConfigError, one_line
 from trainer.data.buckets import next_length
+from trainer.data.rows import LABEL, ROLES
 from trainer.data.token_file import PART, TokenFile
 
 Say = Callable[[str], None]
@@ -196,6 +197,7 @@ class TokenRows:
     """A set of rows as token ids."""
 
     columns: list[Column]
+    labels: np.ndarray | None = None  # [rows, passages]: a teacher's scores
 
     def __len__(self) -> int:
         return len(self.columns[0].numbers)
@@ -212,6 +214,8 @@ class TokenRows:
             texts = [column.file[number] for number in column.numbers[rows].tolist()]
             features = column.layout.features(texts, shapes)
             found |= {f"{column.name}_{name}": value for name, value in features.items()}
+        if self.labels is not None:
+            found[LABEL] = torch.from_numpy(self.labels[rows])
         return found
 
 
@@ -247,7 +251,7 @@ class Tokeniser:
         """
         start = time.perf_counter()
         columns: dict[str, Column] = {}
-        roles = dataset.column_names
+        roles = [role for role in ROLES if role in dataset.column_names]
         for task in dict.fromkeys(self.routes.get(role) for role in roles):
             places = [place for place, role in enumerate(roles) if self.routes.get(role) == task]
             used, first, numbers = np.unique(ids[:, places], return_index=True, return_inverse=True)
@@ -265,7 +269,8 @@ class Tokeniser:
             is_network = task not in static_routes(self.model)
             for place, column in zip(places, numbers.T, strict=True):
                 columns[roles[place]] = Column(roles[place], file, np.ascontiguousarray(column), layout, is_network)
-        found = TokenRows([columns[role] for role in roles])
+        labels = np.array(dataset[LABEL], dtype=np.float32) if LABEL in dataset.column_names else None
+        found = TokenRows([columns[role] for role in roles], labels)
         self._check(name, dataset, found)
         self.seconds += time.perf_counter() - start
         return found

@@ -20,12 +20,12 @@ from torch import nn
 from trainer.config import FROM_SCRATCH, Config, ConfigError, one_line
 from trainer.config.schema import FromScratchConfig
 from trainer.distributed import is_first, share_files
-from trainer.hub import fetch
+from trainer.hub import MODEL_FILES, fetch
 from trainer.models.attention import attention_line, check_attention, choose_attention, in_any_precision
 from trainer.models.card import build_card
 from trainer.models.compiled import compile_networks
 from trainer.models.heads import check_not_dense, decoder_of, silence_special_tokens
-from trainer.models.queries import START_WEIGHTS, query_tokenizer
+from trainer.models.queries import START_WEIGHTS, query_tokenizer, weights_of_idf
 from trainer.models.remote_code import BaseModel, check_code, check_weights, keep_code, with_own_code
 from trainer.models.scratch import build_from_scratch
 
@@ -36,6 +36,7 @@ __all__ = [
     "check_attention",
     "choose_attention",
     "compile_networks",
+    "document_idf",
     "fetch_base_model",
     "in_any_precision",
     "keep_code",
@@ -112,19 +113,6 @@ def fetch_base_model(config: Config) -> BaseModel | None:
     return with_own_code(snapshot, config)
 
 
-# Weights once (safetensors, or the older .bin), the tokenizer, the code; no ONNX, TensorFlow or Flax copies.
-MODEL_FILES = [
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.safetensors",
-    "*/*.safetensors",
-    "pytorch_model*.bin",
-    "*.py",
-    "*/*.json",
-]
-
-
 def static_embedding(model: SparseEncoder) -> SparseStaticEmbedding | None:
     """The query weights of inference-free SPLADE."""
     return next((module for module in model.modules() if isinstance(module, SparseStaticEmbedding)), None)
@@ -137,6 +125,11 @@ def vocabulary_of(model: SparseEncoder) -> int:
             return module.hidden_dim
     transformer = next(module for module in model.modules() if isinstance(module, Transformer))
     return transformer.model.get_output_embeddings().out_features
+
+
+def document_idf(config: Config, model: SparseEncoder, documents: list[str]) -> torch.Tensor | None:
+    """IDF of every word in the training documents, [vocabulary]; None unless the loss needs it."""
+    return weights_of_idf(model.tokenizer, documents) if config.loss.penalty == "idf-flops" else None
 
 
 def train_only_what_the_config_says(model: SparseEncoder, config: Config) -> None:

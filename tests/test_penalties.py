@@ -1,0 +1,201 @@
+import os
+
+import pytest
+import torch
+from sentence_transformers.sparse_encoder.losses import FlopsLoss
+from torch import nn
+
+from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
+from tests.test_models import build, config_of
+from trainer.losses import build_loss
+from trainer.penalties import Penalty, flops, idf_flops, l1, over_cap
+from trainer.sparsity import BatchStatistics
+
+WIDTH, VOCABULARY = 8, 40
+
+
+def rows(count, seed):
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def encoder():
+    """A layer whose outputs are sparse vectors; the same weights every time."""
+    torch.manual_seed(0)
+    layer = nn.Linear(WIDTH, VOCABULARY)
+    return layer.train()
+
+
+def settled(layer, function=flops, cap=None):
+    """A penalty whose running mean is that of 16 earlier rows."""
+    penalty = Penalty(layer, function, cap)
+    penalty.compute_loss_from_embeddings(layer(rows(16, seed=1)).relu())
+    penalty.settle()
+    return penalty
+
+
+def gradient_in_parts(batch, parts):
+    """Gradient of the weight after as many backward passes, each divided by their number, as the trainer does."""
+    layer = encoder()
+    penalty = settled(layer)
+    for part in batch.chunk(parts):
+        (penalty.compute_loss_from_embeddings(layer(part).relu()) / parts).backward()
+    return layer.weight.grad, penalty
+
+
+def gradient_of_a_process(rank, folder):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    layer = encoder()
+    penalty = Penalty(layer, flops)
+    model = nn.parallel.DistributedDataParallel(layer)
+    penalty.compute_loss_from_embeddings(layer(rows(16, seed=1).chunk(2)[rank]).relu())
+    penalty.settle()
+    penalty.compute_loss_from_embeddings(model(rows(16, seed=2).chunk(2)[rank]).relu()).backward()
+    step = penalty.settle()
+    torch.save([layer.weight.grad, penalty.running, step.active_dims], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------- one gradient however it is cut
+def test_four_accumulated_batches_of_4_have_the_gradient_of_one_of_16():
+    whole, penalty = gradient_in_parts(rows(16, seed=2), parts=1)
+    parts, in_parts = gradient_in_parts(rows(16, seed=2), parts=4)
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+    assert whole.abs().max() > 0.01
+    one, four = penalty.settle(), in_parts.settle()
+    assert (one.rows, four.rows) == (16, 16)
+    assert one.active_dims == pytest.approx(four.active_dims)
+    torch.testing.assert_close(in_parts.running, penalty.running)
+
+
+def test_two_processes_with_8_rows_have_the_gradient_of_one_with_16(tmp_path):
+    torch.multiprocessing.spawn(gradient_of_a_process, (str(tmp_path),), nprocs=2)
+    whole, penalty = gradient_in_parts(rows(16, seed=2), parts=1)
+    step = penalty.settle()
+    for rank in (0, 1):
+        gradient, running, active_dims = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(gradient, whole, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(running, penalty.running)
+        assert active_dims == pytest.approx(step.active_dims)
+
+
+def test_cached_mini_batches_have_the_gradient_of_the_whole_batch(tmp_path):
+    bert = write_bert(tmp_path / "bert")
+    found = []
+    for overrides in ([], ["loss.cached=true", "loss.mini_batch_size=1"]):
+        model = build(tmp_path, bert, "splade")
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        loss = build_loss(config_of(tmp_path, bert, "splade", *overrides), model, BatchStatistics())
+        loss.document_regularizer_weight = loss.query_regularizer_weight = 1.0
+        loss.loss.scale = 0.0  # what is left are the penalties
+        model.train()
+        for _ in range(2):
+            model.zero_grad()
+            features = [model.preprocess(texts) for texts in (QUERIES, DOCUMENTS)]
+            sum(loss(features).values()).backward()
+            for penalty in (loss.document_regularizer, loss.query_regularizer):
+                penalty.settle()
+        found.append(
+            {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+        )
+    assert max(gradient.abs().max() for gradient in found[0].values()) > 0.01
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_the_expected_gradient_is_that_of_the_whole_set_for_every_batch_size():
+    data, layer = rows(64, seed=3), encoder()
+    penalty = Penalty(layer, flops)
+    penalty.compute_loss_from_embeddings(layer(data).relu())
+    penalty.settle()
+    stock = FlopsLoss(layer)
+    exact = torch.autograd.grad(layer(data).relu().mean(0).square().sum(), layer.weight)[0]
+    for size in (4, 16, 64):
+        ours, theirs = (
+            torch.stack(
+                [
+                    torch.autograd.grad(loss.compute_loss_from_embeddings(layer(part).relu()), layer.weight)[0]
+                    for part in data.split(size)
+                ]
+            ).mean(0)
+            for loss in (penalty, stock)
+        )
+        torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-5)
+        # the opposite: the square of a batch's own mean is larger the smaller the batch
+        assert torch.allclose(theirs, exact, rtol=0.05) == (size == 64)
+
+
+# ------------------------------------------------------------------------------------------- the penalties
+def test_the_value_is_flops_where_the_batch_is_like_those_before():
+    layer = encoder()
+    penalty = settled(layer)
+    same = layer(rows(16, seed=1)).relu()
+    value = penalty.compute_loss_from_embeddings(same)
+    assert value.item() == pytest.approx(FlopsLoss(layer).compute_loss_from_embeddings(same).item(), rel=1e-5)
+
+
+def test_each_penalty_equals_a_hand_worked_case():
+    mean = torch.tensor([2.0, 0.5, 0.0])
+    assert flops(mean) == 4.25
+    assert l1(mean) == 2.5
+    # a word with half the IDF of the rarest costs twice
+    assert idf_flops(torch.tensor([4.0, 8.0, 8.0]))(mean) == 2 * 4 + 0.25
+    vectors = torch.tensor([[1.0, 1.0, 1.0, 0], [1.0, 0, 0, 0], [0, 3.0, 3.0, 0]])
+    assert over_cap(vectors, 2).tolist() == [[1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_l1_has_the_same_gradient_from_the_first_step_on():
+    layer = encoder()
+    batch = rows(16, seed=2)
+    penalty = Penalty(layer, l1)
+    for _ in range(2):
+        found = torch.autograd.grad(penalty.compute_loss_from_embeddings(layer(batch).relu()), layer.weight)[0]
+        exact = torch.autograd.grad(layer(batch).relu().sum() / 16, layer.weight)[0]
+        torch.testing.assert_close(found, exact)
+        penalty.compute_loss_from_embeddings(layer(rows(16, seed=1)).relu())
+        penalty.settle()
+
+
+def test_documents_within_the_cap_are_left_alone():
+    layer = encoder()
+    vectors = layer(rows(16, seed=1)).relu()
+    dims = (vectors > 0).sum(1)
+    cap = int(dims.float().median())
+    penalty = settled(layer, cap=cap)
+    given = vectors.detach().requires_grad_()
+    penalty.compute_loss_from_embeddings(given).backward()
+    pressed = given.grad.abs().sum(1) > 0
+    assert pressed.tolist() == (dims > cap).tolist()
+    assert 0 < pressed.sum() < 16
+    # all documents count in what the controller measures
+    assert penalty.settle().active_dims == pytest.approx(dims.float().mean().item())
+
+
+def test_evaluation_leaves_no_trace():
+    layer = encoder()
+    penalty = settled(layer)
+    layer.eval()
+    with torch.no_grad():
+        first = penalty.compute_loss_from_embeddings(layer(rows(16, seed=2)).relu())
+        again = penalty.compute_loss_from_embeddings(layer(rows(16, seed=2)).relu())
+    assert first == again
+    assert penalty._seen is None
+
+
+def test_idf_flops_presses_common_words_of_the_training_documents_harder(tmp_path):
+    from trainer.models import document_idf
+
+    bert = write_bert(tmp_path / "bert")
+    config = config_of(tmp_path, bert, "inference-free-splade", "loss.penalty=idf-flops")
+    model = build(tmp_path, bert, "inference-free-splade")
+    idf = document_idf(config, model, DOCUMENTS)
+    loss = build_loss(config, model, BatchStatistics(), idf)
+    penalty = loss.document_regularizer
+    common, rare = model.tokenizer.convert_tokens_to_ids([".", "fjord"])
+    penalty.running = torch.ones(len(idf))
+    vectors = torch.ones(2, len(idf), requires_grad=True)
+    penalty.compute_loss_from_embeddings(vectors).backward()
+    # "." is in all four documents, "fjord" in one: ln(1 + .5 / 4.5) and ln(1 + 3.5 / 1.5)
+    assert (vectors.grad[0, common] / vectors.grad[0, rare]).item() == pytest.approx(1.20397 / 0.105361, rel=1e-4)

@@ -1,0 +1,310 @@
+"""Fills missing negatives: for each query, passages that look like an answer and are none."""
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from trainer.cache import digest, folder_of, identity, kept, kept_in_parts
+from trainer.config import ConfigError, one_line
+from trainer.config.schema import MiningConfig
+from trainer.data.rows import Rows, fingerprint
+from trainer.hub import MODEL_FILES, Snapshot, fetch
+
+# Part of the cache's key: raised when other negatives come out of the same rows and settings.
+VERSION = "1"
+# Share of two passages' different words that they have in common, from which one is a copy of the other.
+NEAR_DUPLICATE = 0.8
+QUERIES_PER_PART, TEXTS_PER_PART = 5_000, 20_000
+# Further negatives that a model is asked for, since near duplicates are passed over afterwards.
+SPARE = 10
+STEMMERS = dict.fromkeys(("no", "nb", "nn", "nob", "nno", "nor"), "norwegian")
+STEMMERS |= dict.fromkeys(("da", "dan"), "danish") | dict.fromkeys(("sv", "swe"), "swedish")
+MINED = pa.schema([("query", pa.int64()), ("negative", pa.int64()), ("passed_over", pa.int64())])
+
+
+@dataclass(frozen=True)
+class Search:
+    """What negatives are looked for in. Own positives count from all rows of the set, also those that are held out."""
+
+    queries: list[str]
+    passages: list[str]
+    positives: list[list[int]]
+    """Of each query, its own positives among the passages."""
+    languages: list[str]
+    """Of each query."""
+    passage_languages: list[set[str]]
+
+
+def fill_negatives(name: str, rows: Rows, everything: list[pa.Table], settings: MiningConfig) -> tuple[Rows, dict]:
+    """The rows, in which those without a negative now have one, and counts for the plan and the manifest.
+
+    A row becomes as many rows as negatives are found for its query, at most settings.per_query; where none is found it
+    stays a pair. everything: all rows of the source, for the passages and for what answers a query. Kept under HF_HOME.
+    """
+    table = rows.table
+    missing = np.ones(len(rows), dtype=bool)
+    if "negative" in table.column_names:
+        missing = table["negative"].is_null().to_numpy(zero_copy_only=False)
+    if not missing.any():
+        return rows, {}
+    search = _search_of(table.filter(pa.array(missing)), everything)
+    mined = _mined(name, search, fingerprint(table), settings)
+    found: dict[str, list[str]] = defaultdict(list)
+    passed_over = 0
+    for query, negative, passed in zip(*(mined[column].to_pylist() for column in MINED.names), strict=True):
+        passed_over += passed
+        if negative is not None:
+            found[search.queries[query]].append(search.passages[negative])
+    filled = _with_negatives(table, missing, found)
+    counts = {
+        "method": settings.method if settings.method == "bm25" else str(settings.model),
+        "queries": len(search.queries),
+        "queries_filled": len(found),
+        "rows_filled": filled.num_rows - int((~missing).sum()) - filled["negative"].null_count,
+        "near_duplicates_passed_over": passed_over,
+    }
+    return Rows(filled, rows.left_out), counts
+
+
+def _search_of(without: pa.Table, everything: list[pa.Table]) -> Search:
+    answers: dict[str, dict[str, None]] = defaultdict(dict)
+    languages: dict[str, set[str]] = defaultdict(set)
+    for table in everything:
+        for row in zip(*(table[column].to_pylist() for column in ("anchor", "positive", "language")), strict=True):
+            anchor, positive, language = row
+            answers[anchor][positive] = None
+            languages[positive].add(language)
+        if "negative" in table.column_names:
+            for negative, language in zip(table["negative"].to_pylist(), table["language"].to_pylist(), strict=True):
+                if negative is not None:
+                    languages[negative].add(language)
+    passages = list(languages)
+    number = {passage: place for place, passage in enumerate(passages)}
+    queries = dict(zip(without["anchor"].to_pylist(), without["language"].to_pylist(), strict=True))
+    return Search(
+        queries=list(queries),
+        passages=passages,
+        positives=[[number[positive] for positive in answers[query]] for query in queries],
+        languages=list(queries.values()),
+        passage_languages=list(languages.values()),
+    )
+
+
+def _with_negatives(table: pa.Table, missing: np.ndarray, found: dict[str, list[str]]) -> pa.Table:
+    """Each row as often as it has negatives, at least once, in the order of the table."""
+    anchors = table["anchor"].to_pylist()
+    own = table["negative"].to_pylist() if "negative" in table.column_names else [None] * len(anchors)
+    numbers, negatives = [], []
+    for number, anchor in enumerate(anchors):
+        those = (found.get(anchor) or [None]) if missing[number] else [own[number]]
+        numbers += [number] * len(those)
+        negatives += those
+    taken = table.select(["anchor", "positive", "language"]).take(pa.array(numbers))
+    return taken.add_column(2, "negative", pa.array(negatives, pa.string()))
+
+
+def _mined(name: str, search: Search, rows: str, settings: MiningConfig) -> pa.Table:
+    """MINED rows: (query, negative) per negative, and one without a negative per query that has none."""
+    texts = digest(*search.queries, *search.passages, repr(search.positives), repr(search.languages))
+    if settings.method == "bm25":
+        folder = folder_of("mined", digest(VERSION, texts, settings.model_dump_json()))
+        numbers = list(range(len(search.queries)))
+        parts = kept_in_parts(folder, numbers, QUERIES_PER_PART, _Lexical(search, settings).mine)
+        return pa.concat_tables(parts)
+    key = f"datasets.{name}.mine.model"
+    why = f"negatives of '{name}'"
+    model = fetch(settings.model, settings.revision, kind="model", why=why, key=key, patterns=MODEL_FILES)
+    of_model = identity(model)
+    folder = folder_of("mined", digest(VERSION, texts, settings.model_dump_json(), of_model))
+    return kept(folder / "mined.parquet", partial(_mine_with_model, search, settings, model, of_model, key))
+
+
+# ------------------------------------------------------------------------------------------- what is a negative
+@lru_cache(maxsize=200_000)
+def words_of(text: str) -> frozenset[str]:
+    """The different words of a text."""
+    return frozenset(re.findall(r"\w+", text.lower()))
+
+
+def is_near_duplicate(one: str, other: str) -> bool:
+    """Whether two passages share so many of their words (Jaccard) that one is a copy of the other."""
+    a, b = words_of(one), words_of(other)
+    return len(a & b) >= NEAR_DUPLICATE * len(a | b)
+
+
+def choose(candidates: Iterator[int], search: Search, query: int, count: int) -> tuple[list[int], int]:
+    """The first candidates that are near duplicates neither of the query's positives nor of each other, and how many were
+    passed over."""
+    chosen: list[int] = []
+    passed_over = 0
+    for candidate in candidates:
+        if len(chosen) == count:
+            break
+        others = (search.passages[other] for other in (*search.positives[query], *chosen))
+        if any(is_near_duplicate(search.passages[candidate], other) for other in others):
+            passed_over += 1
+        else:
+            chosen.append(candidate)
+    return chosen, passed_over
+
+
+def _table(chosen: Iterator[tuple[int, list[int], int]]) -> pa.Table:
+    rows = [
+        (query, negative, passed if place == 0 else 0)
+        for query, negatives, passed in chosen
+        for place, negative in enumerate(negatives or [None])
+    ]
+    return pa.table([pa.array(column, pa.int64()) for column in zip(*rows, strict=True)], schema=MINED)
+
+
+# ------------------------------------------------------------------------------------------- BM25
+class _Lexical:
+    """BM25 within the passages of a query's language, stemmed where that is a Scandinavian one."""
+
+    def __init__(self, search: Search, settings: MiningConfig):
+        self.search, self.settings = search, settings
+        self.indexes: dict[str, tuple] = {}
+
+    def mine(self, queries: list[int]) -> pa.Table:
+        """MINED rows of these queries."""
+        by_language: dict[str, list[int]] = defaultdict(list)
+        for query in queries:
+            by_language[self.search.languages[query]].append(query)
+        chosen = [found for language, those in by_language.items() for found in self._within(language, those)]
+        return _table(iter(sorted(chosen)))
+
+    def _within(self, language: str, queries: list[int]) -> Iterator[tuple[int, list[int], int]]:
+        if language not in self.indexes:
+            self.indexes[language] = self._index(language)
+        ranker, tokenize, numbers = self.indexes[language]
+        if ranker is None:
+            yield from ((query, [], 0) for query in queries)
+            return
+        lowest, highest = self.settings.range
+        most = max(len(self.search.positives[query]) for query in queries)
+        depth = min(highest + most, len(numbers))
+        tokens = tokenize([self.search.queries[query] for query in queries], return_ids=False)
+        places, scores = ranker.retrieve(tokens, k=depth, show_progress=False)
+        for query, words, row, values in zip(queries, tokens, numbers[places], scores, strict=True):
+            own = set(self.search.positives[query])
+            limit = np.inf
+            if self.settings.margin is not None:
+                limit = (1 - self.settings.margin) * self._score_of_worst(ranker, words, numbers, own)
+            found = [
+                int(passage)
+                for passage, value in zip(row, values, strict=True)
+                if passage not in own and 0 < value <= limit
+            ]
+            yield (query, *choose(iter(found[lowest:highest]), self.search, query, self.settings.per_query))
+
+    def _index(self, language: str) -> tuple:
+        """The ranker (None where no passage has a word), how to tokenise for it, and its passages' numbers."""
+        import bm25s
+        import Stemmer
+
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG when imported
+        stemmer = Stemmer.Stemmer(STEMMERS[language]) if language in STEMMERS else None
+        tokenize = partial(bm25s.tokenize, stopwords=None, stemmer=stemmer, show_progress=False)
+        numbers = np.array(
+            [place for place, languages in enumerate(self.search.passage_languages) if language in languages]
+        )
+        words = tokenize([self.search.passages[place] for place in numbers])
+        if not any(words.ids):
+            return None, tokenize, numbers
+        ranker = bm25s.BM25(k1=1.2, b=0.75, method="lucene")  # Lucene's defaults
+        ranker.index(words, show_progress=False)
+        return ranker, tokenize, numbers
+
+    @staticmethod
+    def _score_of_worst(ranker, words: list[str], numbers: np.ndarray, own: set[int]) -> float:
+        """The lowest score among the query's own positives."""
+        scores = ranker.get_scores(words) if words else np.zeros(len(numbers))
+        return float(scores[np.isin(numbers, list(own))].min(initial=np.inf))
+
+
+# ------------------------------------------------------------------------------------------- a dense model
+class Remembered:
+    """A dense model whose vectors are kept in parts, so that mining goes on where it was killed."""
+
+    def __init__(self, model, folder: Path):
+        self.model, self.folder = model, folder
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+    def encode_query(self, texts: list[str], **options) -> np.ndarray:
+        """[texts, width]."""
+        return self._encode(self.model.encode_query, "query", texts, options)
+
+    def encode_document(self, texts: list[str], **options) -> np.ndarray:
+        """[texts, width]."""
+        return self._encode(self.model.encode_document, "document", texts, options)
+
+    def _encode(self, encode, route: str, texts: list[str], options: dict) -> np.ndarray:
+        options = options | {"show_progress_bar": False, "convert_to_numpy": True}
+
+        def vectors(part: list[str]) -> pa.Table:
+            found = np.asarray(encode(part, **options), dtype=np.float32)
+            return pa.table({"vector": pa.FixedSizeListArray.from_arrays(found.ravel(), found.shape[1])})
+
+        folder = self.folder / f"{route}-{digest(*texts)}"
+        parts = kept_in_parts(folder, texts, TEXTS_PER_PART, vectors)
+        columns = [chunk for part in parts for chunk in part["vector"].chunks]
+        return np.concatenate([chunk.flatten().to_numpy().reshape(len(chunk), -1) for chunk in columns])
+
+
+def load_dense(snapshot: Snapshot, key: str):
+    """A dense model from the files that are here. Raises ConfigError."""
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        return SentenceTransformer(str(snapshot.folder))
+    except Exception as error:  # whatever a folder that is no such model raises
+        raise ConfigError(f"{key}: {snapshot.source} cannot be loaded as a dense model: {one_line(error)}") from None
+
+
+def _mine_with_model(search: Search, settings: MiningConfig, model: Snapshot, of_model: str, key: str) -> pa.Table:
+    from datasets import Dataset
+    from sentence_transformers.util import mine_hard_negatives
+
+    pairs = [
+        (query, search.passages[positive])
+        for query, positives in zip(search.queries, search.positives, strict=True)
+        for positive in positives
+    ]
+    lowest, highest = settings.range
+    highest = min(highest, max(len(search.passages), lowest + 1))
+    mined = mine_hard_negatives(
+        Dataset.from_dict({"anchor": [query for query, _ in pairs], "positive": [positive for _, positive in pairs]}),
+        Remembered(load_dense(model, key), folder_of("vectors", digest(of_model))),
+        corpus=search.passages,
+        range_min=lowest,
+        range_max=highest,
+        relative_margin=settings.margin,
+        num_negatives=min(settings.per_query + SPARE, highest - lowest),
+        output_format="triplet",
+        verbose=False,
+    )
+    number = {passage: place for place, passage in enumerate(search.passages)}
+    candidates: dict[str, dict[int, None]] = defaultdict(dict)
+    for anchor, negative in zip(mined["anchor"], mined["negative"], strict=True):
+        candidates[anchor][number[negative]] = None
+    return _table(
+        (place, *choose(iter(candidates[query]), search, place, settings.per_query))
+        for place, query in enumerate(search.queries)
+    )
+
+
+def mining_words(counts: dict) -> str:
+    """One line for the plan."""
+    return (
+        f"{counts['rows_filled']:,} negatives mined by {counts['method']} for {counts['queries_filled']:,} of "
+        f"{counts['queries']:,} queries; {counts['near_duplicates_passed_over']:,} near duplicates passed over"
+    )
