@@ -72,13 +72,19 @@ def test_a_query_of_which_no_word_is_found_elsewhere_stays_a_pair():
 
 
 def test_no_positive_of_the_query_becomes_its_negative_not_even_a_held_out_one():
-    rows, held_out = table(QUESTIONS[:1], PASSAGES[:1]), table(QUESTIONS[:1], [PASSAGES[3]])
-    others = table(QUESTIONS[1:], [PASSAGES[number] for number in ANSWERS[1:]])
-    filled, _ = mined(rows, everything=[rows, others, held_out])
+    held_out = table(QUESTIONS[:1], [PASSAGES[3]])
+    filled, _ = mined(pairs(), everything=[pairs(), held_out])
     assert negatives_of(filled, QUESTIONS[0]) == [PASSAGES[2]]
     # the opposite: without the held-out row it is the first choice
-    filled, _ = mined(rows, everything=[rows, others])
+    filled, _ = mined(pairs())
     assert negatives_of(filled, QUESTIONS[0]) == [PASSAGES[3]]
+
+
+def test_a_passage_of_held_out_rows_only_is_never_trained_on():
+    rows = pairs().slice(0, 2)
+    filled, _ = mined(rows, everything=[pairs()])
+    assert negatives_of(filled, QUESTIONS[0]) == [PASSAGES[2]]
+    assert set(filled.table["negative"].to_pylist()) <= set(rows["positive"].to_pylist()) | {None}
 
 
 def test_near_duplicates_of_a_positive_are_passed_over_and_counted():
@@ -91,9 +97,8 @@ def test_near_duplicates_of_a_positive_are_passed_over_and_counted():
 
 
 def test_several_negatives_give_several_rows_and_given_ones_stay():
-    rows = table(QUESTIONS[:2], [PASSAGES[0], PASSAGES[2]], [None, "gitt"])
-    everything = [rows, pairs()]
-    filled, _ = mined(rows, everything=everything, per_query=2)
+    rows = table(QUESTIONS, [PASSAGES[number] for number in ANSWERS], [None, "gitt", None, None, None])
+    filled, _ = mined(rows, per_query=2)
     assert negatives_of(filled, QUESTIONS[0]) == [PASSAGES[3], PASSAGES[2]]
     assert negatives_of(filled, QUESTIONS[1]) == ["gitt"]
 

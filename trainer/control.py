@@ -32,10 +32,10 @@ class DimsController:
     batch is in here. The constants were found on tests/benchmarks/target.yaml, where twice the gain oscillates.
     """
 
-    GAIN = 2.0  # dims change by 5 %: the weight by 10 %
+    GAIN = 1.5  # dims change by 5 %: the weight by 7.5 %
     FORWARD = 1.0  # `wanted` changes by 5 %: the weight by 5 %, before any error shows
     SMOOTHING = 0.02  # share of the run that `measured` looks back on, at least ten steps
-    INTEGRAL = 0.08  # an error of 5 % changes the weight by another 10 % in this share of the run, at least 20 steps
+    INTEGRAL = 0.06  # an error of 5 % changes the weight by another 7.5 % in this share of the run, at least 20 steps
     WARM_UP = 0.1  # share of the run; the quadratic warm-up that fixed weights have over a third
     GLIDE = (0.02, 0.15)  # shares of the run between which `wanted` goes from the start to the target
     FIRST_PENALTY = 0.1  # weight × penalty at the start; the contrastive loss is about 1, and less does nothing
@@ -45,7 +45,7 @@ class DimsController:
     MOST_ERROR = 0.5  # of an error upwards, and in the sum: a weight that is far too high is lowered at once
     # Where weight × penalty is less, dims hardly answer: on target.yaml 5.7 of log weight took 290 dims to 200 dims, up to
     # a penalty of 0.3, and another 1.2 to 100. There the sum grows faster.
-    FELT_PENALTY, FASTER = 0.3, 3.0
+    FELT_PENALTY, FASTER = 0.3, 6.0
     FASTEST = 0.05  # change of the sum per step
     LEAST_PENALTY = 0.005  # at the start's activations; less has no effect, and the way back would be long
     HIGHEST = 1e4  # times the first weight

@@ -18,7 +18,7 @@ from trainer.data.rows import Rows, fingerprint
 from trainer.hub import MODEL_FILES, Snapshot, fetch
 
 # Part of the cache's key: raised when other negatives come out of the same rows and settings.
-VERSION = "1"
+VERSION = "2"
 # Share of two passages' different words that they have in common, from which one is a copy of the other.
 NEAR_DUPLICATE = 0.8
 QUERIES_PER_PART, TEXTS_PER_PART = 5_000, 20_000
@@ -31,7 +31,7 @@ MINED = pa.schema([("query", pa.int64()), ("negative", pa.int64()), ("passed_ove
 
 @dataclass(frozen=True)
 class Search:
-    """What negatives are looked for in. Own positives count from all rows of the set, also those that are held out."""
+    """What negatives are looked for in: the passages that are trained on."""
 
     queries: list[str]
     passages: list[str]
@@ -46,7 +46,8 @@ def fill_negatives(name: str, rows: Rows, everything: list[pa.Table], settings: 
     """The rows, in which those without a negative now have one, and counts for the plan and the manifest.
 
     A row becomes as many rows as negatives are found for its query, at most settings.per_query; where none is found it
-    stays a pair. everything: all rows of the source, for the passages and for what answers a query. Kept under HF_HOME.
+    stays a pair. Negatives are passages of these rows: one that is only in held-out rows would be trained on, and be
+    searched for later. everything: all rows of the source, for what answers a query. Kept under HF_HOME.
     """
     table = rows.table
     missing = np.ones(len(rows), dtype=bool)
@@ -54,7 +55,7 @@ def fill_negatives(name: str, rows: Rows, everything: list[pa.Table], settings: 
         missing = table["negative"].is_null().to_numpy(zero_copy_only=False)
     if not missing.any():
         return rows, {}
-    search = _search_of(table.filter(pa.array(missing)), everything)
+    search = _search_of(table, table.filter(pa.array(missing)), everything)
     mined = _mined(name, search, fingerprint(table), settings)
     found: dict[str, list[str]] = defaultdict(list)
     passed_over = 0
@@ -73,25 +74,23 @@ def fill_negatives(name: str, rows: Rows, everything: list[pa.Table], settings: 
     return Rows(filled, rows.left_out), counts
 
 
-def _search_of(without: pa.Table, everything: list[pa.Table]) -> Search:
+def _search_of(rows: pa.Table, without: pa.Table, everything: list[pa.Table]) -> Search:
     answers: dict[str, dict[str, None]] = defaultdict(dict)
-    languages: dict[str, set[str]] = defaultdict(set)
     for table in everything:
-        for row in zip(*(table[column].to_pylist() for column in ("anchor", "positive", "language")), strict=True):
-            anchor, positive, language = row
+        for anchor, positive in zip(table["anchor"].to_pylist(), table["positive"].to_pylist(), strict=True):
             answers[anchor][positive] = None
-            languages[positive].add(language)
-        if "negative" in table.column_names:
-            for negative, language in zip(table["negative"].to_pylist(), table["language"].to_pylist(), strict=True):
-                if negative is not None:
-                    languages[negative].add(language)
+    languages: dict[str, set[str]] = defaultdict(set)
+    for role in (role for role in ("positive", "negative") if role in rows.column_names):
+        for passage, language in zip(rows[role].to_pylist(), rows["language"].to_pylist(), strict=True):
+            if passage is not None:
+                languages[passage].add(language)
     passages = list(languages)
     number = {passage: place for place, passage in enumerate(passages)}
     queries = dict(zip(without["anchor"].to_pylist(), without["language"].to_pylist(), strict=True))
     return Search(
         queries=list(queries),
         passages=passages,
-        positives=[[number[positive] for positive in answers[query]] for query in queries],
+        positives=[[number[positive] for positive in answers[query] if positive in number] for query in queries],
         languages=list(queries.values()),
         passage_languages=list(languages.values()),
     )
