@@ -145,7 +145,6 @@ def all_rows(words: list[str]) -> Iterator[Row]:
         def folders(width: int) -> Path:
             if width not in made:
                 made[width] = Path(scratch, str(width))
-                made[width].mkdir()
                 prepare(made[width], width)
             return made[width]
 
