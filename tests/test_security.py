@@ -19,7 +19,7 @@ FORBIDDEN = {
 FORBIDDEN_METHODS = {"extractall", "extract", "unpack_archive", "ZipFile", "TarFile", "system", "popen"}
 # The model of an export, zipped and read back at once; zipfile keeps every member within the folder (a test below).
 ALLOWED = {
-    "trainer/export/ml_commons.py": ["ZipFile"],
+    "trainer/export/ml_commons.py": ["ZipFile"] * 3,  # reads and writes members; extracts none
     "trainer/export/ml_commons_reader.py": ["ZipFile", "zipped.extractall"],
 }
 

@@ -144,7 +144,7 @@ def test_only_relevance_within_the_given_passages_counts():
 
 def test_every_step_of_pruning_is_measured_and_all_values_are_json():
     values = measure(RELEVANT)
-    assert [row["max_active_dims"] for row in values["pruned"]] == [8, 16, 32, 64, 128, 256, None]
+    assert [row["max_active_dims"] for row in values["pruned"]] == [4, 8, 16, 32, 64, 128, 256, None]
     assert json.loads(json.dumps(values)) == values
 
 
@@ -160,7 +160,7 @@ def test_the_lines_name_both_routes_their_terms_and_every_step():
     )
     assert lines[3].endswith("in most texts: og 100%, en 50%, hav 50%, i 25%, båt 25%")
     assert "2 queries, each within its task's part of these 4 passages" in lines[4]
-    assert [line.split()[0] for line in lines[5:]] == ["8", "16", "32", "64", "128", "256", "all"]
+    assert [line.split()[0] for line in lines[5:]] == ["4", "8", "16", "32", "64", "128", "256", "all"]
     assert lines[-1].endswith(f"0.88   {(1 + 1 / log2(3)) / 2:.4f}")
 
 

@@ -245,12 +245,16 @@ def _scalar(value: Any) -> str:
         return "[" + ", ".join(_scalar(item) for item in value) + "]"
     if isinstance(value, str) and _is_plain(value):
         return value
-    return json.dumps(value, ensure_ascii=False)
+    # YAML refuses some characters that are not printable, and takes others (U+0085, U+2028) for line breaks
+    quoted = json.dumps(value, ensure_ascii=False)
+    return "".join(character if character.isprintable() else f"\\U{ord(character):08x}" for character in quoted)
 
 
 def _is_plain(text: str) -> bool:
     """Whether a text can stand in YAML without quotes, also inside a flow list."""
-    if any(c in text for c in "#,[]{}:&*!|>'\"%@`\n\r\t\\") or not text or text != text.strip() or text[0] in "-?~=":
+    if any(c in text for c in "#,[]{}:&*!|>'\"%@`\\") or not text or text != text.strip() or text[0] in "-?~=":
+        return False
+    if not text.isprintable():
         return False
     return parse_value(text) == text
 

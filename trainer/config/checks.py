@@ -4,14 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.config.schema import (
-    FROM_SCRATCH,
-    Config,
-    FromScratchConfig,
-    HubSource,
-    LocalSource,
-    MiningConfig,
-)
+from trainer.config.schema import FROM_SCRATCH, Config, FromScratchConfig, HubSource, LocalSource, MiningConfig
 from trainer.config.tree import Path_
 
 Finding = tuple[Path_, str]

@@ -1,6 +1,7 @@
 """Puts the fused head into a sentence-transformers model, in memory only: what is saved stays as it is without it."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -82,6 +83,8 @@ class FusedHead:
         self.decoder, self.pooling = transformer.model.get_output_embeddings(), pooling
         if type(self.decoder).__name__ not in INPUT_SCALES:
             raise NotFusable(f"the vocabulary layer is a {type(self.decoder).__name__}")
+        if self.decoder.weight.device.type == "cuda" and find_spec("triton") is None:
+            raise NotFusable("triton, which GPUs need for it, is not installed")
         self.hidden: Tensor | None = None
         self.shifted, self.silent = self._try(transformer)
 

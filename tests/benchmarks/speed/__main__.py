@@ -81,9 +81,9 @@ def step_rows(folders: Callable[[int], Path]) -> Iterator[Row]:
 
 
 def largest_batch(side: str, folder: Path) -> dict[str, Any]:
-    """The most rows, of 1, 2, 3, 4, 6, 8, 12, …, with which a step stays within the budget."""
+    """The most rows, of 2, 4, 6, 8, 16, 24, …, with which a step stays within the budget."""
     best: dict[str, Any] = {}
-    for batch in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48):
+    for batch in (2, 4, 6, 8, 16, 24, 32, 48):
         found = fresh("step", side=side, folder=str(folder), batch=batch, steps=2)
         if found["mib"] > BUDGET_MIB:
             break
@@ -145,7 +145,6 @@ def all_rows(words: list[str]) -> Iterator[Row]:
         def folders(width: int) -> Path:
             if width not in made:
                 made[width] = Path(scratch, str(width))
-                made[width].mkdir()
                 prepare(made[width], width)
             return made[width]
 

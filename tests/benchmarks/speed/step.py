@@ -50,6 +50,7 @@ hardware: {{device: cpu}}
 
 def prepare(folder: Path, width: int, layers: int = 12, words: int = 50_000) -> Path:
     """A base model that starts as a word matcher, and triplets of a question, its passage and another passage."""
+    folder.mkdir(parents=True, exist_ok=True)
     chance, rows = random.Random(0), []
     for name in SETS:
         found = read_search_set(DATA / name, "train", name)
