@@ -1,15 +1,14 @@
 """What took long to compute and is kept beside the models that were downloaded: HF_HOME/nordsparse, by content."""
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.config import ConfigError
-from trainer.files import flush
+from trainer.files import written_whole
 from trainer.hub import Snapshot
 
 
@@ -35,8 +34,8 @@ def identity(snapshot: Snapshot) -> str:
     return digest(*hashes)
 
 
-def folder_of(kind: str, key: str) -> Path:
-    """The folder of one computation."""
+def folder_of(kind: str, key: str = "") -> Path:
+    """The folder of one computation, or of all of a kind."""
     from huggingface_hub.constants import HF_HOME
 
     return Path(HF_HOME) / "nordsparse" / kind / key
@@ -53,27 +52,19 @@ def kept(file: Path, make: Callable[[], pa.Table]) -> pa.Table:
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"{file} cannot be read: {str(error).splitlines()[0]}. Remove it") from None
     table = make()
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, aside, compression="zstd")
-        flush(aside)
-        os.replace(aside, file)
-        flush(file.parent)
+        with written_whole(file) as aside:
+            pq.write_table(table, aside, compression="zstd")
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error.strerror or error}. Set HF_HOME") from None
-    finally:
-        aside.unlink(missing_ok=True)
     return table
 
 
-def kept_in_parts(
-    folder: Path, items: list, size: int, make: Callable[[list], pa.Table], mine: Iterable[int] | None = None
-) -> list[pa.Table]:
+def kept_in_parts(folder: Path, items: list, size: int, make: Callable[[list], pa.Table]) -> list[pa.Table]:
     """One table per `size` items, each kept in a file of its own, so that a killed computation goes on where it was."""
     starts = range(0, len(items), size)
     return [
         kept(folder / f"part-{number:05d}.parquet", lambda start=start: make(items[start : start + size]))
         for number, start in enumerate(starts)
-        if mine is None or number in mine
     ]

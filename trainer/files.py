@@ -6,16 +6,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write a file aside and put it in its place: a reader sees the old text or the new, never half of one."""
-    with _written_aside(file, text) as aside:
+@contextlib.contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """Where to write a file, which has its name once it is whole and on the disk: a reader sees the old one or the new."""
+    with _aside(file) as aside:
+        yield aside
+        flush(aside)
         os.replace(aside, file)
         flush(file.parent)
 
 
+def write_atomically(file: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with written_whole(file) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
 def write_once(file: Path, text: str) -> None:
     """Write a file whole unless it is there: of processes that start together, one does it for all."""
-    with _written_aside(file, text) as aside:
+    with _aside(file) as aside:
+        aside.write_text(text, encoding="utf-8")
+        flush(aside)
         try:
             os.link(aside, file)
         except FileExistsError:
@@ -27,13 +38,9 @@ def write_once(file: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _written_aside(file: Path, text: str) -> Iterator[Path]:
+def _aside(file: Path) -> Iterator[Path]:
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with aside.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
         yield aside
     finally:
         aside.unlink(missing_ok=True)

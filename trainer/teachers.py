@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from trainer.cache import digest, folder_of, identity, kept
 from trainer.config import ConfigError, one_line
 from trainer.config.schema import TeacherConfig
-from trainer.data import LABEL
+from trainer.data import LABEL, mining
 from trainer.distributed import processes_here, wait
 from trainer.hub import MODEL_FILES, Snapshot, fetch
 
@@ -142,12 +142,7 @@ def load_cross_encoder(snapshot: Snapshot, teacher: TeacherConfig, device: str) 
 
 def load_dense(snapshot: Snapshot, teacher: TeacherConfig, device: str) -> Score:
     """A sentence encoder; scores are its own similarity of query and passage."""
-    from sentence_transformers import SentenceTransformer
-
-    try:
-        model = SentenceTransformer(str(snapshot.folder), device=device)
-    except Exception as error:  # whatever a folder that is no such model raises
-        raise ConfigError(f"{KEY}: {teacher.model} cannot be loaded as a dense model: {one_line(error)}") from None
+    model = mining.load_dense(snapshot, KEY, device)
 
     def score(pairs: list[Pair]) -> np.ndarray:
         options = {"batch_size": teacher.batch_size, "show_progress_bar": False, "convert_to_tensor": True}

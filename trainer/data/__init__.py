@@ -18,6 +18,7 @@ from trainer.data.rows import LABEL, ROLES, Rows, fingerprint
 from trainer.data.sources import LoadedSource, mining_of, sample, sources_of
 from trainer.data.tokens import TokenCollator, Tokeniser, TokenRows, folder_of_tokens, static_routes
 from trainer.distributed import processes
+from trainer.files import written_whole
 from trainer.hub import HubUnreachable
 
 __all__ = [
@@ -172,15 +173,13 @@ class TrainingData:
     def write_texts(self, file: Path) -> None:
         """Store every different training text per data set, to measure its overlap with evaluation data later."""
         schema = pa.schema([("dataset", pa.string()), ("text", pa.string())])
-        aside = file.with_name(f".{file.name}")
-        with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
+        with written_whole(file) as aside, pq.ParquetWriter(aside, schema, compression="zstd") as writer:
             for name, halves in self.halves.items():
                 columns = [column.cast(pa.string()) for half in halves for column in self._texts_of(half).itercolumns()]
                 texts = pc.unique(
                     pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
                 )
                 writer.write_table(pa.table({"dataset": pa.repeat(name, len(texts)), "text": texts}, schema))
-        aside.replace(file)
 
     def _texts_of(self, half: str) -> pa.Table:
         """The columns that are read as texts; a teacher's labels are none."""

@@ -259,12 +259,12 @@ class Remembered:
         return np.concatenate([chunk.flatten().to_numpy().reshape(len(chunk), -1) for chunk in columns])
 
 
-def load_dense(snapshot: Snapshot, key: str):
-    """A dense model from the files that are here. Raises ConfigError."""
+def load_dense(snapshot: Snapshot, key: str, device: str | None = None):
+    """A dense model from the files that are here; without `device` the library chooses one. Raises ConfigError."""
     from sentence_transformers import SentenceTransformer
 
     try:
-        return SentenceTransformer(str(snapshot.folder))
+        return SentenceTransformer(str(snapshot.folder), device=device)
     except Exception as error:  # whatever a folder that is no such model raises
         raise ConfigError(f"{key}: {snapshot.source} cannot be loaded as a dense model: {one_line(error)}") from None
 

@@ -1,6 +1,5 @@
 """Token ids of many texts in one file, memory-mapped, and known to be as they were written."""
 
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from trainer.files import flush
+from trainer.files import written_whole
 
 # Texts per part of a file.
 PART = 10_000
@@ -42,17 +41,11 @@ class TokenFile:
     def write(cls, path: Path, ids_type: pa.DataType, parts: Iterator[pa.Array]) -> "TokenFile":
         """Store parts, each but the last of PART texts, aside and then under their name."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
         schema = pa.schema({"ids": pa.list_(ids_type)})
-        try:
-            with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-                for part in parts:
-                    batch = pa.record_batch([part], schema=schema)
-                    writer.write_batch(batch, custom_metadata={"crc32": _checksum(batch)})
-            flush(aside)
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with written_whole(path) as aside, pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for part in parts:
+                batch = pa.record_batch([part], schema=schema)
+                writer.write_batch(batch, custom_metadata={"crc32": _checksum(batch)})
         return cls.open(path)
 
     def __reduce__(self):

@@ -22,6 +22,7 @@ from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import Router, SparseStaticEmbedding
 from torch import nn
 
+from trainer.cache import folder_of
 from trainer.config import ConfigError, one_line
 from trainer.data.buckets import next_length
 from trainer.data.rows import LABEL, ROLES
@@ -42,9 +43,7 @@ CHECKED_ROWS = 8
 
 def folder_of_tokens() -> Path:
     """Where token ids are kept. Any file in it may be removed: it is made anew."""
-    from huggingface_hub.constants import HF_HOME
-
-    return Path(HF_HOME) / "nordsparse" / "tokens"
+    return folder_of("tokens")
 
 
 def input_module(model: SparseEncoder, task: str | None) -> nn.Module:

@@ -34,8 +34,8 @@ def fuse(model: SparseEncoder) -> str:
     soft cap) stays as it is, and the reason is returned.
     """
     pairs = list(_pairs(model))
-    for network in _networks(model) if model.device.type == "cpu" else ():
-        use_onednn(network)
+    for transformer in transformers_of(model) if model.device.type == "cpu" else ():
+        use_onednn(transformer.model)
     try:
         heads = [FusedHead(transformer, pooling) for transformer, pooling in pairs]
     except NotFusable as reason:
@@ -47,15 +47,16 @@ def fuse(model: SparseEncoder) -> str:
 
 def unfuse(model: SparseEncoder) -> None:
     """Take the fused heads out again."""
-    for network in _networks(model):
-        use_torch(network)
+    for transformer in transformers_of(model):
+        use_torch(transformer.model)
     for transformer, pooling in _pairs(model):
         for module in (transformer.model.get_output_embeddings(), pooling):
             vars(module).pop("forward", None)
 
 
-def _networks(model: SparseEncoder) -> list[nn.Module]:
-    return [module.model for module in model.modules() if isinstance(module, Transformer)]
+def transformers_of(model: SparseEncoder) -> list[Transformer]:
+    """The networks of an encoder."""
+    return [module for module in model.modules() if isinstance(module, Transformer)]
 
 
 def is_fused(model: SparseEncoder) -> bool:

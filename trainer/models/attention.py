@@ -8,17 +8,13 @@ from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import Transformer
 
 from trainer.config import Config, ConfigError, one_line
+from trainer.fused.model import transformers_of
 
 # Python packages of the implementations that take the texts of a batch one after the other, without padding.
 PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
 }
-
-
-def transformers_of(model: SparseEncoder) -> list[Transformer]:
-    """The networks of an encoder."""
-    return [module for module in model.modules() if isinstance(module, Transformer)]
 
 
 def choose_attention(model: SparseEncoder, config: Config, device: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from sentence_transformers import SparseEncoder
 from torch import nn
 
-from trainer.models.attention import transformers_of
+from trainer.fused.model import transformers_of
 
 
 def compile_networks(model: SparseEncoder, lengths: Collection[int], backend: str | Callable = "inductor") -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from trainer.cache import folder_of
 from trainer.config import Config, ConfigError
 from trainer.hub import Snapshot
 from trainer.models.norbert import FAMILIES, changes_in, convert_files
@@ -173,14 +174,12 @@ def _settings_with_own_code(folder: Path, texts: dict[str, str]) -> dict[str, st
 
 def materialise(snapshot: Snapshot, written: dict[str, str]) -> Path:
     """A folder under the cache with these files, and links to all others. The same input gives the same folder."""
-    from huggingface_hub.constants import HF_HOME
-
     source = snapshot.folder.resolve()
     files = {str(file.relative_to(source)): file for file in sorted(source.rglob("*")) if file.is_file()}
     linked = {name: file for name, file in files.items() if name not in written and not name.startswith(".")}
     digest = hashlib.sha256(json.dumps([str(source), written, list(linked)]).encode()).hexdigest()
     name = re.sub(r"\W+", "_", Path(snapshot.source).name)  # transformers makes a Python module's name of it
-    folder = Path(HF_HOME) / "nordsparse" / f"{name}_{digest[:16]}"
+    folder = folder_of(f"{name}_{digest[:16]}")
     if folder.is_dir():
         for name, text in written.items():
             file = folder / name
