@@ -188,6 +188,16 @@ def test_layouts_in_memory_make_no_difference():
         assert torch.equal(one, other)
 
 
+def test_cells_sorted_in_parts_give_the_same_gradients(monkeypatch):
+    case = random_case([5, 0, 12, 1, 7], 6, 9, shift=1.0)
+    maxima, positions = forward(*case.inputs, want_positions=True)
+    gradient = torch.randn(maxima.shape) * (maxima > 0)
+    whole = backward(gradient, positions, case.hidden, case.weight)
+    monkeypatch.setattr(triton_head, "SORTED_CELLS", 2 * 9 + 3)  # two texts at once
+    for one, other in zip(whole, backward(gradient, positions, case.hidden, case.weight), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     "change,said",
     [

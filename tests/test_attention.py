@@ -28,7 +28,9 @@ from trainer.models import (
     save_model,
 )
 
-FLASH = ("hardware.device=cuda", "training.bf16=true", "model.attention=flash_attention_2")
+PACKED = ("varlen", "flash_attention_2")
+GPU = ("hardware.device=cuda", "training.bf16=true")
+FLASH = (*GPU, "model.attention=flash_attention_2")
 
 
 def built(tmp_path, base, architecture, *overrides):
@@ -49,20 +51,36 @@ def rows():
     return Dataset.from_dict({"anchor": QUERIES, "positive": DOCUMENTS, "negative": [*DOCUMENTS[1:], "Å"]})
 
 
+def text_by_text(query, key, value, starts, scale, within):
+    """Attention of each packed text by itself, [heads, tokens, size of a head], to tokens `within` so many places."""
+    parts = []
+    for start, end in pairwise(starts.tolist()):
+        places = torch.arange(end - start, device=query.device)
+        near = None if within is None else (places[:, None] - places).abs() <= within
+        text = (each[:, start:end] for each in (query, key, value))
+        parts.append(scaled_dot_product_attention(*text, attn_mask=near, scale=scale))
+    return torch.cat(parts, 1)
+
+
 @pytest.fixture
 def flash(monkeypatch):
-    """Flash attention's interface on a CPU: each packed text by itself, through torch's own attention."""
+    """The interfaces of torch's flash attention and of the package's, on a CPU."""
 
     def attention(layer, query, key, value, mask, *, scaling=None, sliding_window=None, cu_seq_lens_q=None, **kwargs):
         assert mask is None
-        parts = []
-        for start, end in pairwise(cu_seq_lens_q.tolist()):
-            places = torch.arange(end - start)
-            near = None if sliding_window is None else (places[:, None] - places).abs() < sliding_window
-            text = (each[:, :, start:end] for each in (query, key, value))
-            parts.append(scaled_dot_product_attention(*text, attn_mask=near, scale=scaling))
-        return torch.cat(parts, 2).transpose(1, 2), None
+        within = None if sliding_window is None else sliding_window - 1
+        found = text_by_text(query[0], key[0], value[0], cu_seq_lens_q, scaling, within)
+        return found.transpose(0, 1)[None], None
 
+    def of_torch(query, key, value, starts, starts_k, longest, longest_k, dropout, causal, debug, **kwargs):
+        assert torch.equal(starts, starts_k)
+        assert longest == longest_k == starts.diff().max()
+        assert (dropout, causal, debug) == (0, False, False)
+        assert kwargs["window_size_left"] == kwargs["window_size_right"]
+        rows = (each.transpose(0, 1) for each in (query, key, value))
+        return [text_by_text(*rows, starts, kwargs["scale"], kwargs["window_size_left"]).transpose(0, 1)]
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", of_torch)
     functions = ((None, attention, None, None, None), (None, None))
     monkeypatch.setattr(
         "transformers.modeling_flash_attention_utils.lazy_import_flash_attention", lambda *args, **kwargs: functions
@@ -104,25 +122,17 @@ def test_left_alone_the_plan_says_what_the_base_model_has(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (
-            ("hardware.device=cpu", "training.bf16=true"),
-            "'model.attention' flash_attention_2 is for CUDA; device is cpu",
-        ),
-        (
-            ("hardware.device=auto",),
-            "'model.attention' flash_attention_2 computes in 16 bits: set training.bf16 to true",
-        ),
-        (
-            ("hardware.device=cuda", "training.bf16=true", "training.torch_compile=true"),
-            "texts packed for flash_attention_2 have another total at every step",
-        ),
+        (("hardware.device=cpu", "training.bf16=true"), "'model.attention' {} is for CUDA; device is cpu"),
+        (("hardware.device=auto",), "'model.attention' {} computes in 16 bits: set training.bf16 to true"),
+        ((*GPU, "training.torch_compile=true"), "texts packed for {} have another total at every step"),
     ],
 )
-def test_contradictions_are_one_line(tmp_path, overrides, says):
+@pytest.mark.parametrize("attention", PACKED)
+def test_contradictions_are_one_line(tmp_path, attention, overrides, says):
     (tmp_path / "a.yaml").write_text(TINY)
     with pytest.raises(ConfigError) as found:
-        load_config(tmp_path / "a.yaml", ["model.attention=flash_attention_2", *overrides])
-    assert says in found.value.format_message()
+        load_config(tmp_path / "a.yaml", [f"model.attention={attention}", *overrides])
+    assert says.format(attention) in found.value.format_message()
     assert "\n" not in found.value.format_message()
 
 
@@ -137,20 +147,23 @@ def test_a_machine_without_cuda_or_the_package_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_model_with_attention_code_of_its_own_is_one_line(tmp_path, shape):
+@pytest.mark.parametrize(("attention", "device"), [("eager", "cpu"), ("varlen", "cuda")])
+def test_a_model_with_attention_code_of_its_own_is_one_line(tmp_path, shape, attention, device):
     base = write_norbert(tmp_path / "base", shape)
     pinned = (f"model.revision={COMMIT}", "model.trust_remote_code=true")
-    config, model = built(tmp_path, base, "splade", *pinned, "model.attention=eager")
-    with pytest.raises(ConfigError, match=r"ForMaskedLM .* has code of its own for attention, so eager cannot be set"):
-        choose_attention(model, config, "cpu")
+    config, model = built(tmp_path, base, "splade", *pinned, *GPU, f"model.attention={attention}")
+    says = rf"ForMaskedLM .* has code of its own for attention, so {attention} cannot be set"
+    with pytest.raises(ConfigError, match=says):
+        choose_attention(model, config, device)
 
 
 # ------------------------------------------------------------------------------------------- packed texts
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("write", [write_bert, write_roberta, write_modernbert, write_dense])
-def test_packed_texts_have_the_vectors_of_padded_ones(tmp_path, flash, write, fused):
+@pytest.mark.parametrize("attention", PACKED)
+def test_packed_texts_have_the_vectors_of_padded_ones(tmp_path, flash, write, fused, attention):
     architecture = "csr" if write is write_dense else "splade"
-    config, model = built(tmp_path, write(tmp_path / "base"), architecture, *FLASH)
+    config, model = built(tmp_path, write(tmp_path / "base"), architecture, *GPU, f"model.attention={attention}")
     if fused:
         fuse(model)
     assert is_fused(model) == (fused and architecture == "splade")
@@ -166,8 +179,9 @@ def test_packed_texts_have_the_vectors_of_padded_ones(tmp_path, flash, write, fu
 
 @pytest.mark.parametrize("write", [write_bert, write_roberta])
 @pytest.mark.parametrize("architecture", ["inference-free-splade", "splade"])
-def test_packed_features_are_those_of_the_library(tmp_path, flash, write, architecture):
-    config, model = built(tmp_path, write(tmp_path / "base"), architecture, *FLASH)
+@pytest.mark.parametrize("attention", PACKED)
+def test_packed_features_are_those_of_the_library(tmp_path, flash, write, architecture, attention):
+    config, model = built(tmp_path, write(tmp_path / "base"), architecture, *GPU, f"model.attention={attention}")
     routes, texts = routes_of(config), rows()
     padded = Tokeniser(model, routes, print).rows("a", texts, text_ids(texts), "content")
     choose_attention(model, config, "cuda")
@@ -189,3 +203,21 @@ def test_packed_features_are_those_of_the_library(tmp_path, flash, write, archit
     assert throughput.total_rows == 3
     assert throughput.total_encoded == tokens.lengths()[[2, 0, 3]].sum()
     assert throughput.total_padding == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sliding_window", [None, 65])
+def test_torchs_flash_attention_is_that_of_each_text_by_itself(sliding_window):
+    starts = torch.tensor([0, 300, 301, 813, 900], dtype=torch.int32, device="cuda")
+    inputs = [torch.randn(1, 15, 900, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+    outer = torch.randn(1, 900, 15, 64, device="cuda", dtype=torch.bfloat16)
+    found, _ = module.attend(
+        None, *inputs, None, cu_seq_lens_q=starts, max_length_q=512, scaling=0.125, sliding_window=sliding_window
+    )
+    ours = torch.autograd.grad(found, inputs, outer)
+    doubles = [each.detach().double().requires_grad_() for each in inputs]
+    within = None if sliding_window is None else sliding_window - 1
+    wanted = text_by_text(*(each[0] for each in doubles), starts, 0.125, within).transpose(0, 1)[None]
+    theirs = torch.autograd.grad(wanted, doubles, outer.double())
+    for bf16, exact in zip([found, *ours], [wanted, *theirs], strict=True):
+        assert (bf16 - exact).abs().max() <= 2.0**-6 * exact.abs().max()

@@ -112,11 +112,17 @@ def test_every_width_compiles(width):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_the_sum_over_pairs_compiles_without_atomics(dtype):
-    types = {"source": f"*{dtype}", "index": "*i32", "coefficients": "*fp32", "starts": "*i64", "out": f"*{dtype}"}
-    constants = {"WIDTH": 960, "BLOCK_PAIRS": 32, "BLOCK_WIDTH": 256}
-    ptx = compiled(triton_head._sum_pairs, 90, triton.Config({}), constants, **types).asm["ptx"]
-    assert not re.search(r"\b(atom|red)\.", ptx)
+def test_the_sums_of_the_gradients_compile_without_atomics(dtype):
+    one, half = {"gradient": "*fp32", "out": f"*{dtype}", "vocabulary": "i32"}, f"*{dtype}"
+    kernels = {
+        triton_head._sum_over_texts: one | {"hidden": half, "positions": "*i32", "texts": "i32"},
+        triton_head._sum_over_words: one | {"weight": half, "order": "*i64", "starts": "*i64"},
+    }
+    constants = {"WIDTH": 960, "BLOCK_TEXTS": 8, "BLOCK_PAIRS": 8, "BLOCK_WIDTH": 1024}
+    for kernel, types in kernels.items():
+        found = compiled(kernel, 90, triton.Config({}), constants, **types)
+        assert not re.search(r"\b(atom|red)\.", found.asm["ptx"])
+        assert not re.search(r"\bSTL\b", found.asm["sass"])  # no register is spilled to memory
 
 
 # ------------------------------------------------------------------------------------------------------ on a GPU

@@ -57,7 +57,7 @@ class Throughput:
         self.rows, self.positions, self.tokens, self.encoded = 0, 0, [], []
 
     def _seen(self) -> tuple[int, int, int, int]:
-        tokens, encoded = (sum(int(count) for count in counts) for counts in (self.tokens, self.encoded))
+        tokens, encoded = (int(sum(counts)) for counts in (self.tokens, self.encoded))
         return tuple(int(count) for count in total(self.rows, tokens, encoded, self.positions))
 
     def add(self, features: list[dict[str, Any]]) -> None:

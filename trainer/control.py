@@ -122,8 +122,8 @@ class WeightSchedule(SpladeRegularizerWeightSchedulerCallback):
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Take in the step; choose the next weights."""
         for route in ROUTES:
-            step = self.penalty(route).settle()
-            if route in self.controllers:
+            step = self.penalty(route).settle(read=route in self.controllers)
+            if step:
                 weight = self.controllers[route].update(step, state.global_step, state.max_steps)
                 self._set_weight(route, weight)
 

@@ -37,10 +37,11 @@ class SparseTrainer(SparseEncoderTrainer):
         """data: what train_dataset and eval_dataset are the texts of; schedule: the penalties' weights, if any."""
         self.data, self.config, self.throughput = data, config, throughput
         self.stop, self.run_id, self.schedule = stop, run_id, schedule
-        self.shapes = shapes_of(config)
         if schedule is not None:
             kwargs["callbacks"] = [schedule, *kwargs.get("callbacks", ())]
         super().__init__(*args, **kwargs)
+        self.shapes = shapes_of(config, self.args.device.type)
+        self.finite = FiniteFlag()
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)  # ours stand in the callbacks argument
 
@@ -88,10 +89,16 @@ class SparseTrainer(SparseEncoderTrainer):
             self.throughput.add(features)
         return features, labels
 
+    def compute_loss(self, *args, **kwargs) -> torch.Tensor | tuple[torch.Tensor, dict]:
+        """The library's, noting on the way whether it is finite."""
+        found = super().compute_loss(*args, **kwargs)
+        self.finite.note(found[0] if isinstance(found, tuple) else found)
+        return found
+
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """Raises NonFiniteLoss before the optimizer can spoil the weights."""
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
+        if not self.finite.read():
             raise NonFiniteLoss(self.state.global_step + 1, loss.item())
         for module in self.model.modules():
             if isinstance(module, SparseAutoEncoder):
@@ -174,3 +181,22 @@ class SparseTrainer(SparseEncoderTrainer):
         require_unchanged(Path(self.state.best_model_checkpoint), self.run_id)
         # The library logs a failure here and goes on with the last weights as if they were the best.
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class FiniteFlag:
+    """Whether the newest loss is finite, read without waiting for more than that loss.
+
+    Asked of the loss itself after the backward pass was sent to a GPU, the answer would come after that pass, and the GPU
+    would have nothing to do until the CPU has sent the next step.
+    """
+
+    def note(self, loss: torch.Tensor) -> None:
+        """Start to copy the answer to the CPU."""
+        self.answer = torch.isfinite(loss.detach()).to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+
+    def read(self) -> bool:
+        """The answer."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return bool(self.answer)

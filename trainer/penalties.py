@@ -82,7 +82,7 @@ class Penalty(nn.Module):
         return value + slope @ (penalised.mean(0, dtype=torch.float32) - self.running)
 
     def _add(self, vectors: Tensor, penalised: Tensor) -> None:
-        counts = torch.stack([(vectors > 0).sum().float(), vectors.new_tensor(len(vectors), dtype=torch.float32)])
+        counts = torch.stack([(vectors > 0).sum().float(), vectors.new_full((), len(vectors), dtype=torch.float32)])
         seen = torch.cat([penalised.sum(0, dtype=torch.float32), counts])
         self._seen = seen if self._seen is None else self._seen + seen
 
@@ -94,8 +94,11 @@ class Penalty(nn.Module):
         return value.detach(), torch.autograd.grad(value, at)[0]
 
     @torch.no_grad()
-    def settle(self) -> Step:
-        """Take what all processes saw since the last call into the running mean. Called once per optimizer step."""
+    def settle(self, *, read: bool = True) -> Step | None:
+        """Take what all processes saw since the last call into the running mean. Called once per optimizer step.
+
+        read: return what was seen, for which the CPU waits for a GPU.
+        """
         if processes() > 1:
             distributed.all_reduce(self._seen)
         mean, rows = self._seen[:-2] / self._seen[-1], self._seen[-1]
@@ -103,7 +106,7 @@ class Penalty(nn.Module):
         self.running = self.running + max(NEWEST, 1 / self.steps) * (mean - self.running)
         found = torch.stack([rows, self._seen[-2] / rows, self.function(self.running)])
         self._seen = None
-        return Step(*found.tolist())
+        return Step(*found.tolist()) if read else None
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""

@@ -10,7 +10,7 @@ from torch import nn
 from trainer.arguments import query_rate_mapping, routes_of
 from trainer.config import FROM_SCRATCH, Config, ConfigError, LoadedConfig
 from trainer.config.schema import TeacherConfig
-from trainer.data import Tokeniser, TrainingData, folder_of_tokens, is_packed, load_data
+from trainer.data import Tokeniser, TrainingData, folder_of_tokens, load_data
 from trainer.data.mining import mining_words
 from trainer.device import choose_device
 from trainer.distributed import processes
@@ -121,11 +121,11 @@ def sitting_out_lines(config: Config, data: TrainingData) -> Iterator[str]:
             yield f"batches   {name}: {alone:,} rows sit out each pass: {advice}"
 
 
-def padding_line(config: Config, data: TrainingData) -> str:
+def padding_line(config: Config, data: TrainingData, device: str) -> str:
     """How much of what the network computes will be padding. The data has its token ids."""
-    if is_packed(config):
+    if config.model.packs_texts:
         return "padding   none: texts are packed (model.attention), so datasets.length_window has no effect"
-    share, at_random = data.padding(config)
+    share, at_random = data.padding(config, device)
     window = config.datasets.length_window
     how = f"; {at_random:.0%} if rows of any length were batched (length_window: {window})" if window > 1 else ""
     return f"padding   {share:.0%} of the positions that go through the network{how}"
@@ -264,7 +264,7 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
         yield from sitting_out_lines(config, data)
         sample = data.sample(PLAN_ROWS, config.training.seed)
         sample.tokenise(Tokeniser(model, routes_of(config), lambda line: None, keep=False))
-        yield padding_line(config, sample)
+        yield padding_line(config, sample, device)
     idf = document_idf(config, model, data.texts("positive", "negative"))
     yield from training_lines(config, data, model, build_loss(config, model, BatchStatistics(), idf))
     if config.loss.teacher:

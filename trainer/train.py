@@ -120,10 +120,11 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         tokeniser = Tokeniser(model, routes_of(config), say)
         with first_on_each_machine_first():
             data.tokenise(tokeniser)
-        for line in (token_line(tokeniser), *sitting_out_lines(config, data), padding_line(config, data)):
+        for line in (token_line(tokeniser), *sitting_out_lines(config, data), padding_line(config, data, device)):
             say(line)
 
-        if (lengths := shapes_of(config)) is not None:
+        if config.training.torch_compile:
+            lengths = shapes_of(config, device)
             compile_networks(model, lengths)
             say(f"compile   the networks, for texts of {', '.join(map(str, lengths))} tokens")
 

@@ -160,7 +160,7 @@ def most_parameters(shape: FromScratchConfig) -> int:
 
 def _attention(config: Config) -> Iterator[Finding]:
     training, attention = config.training, config.model.attention
-    if not attention.startswith("flash"):
+    if not config.model.packs_texts:
         return
     if config.hardware.device in ("cpu", "mps"):
         yield ("model", "attention"), f"'model.attention' {attention} is for CUDA; device is {config.hardware.device}"

@@ -73,9 +73,9 @@ class ModelConfig(Section):
     model."""
     use_router: bool | None = None
     """Separate routes for queries and documents. Follows from the architecture; may be written to be explicit."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
-    """auto: what the base model comes with; flash_attention_2 and 3: texts are packed, and nothing is padded (CUDA, bf16 or
-    fp16, the package flash-attn)."""
+    attention: Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"] = "auto"
+    """auto: what the base model comes with; varlen (torch's own flash attention), flash_attention_2 and 3 (the package
+    flash-attn): texts are packed, and nothing is padded (CUDA, bf16 or fp16)."""
     pooling_strategy: Literal["max", "sum"] = "max"
     """How SpladePooling combines the tokens of a text."""
     activation_function: Literal["relu", "log1p_relu"] = "relu"
@@ -98,6 +98,12 @@ class ModelConfig(Section):
     """csr: every so many steps, dimensions that were in no text's code lately get new weights; null: never."""
     csr_train_base: bool = False
     """csr: train the dense model too. By default only the autoencoder is trained."""
+
+    @property
+    def packs_texts(self) -> bool:
+        """Whether texts are read one after the other, without padding."""
+        return self.attention in ("varlen", "flash_attention_2", "flash_attention_3")
+
     from_scratch: FromScratchConfig | None = None
     """Size of the model that `base_model: from-scratch` builds."""
 

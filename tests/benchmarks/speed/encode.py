@@ -8,7 +8,7 @@ import numpy as np
 from sentence_transformers import SparseEncoder
 
 from tests.benchmarks.speed.process import answer, best_seconds, peak_mib
-from tests.benchmarks.speed.step import CONFIG
+from tests.benchmarks.speed.step import config_of
 from trainer.beir import read_json_lines
 from trainer.config import load_config
 from trainer.fused.encode import encode
@@ -21,8 +21,7 @@ DOCUMENTS, QUERIES, BATCH = 128, 500, 32
 def measure(side: str, folder: str, what: str, length: int = 256) -> dict[str, Any]:
     """documents: CPU seconds and peak MiB; queries: milliseconds each, by the clock on the wall; side: ours or stock."""
     rows = [row for _, row in read_json_lines(Path(folder, "triplets.jsonl"))]
-    file = Path(folder, f"encode-{side}.yaml")
-    file.write_text(CONFIG.format(folder=folder, batch=8, steps=1, length=length))
+    file = config_of(Path(folder), f"encode-{side}", "cpu", batch=8, steps=1, length=length, checkpointing=False)
     config = load_config(file).config
     model = build_model(config, fetch_base_model(config), [], [row["positive"] for row in rows[:8]], "cpu")
     if side == "ours":
