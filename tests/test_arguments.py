@@ -117,3 +117,9 @@ def test_gradient_checkpointing_is_never_reentrant(tmp_path, bert):
     arguments = built(tmp_path, bert, "splade", "hardware.gradient_checkpointing=true")[3]
     assert arguments.activation_checkpointing
     assert arguments.activation_checkpointing_kwargs == {"use_reentrant": False}
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_batches_in_pinned_memory_are_copied_without_waiting(tmp_path, bert, pinned):
+    _, _, _, arguments = built(tmp_path, bert, "splade", f"training.dataloader_pin_memory={str(pinned).lower()}")
+    assert arguments.accelerator_config.non_blocking == pinned

@@ -41,6 +41,8 @@ def build_arguments(
         # transformers' new name for gradient checkpointing; the re-entrant kind breaks DDP
         activation_checkpointing=config.hardware.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if config.hardware.gradient_checkpointing else None,
+        # or each step's copy of its batch would wait until the GPU has done all of the step before
+        accelerator_config={"non_blocking": config.training.dataloader_pin_memory},
         router_mapping=routes_of(config),
         # A query's vector and its document's come from different parameters (Router), in separate forward passes: DDP may
         # not take those of the last pass for all. GradCache has a backward pass for every forward pass: there it must.
