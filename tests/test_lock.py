@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -95,46 +96,61 @@ def test_a_lock_file_of_any_content_is_no_obstacle(tmp_path, content):
     assert "a process that did not say which" in said[0]
 
 
-def _try(folder, start, found):
+def _try(folder, start, found, all_have_answered):
     start.wait()
     try:
         with only_one_in(Path(folder), print):
             found.put("held")
-            time.sleep(1)
+            all_have_answered.wait()
     except ConfigError:
         found.put("refused")
 
 
 def test_of_eight_that_start_at_once_one_holds_the_lock(tmp_path):
     context = multiprocessing.get_context("fork")
-    start, found = context.Event(), context.Queue()
-    processes = [context.Process(target=_try, args=(str(tmp_path), start, found)) for _ in range(8)]
+    start, found, all_have_answered = context.Event(), context.Queue(), context.Event()
+    arguments = (str(tmp_path), start, found, all_have_answered)
+    processes = [context.Process(target=_try, args=arguments) for _ in range(8)]
     for process in processes:
         process.start()
     start.set()
-    answers = [found.get(timeout=20) for _ in processes]
+    answers = [found.get(timeout=120) for _ in processes]
+    all_have_answered.set()
     for process in processes:
         process.join()
     assert sorted(answers) == ["held"] + ["refused"] * 7
 
 
+HELD_UP = """
+import os, time
+from pathlib import Path
+from trainer.loop import SparseTrainer
+step = SparseTrainer.training_step
+def held_up(self, *args, **kwargs):
+    Path("process").write_text(str(os.getpid()))
+    while not Path("go on").exists():
+        time.sleep(0.02)
+    return step(self, *args, **kwargs)
+SparseTrainer.training_step = held_up
+"""
+
+
 def test_a_second_training_of_one_run_stops_with_one_line_and_the_first_goes_on(tiny):
     folder = tiny.parent
-    longer = ("--set", "training.max_steps=30")
-    command = [sys.executable, "-m", "trainer", "train", "tiny.yaml", *longer]
-    first = subprocess.Popen(
-        command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (folder / "models/tiny/run.json").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    for again in ((), ("--resume",)):
-        second = run_trainer(folder, "train", "tiny.yaml", *again)
-        assert second.returncode == 2
-        assert second.stderr.count("\n") == 1
-        assert f"models/tiny is being trained by process {first.pid} on" in second.stderr
-    _, errors = first.communicate(timeout=120)
-    assert first.returncode == 0, errors
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(run_trainer, folder, "train", "tiny.yaml", code=HELD_UP)
+        try:
+            deadline = time.monotonic() + 120
+            while not (folder / "process").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            for again in ((), ("--resume",)):
+                second = run_trainer(folder, "train", "tiny.yaml", *again)
+                assert second.returncode == 2
+                assert second.stderr.count("\n") == 1
+                process = (folder / "process").read_text()
+                assert f"models/tiny is being trained by process {process} on" in second.stderr
+        finally:
+            (folder / "go on").touch()
+    assert first.result().returncode == 0, first.result().stderr
     assert json.loads((folder / "models/tiny/run.json").read_text())["status"] == "finished"

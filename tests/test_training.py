@@ -333,7 +333,7 @@ def test_a_stopped_run_saves_its_step_says_how_to_go_on_and_does(tiny, number, c
     process.send_signal(number)
     time.sleep(0.02)  # a shell's group and a program that passes signals on: twice, but one wish
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors
     assert "To go on: make resume CONFIG=tiny.yaml" in errors
     found = manifest(folder)

@@ -1,6 +1,8 @@
 """Runs the command line: python -m trainer."""
 
 from trainer.cli import main
+from trainer.distributed import ending_together
 
 if __name__ == "__main__":
-    main(prog_name="python -m trainer")
+    with ending_together():
+        main(prog_name="python -m trainer")

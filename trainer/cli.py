@@ -365,7 +365,11 @@ def _expect_lost_workers() -> None:
 
 
 def set_up_libraries(verbose: bool, loader_workers: int = 0) -> None:
-    """Quiet logs and no telemetry."""
+    """Quiet logs, no telemetry, and no memory for matrix shapes that do not come again."""
+    # oneDNN keeps a kernel for each of the last 1,024 shapes, and torch's own layer above it as much again: texts of all
+    # lengths fill both, in the quickstart with 390 MB, and leave as much unused between them. Read at the first product.
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "16")
     if loader_workers:  # a worker forked from a process whose tokenizer used threads would wait for them for ever
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         _expect_lost_workers()

@@ -1,5 +1,6 @@
 """Which device training runs on, and why."""
 
+import ctypes
 import resource
 import sys
 
@@ -57,6 +58,15 @@ def describe_device(device: str) -> str:
     if device == "cpu":
         return f"cpu, {torch.get_num_threads()} threads" + (f" × {processes()} processes" if processes() > 1 else "")
     return device
+
+
+def give_back_unused_memory() -> None:
+    """Return what is free within the heap to the system, where its C library can (glibc).
+
+    Batches of all lengths leave it in pieces: 10 MB more of them after every 1,000 steps of the quickstart.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def peak_memory_gib(device: str) -> float:

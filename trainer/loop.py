@@ -16,6 +16,7 @@ from trainer.checkpoints import ASIDE, PREFIX, put_in_place, remove_oldest, requ
 from trainer.config import Config
 from trainer.control import WeightSchedule
 from trainer.data import MixedBatches, NoDuplicateBatches, TokenCollator, TrainingData, shapes_of
+from trainer.device import give_back_unused_memory
 from trainer.distributed import from_all, from_first, is_first, keep_smallest, processes
 from trainer.models import keep_code
 
@@ -147,6 +148,7 @@ class SparseTrainer(SparseEncoderTrainer):
             super()._save_checkpoint(model, trial)
         # also what the others wait for: the checkpoint is there when any process goes on
         self.state.best_model_checkpoint = from_first(self.state.best_model_checkpoint)
+        give_back_unused_memory()
 
     def _put_in_place(self, written: Path, place: Path) -> None:
         if self.state.best_model_checkpoint == str(written):  # the best so far: under the name it will have

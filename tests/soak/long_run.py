@@ -1,51 +1,59 @@
 """A long run, whose memory and open files must not grow."""
 
-import contextlib
 import os
-import signal
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
 from tests.soak.one_process import Board, start
-from tests.soak.work import SECONDS, ended_well, write_work
+from tests.soak.work import ended_well, wait_for
+from trainer.loop import SparseTrainer
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+EVERY = 50  # steps between two looks
+SECONDS_PER_STEP = 1.0  # by then it hangs: 0.05 on an idle machine
 
 
 def measure_long(steps: int, warm_up: int, say: Callable[[str], None]) -> dict[str, float]:
-    """Growth of resident memory (MB per 1,000 steps) and of open files after the warm-up."""
-    samples: list[tuple[int, float, int]] = []
+    """Growth of resident memory (MB per 1,000 steps) and of open files of the quickstart, after the warm-up."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_work(folder, "inference-free-splade", steps, save=steps // 8)
-        pid = start(folder, "long", Board(), "--set", "training.logging_steps=10")
-        deadline = time.monotonic() + SECONDS
-        while not (found := os.waitpid(pid, os.WNOHANG))[0]:
-            if time.monotonic() > deadline:
-                os.killpg(pid, signal.SIGKILL)
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                step = int((folder / "long.order").read_bytes()[-120:].splitlines()[-1].split()[0])
-                if not samples or step >= samples[-1][0] + 20:
-                    samples.append((step, *_use_of(pid)))
-            time.sleep(0.05)
-        ended_well(folder, "long", os.waitstatus_to_exitcode(found[1]))
-    kept = np.array([sample for sample in samples if sample[0] >= warm_up])
+        (folder / "soak.yaml").write_text(
+            f"extends: {CONFIGS}/training_config_quickstart.yaml\n"
+            f"training: {{max_steps: {steps}, eval_steps: {EVERY}, save_steps: {EVERY}}}\n"
+        )
+        with patch.object(SparseTrainer, "training_step", _noting_its_use(SparseTrainer.training_step, folder / "use")):
+            pid = start(folder, "long", Board())
+        ended_well(folder, "long", wait_for(pid, SECONDS_PER_STEP * steps))
+        samples = np.loadtxt(folder / "use")
+    kept = samples[samples[:, 0] >= warm_up]
     slope = np.polyfit(kept[:, 0], kept[:, 1], 1)[0] * 1000
     found = {
         "rss_mb_per_1000_steps": float(slope),
         "rss_mb_first": float(kept[0, 1]),
         "rss_mb_last": float(kept[-1, 1]),
-        "files_first": int(np.median(kept[:10, 2])),
-        "files_last": int(np.median(kept[-10:, 2])),
+        "files_first": int(np.median(kept[:3, 2])),
+        "files_last": int(np.median(kept[-3:, 2])),
         "samples": len(kept),
     }
     say(f"long      {steps} steps, {found}")
     return found
 
 
-def _use_of(pid: int) -> tuple[float, int]:
-    """Resident memory in MB and open files of a process."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE") / 1e6, len(os.listdir(f"/proc/{pid}/fd"))
+def _noting_its_use(step: Callable, file: Path) -> Callable:
+    """A training step that notes what the process holds after a checkpoint, when nothing of a batch is left: the step's
+    number, resident memory in MB and open files.
+    """
+
+    def noting(self, *args, **kwargs):
+        if self.state.global_step % EVERY == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            used = pages * os.sysconf("SC_PAGESIZE") / 1e6
+            with file.open("a") as notes:
+                notes.write(f"{self.state.global_step} {used} {len(os.listdir('/proc/self/fd'))}\n")
+        return step(self, *args, **kwargs)
+
+    return noting

@@ -58,9 +58,12 @@ class Together:
             return "save"
         if newest_step(self.folder, self.name) == STEPS:
             return "final"
-        with contextlib.suppress(OSError, ValueError):
-            return "step" if json.loads((run / "run.json").read_text())["status"] == "running" else "start"
-        return "start"
+        return "step" if self.status() == "running" else "start"
+
+    def status(self) -> str | None:
+        """What run.json says of the run; None before there is one."""
+        with contextlib.suppress(OSError):
+            return json.loads((self.folder / "models" / self.name / "run.json").read_text())["status"]
 
     def errors(self) -> str:
         """What it wrote to stderr."""
@@ -106,7 +109,7 @@ def kill_once(run: Together, processes: int, rng: random.Random) -> tuple[Kill |
     seconds = wait_until(
         lambda: all(map(gone, [run.launcher.pid, *ranks])), ALL_GONE, f"{run.name}, {target} killed: the end"
     )
-    if (status := run.launcher.wait()) == 0:
+    if (status := run.launcher.wait()) == 0 or run.status() == "finished":  # what was killed had nothing left to do
         return None, 0.0
     said = run.errors()
     reason = {"rank": f"process {chosen} was ended by SIGKILL", "launcher": "launcher was ended", "all": ""}[target]
