@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tests.benchmarks.speed.process import answer, peak_mib
 from tests.benchmarks.speed.step import config_of, stock_parts
 from trainer.arguments import ROUTES
+from trainer.cli import set_up_libraries
 from trainer.config import load_config
 from trainer.fused.model import fuse, transformers_of
 from trainer.losses import build_loss
@@ -28,6 +29,8 @@ def measure(
     Memory is the process's on a CPU, and that of the tensors on a GPU. Activations are kept, or with `checkpointing`
     computed again in the backward pass.
     """
+    if side == "ours":
+        set_up_libraries(verbose=False)  # as the command line does
     disable_progress_bars()
     file = config_of(
         Path(folder), f"largest-{side}", device, batch=2, steps=1, length=length, checkpointing=checkpointing

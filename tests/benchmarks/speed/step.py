@@ -20,6 +20,7 @@ import trainer.train
 from tests.benchmarks.speed.process import ROOT, answer, peak_mib
 from trainer.arguments import ROUTES
 from trainer.beir import read_search_set
+from trainer.cli import set_up_libraries
 from trainer.config import Config, load_config
 from trainer.config.schema import FromScratchConfig
 from trainer.fused.model import transformers_of
@@ -154,6 +155,8 @@ def measure(
     side: ours; stock-head, which is ours with the library's head; or stock, which is SparseEncoderTrainer with the
     library's losses and its sampler without duplicates.
     """
+    if side != "stock":
+        set_up_libraries(verbose=False)  # as the command line does
     disable_progress_bars()
     here, warm_up = Path(folder), WARM_UP[device]
     total = steps + warm_up
