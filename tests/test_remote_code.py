@@ -106,7 +106,9 @@ def both_routes_in_training(model):
     return vectors
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [shape if shape == "norbert4" else pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES]
+)
 def test_checkpoints_and_final_models_of_every_architecture_give_the_trained_vectors_elsewhere(
     tmp_path, monkeypatch, masked, dense, shape
 ):
