@@ -376,12 +376,12 @@ def run_python(folder, code, **kwargs):
 
 
 NAN_AT_STEP_4 = """
-from trainer.loop import SparseTrainer
-compute_loss = SparseTrainer.compute_loss
+from sentence_transformers.sparse_encoder import SparseEncoderTrainer
+compute_loss = SparseEncoderTrainer.compute_loss
 def poisoned(self, *args, **kwargs):
     loss = compute_loss(self, *args, **kwargs)
     return loss * float("nan") if self.model.training and self.state.global_step == 3 else loss
-SparseTrainer.compute_loss = poisoned
+SparseEncoderTrainer.compute_loss = poisoned
 """
 
 

@@ -1,11 +1,12 @@
 """Trains one run: data, model, loss, arguments, evaluation, steps, the final model and one verdict line."""
 
+import contextlib
 import errno
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,6 +41,7 @@ from trainer.evaluators import SCORE, SearchEvaluator, build_evaluator
 from trainer.loop import SparseTrainer
 from trainer.losses import build_loss
 from trainer.models import (
+    BaseModel,
     attention_line,
     build_model,
     choose_attention,
@@ -104,38 +106,16 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         say(f"device    {device} ({reason})")
         teacher = config.loss.teacher
         taught = {"teacher": teach(data.train, teacher, device, say)} if teacher else {}
-        transformers.set_seed(config.training.seed)
-        if checkpoint:
-            model = load_model(checkpoint, config, device)
-        else:
-            model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), device)
-        for line in model_lines(config, base):
-            say(line)
-        if config.loss.type == "splade":
-            say(head_line(config, model))
-        choose_attention(model, config, device)  # from here on its networks may compute in 16 bits only
-        say(attention_line(model, config))
+        model = ready_model(config, base, checkpoint, data, device, say)
 
-        # 3. Token ids: of every text once
-        tokeniser = Tokeniser(model, routes_of(config), say)
-        with first_on_each_machine_first():
-            data.tokenise(tokeniser)
-        for line in (token_line(tokeniser), *sitting_out_lines(config, data), padding_line(config, data, device)):
-            say(line)
-
-        if config.training.torch_compile:
-            lengths = shapes_of(config, device)
-            compile_networks(model, lengths)
-            say(f"compile   the networks, for texts of {', '.join(map(str, lengths))} tokens")
-
-        # 4. Loss
+        # 3. Loss
         statistics = BatchStatistics(enabled=config.evaluation.track_sparsity)
         idf = document_idf(config, model, data.texts("positive", "negative"))
         loss = build_loss(config, model, statistics, idf)
         for line in training_lines(config, data, model, loss):
             say(line)
 
-        # 5. Evaluation and arguments
+        # 4. Evaluation and arguments
         evaluator = shared_evaluator(config, data, say)
         best_metric = f"eval_{SCORE}" if evaluator else "eval_loss" if data.eval else None
         say(f"result    {_which_checkpoint(config, best_metric)}")
@@ -156,11 +136,11 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         if is_first():
             data.write_texts(run.training_texts)
 
-        # 6. Score before training
+        # 5. Score before training
         before = run.manifest.get("before") if checkpoint else None  # all processes hold the same manifest
         before = before or _score(model, evaluator, run, "before", say)
 
-        # 7. Train
+        # 6. Train
         throughput, watchdog = Throughput(static_routes(model)), Watchdog(statistics, say)
         weights = WeightSchedule(loss, config) if config.loss.type == "splade" else None
         if weights and checkpoint:
@@ -190,22 +170,15 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             ],
         )
         ledger = Ledger(run, throughput, watchdog, device)
-        came_to_an_end = False
-        try:
+        with ledger.kept_of(trainer, config, data):
             if checkpoint and step_of(checkpoint) >= schedule.steps:  # the library would train one step more
                 trainer.finish_from(checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            came_to_an_end = True
-        finally:
-            if is_first() and (made_by_the_library := run.checkpoints / "eval").is_dir():
-                made_by_the_library.rmdir()
-            schedule_of(config, data, stopped_at=trainer.state.global_step)
-            ledger.close(came_to_an_end, steps_done=trainer.state.global_step, datasets=data.manifest())
         if stop.received is not None and trainer.state.global_step < schedule.steps:
             raise Stopped(trainer.state.global_step, stop.received)
 
-        # 8. Save, evaluate, report: in the precision in which users will open the model, not under training's autocast
+        # 7. Save, evaluate, report: in the precision in which users will open the model, not under training's autocast
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         take_weights_of_first(model)  # another process may not have seen the best checkpoint when it was written
         if is_first():
@@ -222,6 +195,35 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         if is_first():
             say(verdict(before, after, evaluator, run.manifest))
     return after
+
+
+def ready_model(
+    config: Config, base: BaseModel | None, checkpoint: Path | None, data: TrainingData, device: str, say: Say
+) -> SparseEncoder:
+    """The model as it computes in training, and the data as its token ids: of every text once."""
+    transformers.set_seed(config.training.seed)
+    if checkpoint:
+        model = load_model(checkpoint, config, device)
+    else:
+        model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), device)
+    for line in model_lines(config, base):
+        say(line)
+    if config.loss.type == "splade":
+        say(head_line(config, model))
+    choose_attention(model, config, device)  # from here on its networks may compute in 16 bits only
+    say(attention_line(model, config))
+
+    tokeniser = Tokeniser(model, routes_of(config), say)
+    with first_on_each_machine_first():
+        data.tokenise(tokeniser)
+    for line in (token_line(tokeniser), *sitting_out_lines(config, data), padding_line(config, data, device)):
+        say(line)
+
+    if config.training.torch_compile:
+        lengths = shapes_of(config, device)
+        compile_networks(model, lengths)
+        say(f"compile   the networks, for texts of {', '.join(map(str, lengths))} tokens")
+    return model
 
 
 def where_to_go_on(config: Config, run: Run, say: Say) -> Path | None:
@@ -276,6 +278,19 @@ class Ledger:
     def __init__(self, run: Run, throughput: Throughput, watchdog: Watchdog, device: str):
         self.run, self.throughput, self.watchdog, self.device = run, throughput, watchdog, device
         self.start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def kept_of(self, trainer: SparseTrainer, config: Config, data: TrainingData) -> Iterator[None]:
+        """Count the steps of the block, however it ends."""
+        came_to_an_end = False
+        try:
+            yield
+            came_to_an_end = True
+        finally:
+            if is_first() and (made_by_the_library := self.run.checkpoints / "eval").is_dir():
+                made_by_the_library.rmdir()
+            schedule_of(config, data, stopped_at=trainer.state.global_step)
+            self.close(came_to_an_end, steps_done=trainer.state.global_step, datasets=data.manifest())
 
     def close(self, came_to_an_end: bool, **values: Any) -> None:
         """Write the totals: seconds (evaluation included), rows, tokens, their rates, peak memory, warnings.
