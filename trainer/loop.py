@@ -195,7 +195,7 @@ class FiniteFlag:
     def note(self, loss: torch.Tensor) -> None:
         """Start to copy the answer to the CPU."""
         self.answer = torch.isfinite(loss.detach()).to("cpu", non_blocking=True)
-        self.arrived = torch.cuda.current_stream().record_event() if loss.is_cuda else None
+        self.arrived = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
 
     def read(self) -> bool:
         """The answer."""
