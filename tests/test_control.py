@@ -3,11 +3,16 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
 from tests.conftest import TINY, run_trainer
+from tests.test_models import build, config_of
 from tests.test_training import assert_same_weights, manifest, weights
-from trainer.control import STATE, DimsController
+from trainer.control import STATE, DimsController, WeightSchedule
+from trainer.losses import build_loss
 from trainer.penalties import Step
+from trainer.sparsity import BatchStatistics
 
 # About what tests/benchmarks/target.yaml did: dims by weight, and FLOPS by dims.
 WEIGHTS, HELD = np.log([1e-6, 2e-5, 1e-4, 1e-3, 0.03, 0.1, 0.4, 2]), np.log([500, 450, 400, 290, 200, 100, 45, 15])
@@ -38,7 +43,7 @@ def run(target, rows, lag, steps=600):
     for number in range(1, steps + 1):
         step = model.step(weight, number)
         dims.append(step.active_dims)
-        weight = controller.update(step, number, steps) * min(1, number / steps / controller.WARM_UP) ** 2
+        weight = controller.update(step, 1.0, number, steps) * min(1, number / steps / controller.WARM_UP) ** 2
     return np.array(dims)
 
 
@@ -51,12 +56,12 @@ def test_dims_settle_within_a_tenth_in_the_first_third_and_stay(target, rows, la
 
 
 def test_the_weight_is_bounded_per_step_and_in_all():
-    # nothing changes these dims, so the weight goes as far as it may: down to a penalty of 0.005, and up to one of 0.5
-    for target, last in ((1000, math.log(0.005 / 20)), (10, math.log(0.5 / 20))):
+    # nothing changes these dims, so the weight goes as far as it may: down to a penalty of 0.01, and up to one of 0.6
+    for target, last in ((1000, math.log(0.01 / 20)), (10, math.log(0.6 / 20))):
         controller = DimsController(target)
         trace = []
         for number in range(1, 600):
-            controller.update(Step(16, 400.0, 20.0), number, 600)
+            controller.update(Step(16, 400.0, 20.0), 1.0, number, 600)
             trace.append(controller.level)
         assert max(abs(after - before) for before, after in itertools.pairwise(trace)) < 0.15
         assert controller.log_weight == pytest.approx(last)
@@ -65,24 +70,55 @@ def test_the_weight_is_bounded_per_step_and_in_all():
 def test_what_is_driven_to_the_target_is_the_mean_over_documents_not_over_batches():
     controller = DimsController(50)
     for number in range(200):
-        controller.update(Step(*((16, 10.0, 3.0) if number % 2 else (8, 100.0, 3.0))), number + 1, 400)
+        controller.update(Step(*((16, 10.0, 3.0) if number % 2 else (8, 100.0, 3.0))), 1.0, number + 1, 400)
     assert controller.measured == pytest.approx((16 * 10 + 8 * 100) / 24, rel=0.1)
 
 
 def test_a_controller_goes_on_from_its_state_to_the_last_bit():
     one = DimsController(50)
     for number in range(1, 30):
-        one.update(Step(8, 90 - number / 7, 3.0), number, 100)
+        one.update(Step(8, 90 - number / 7, 3.0), 1 - number / 99, number, 100)
     two = DimsController(50)
     two.load(one.state())
     for number in range(30, 60):
         step = Step(8, 60 + number / 3, 3.0)
-        assert one.update(step, number, 100) == two.update(step, number, 100)
+        assert one.update(step, 0.7, number, 100) == two.update(step, 0.7, number, 100)
 
 
-def test_the_first_weight_makes_the_penalty_a_tenth_whatever_its_unit():
-    for penalty in (1e-3, 20.0, 5e4):
-        assert DimsController(50).update(Step(8, 90.0, penalty), 1, 100) * penalty == pytest.approx(0.1)
+@pytest.mark.parametrize("against", [0.05, 1.0, 30.0])
+@pytest.mark.parametrize("penalty", [1e-3, 20.0, 5e4])
+def test_the_first_weight_makes_the_penalty_a_tenth_of_the_loss_whatever_their_units(penalty, against):
+    assert DimsController(50).update(Step(8, 90.0, penalty), against, 1, 100) * penalty == pytest.approx(against / 10)
+
+
+@pytest.mark.parametrize("target", [10, 1000])
+def test_a_loss_twice_as_large_is_met_with_twice_the_weight(target):
+    # as with more in-batch negatives: the same dims, a larger contrastive loss
+    one, two = DimsController(target), DimsController(target)
+    for number in range(1, 60):
+        step = Step(8, 300 - number, 20.0 + number % 3)
+        assert two.update(step, 2.0, number, 100) == pytest.approx(2 * one.update(step, 1.0, number, 100))
+
+
+@pytest.mark.parametrize("overrides", [[], ["loss.cached=true", "loss.mini_batch_size=1"]])
+def test_a_controller_hears_the_loss_that_the_penalties_work_against_once_per_batch(tmp_path, overrides):
+    bert = write_bert(tmp_path / "bert")
+    config = config_of(tmp_path, bert, "splade", "loss.target_document_dims=20",
+                       "loss.document_regularizer_weight=null", *overrides)  # fmt: skip
+    model = build(tmp_path, bert, "splade").eval()  # no dropout
+    loss = build_loss(config, model, BatchStatistics())
+    schedule = WeightSchedule(loss, config)
+    features = [model.preprocess(texts) for texts in (QUERIES, DOCUMENTS)]
+    with torch.no_grad():
+        queries, documents = (model(columns)["sentence_embedding"] for columns in features)
+        expected = torch.nn.functional.cross_entropy(queries @ documents.T, torch.arange(len(queries)))
+    loss(features)  # evaluation: not heard
+    model.training = True
+    for _ in range(2):
+        loss(features)
+    assert len(schedule._against) == 2
+    assert schedule._settle_against() == pytest.approx(expected.item(), rel=1e-5)
+    assert schedule._against == []
 
 
 @pytest.fixture

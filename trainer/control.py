@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState
 
 from trainer.config import Config, ConfigError
+from trainer.distributed import total
 from trainer.penalties import Penalty, Step
 
 STATE = "regularizer.safetensors"
@@ -28,52 +29,61 @@ class DimsController:
 
         log weight = level + GAIN · error        level += GAIN · error / (INTEGRAL · steps) + FORWARD · change of wanted
 
-    Everything is relative, to the run's steps and to the contrastive loss: no unit of the penalty, the vocabulary or the
-    batch is in here. The constants were found on tests/benchmarks/target.yaml, where twice the gain oscillates.
+    Everything is relative, to the run's steps and to the loss that the penalty works against: no unit of the penalty, the
+    vocabulary or the batch is in here. That loss grows with the in-batch negatives (on tests/benchmarks/target.yaml it is
+    0.8 at a batch of 8, 1.8 at 32), and the penalty that holds the same dims with it: with bounds in absolute numbers the
+    weight stood at the upper one from step 50 to 200 at a batch of 32, and 100 dims were reached after step 250 of 600.
+    The constants were found on that config, where twice the gain oscillates.
     """
 
     GAIN = 1.5  # dims change by 5 %: the weight by 7.5 %
     FORWARD = 1.0  # `wanted` changes by 5 %: the weight by 5 %, before any error shows
     SMOOTHING = 0.02  # share of the run that `measured` looks back on, at least ten steps
-    INTEGRAL = 0.06  # an error of 5 % changes the weight by another 7.5 % in this share of the run, at least 20 steps
+    # An error of 5 % changes the weight by another 7.5 % in this share of the run, at least 20 steps. At 0.03, dims of a
+    # batch of 32 swung from 252 to 13 and 177 on the way to 100, and by a quarter still at a third of the run.
+    INTEGRAL = 0.045
     WARM_UP = 0.1  # share of the run; the quadratic warm-up that fixed weights have over a third
     GLIDE = (0.02, 0.15)  # shares of the run between which `wanted` goes from the start to the target
-    FIRST_PENALTY = 0.1  # weight × penalty at the start; the contrastive loss is about 1, and less does nothing
-    # weight × penalty is never more: activations fall first, dims some steps later, all at once. With 2.0 a small model at
-    # a learning rate of 1e-3 fell from 248 dims to 0 within 30 steps, from where no gradient leads back.
-    MOST_PENALTY = 0.5
+    # Of weight × penalty, as shares of the loss it works against:
+    FIRST_PENALTY = 0.1  # at the start; less does nothing
+    # Never more: activations fall first, dims some steps later, all at once. At 2, a small model at a learning rate of
+    # 1e-3 fell from 248 dims to 0 within 30 steps, from where no gradient leads back.
+    MOST_PENALTY = 0.6
     MOST_ERROR = 0.5  # of an error upwards, and in the sum: a weight that is far too high is lowered at once
-    # Where weight × penalty is less, dims hardly answer: on target.yaml 5.7 of log weight took 290 dims to 200 dims, up to
-    # a penalty of 0.3, and another 1.2 to 100. There the sum grows faster.
-    FELT_PENALTY, FASTER = 0.3, 6.0
+    # With less, dims hardly answer: on target.yaml 5.7 of log weight took 290 dims to 200 dims, up to a share of 0.3, and
+    # another 1.2 to 100. There the sum grows faster.
+    FELT_PENALTY, FASTER = 0.3, 3.5
     FASTEST = 0.05  # change of the sum per step
-    LEAST_PENALTY = 0.005  # at the start's activations; less has no effect, and the way back would be long
+    LEAST_PENALTY = 0.01  # at the start's activations; less has no effect, and the way back would be long
     HIGHEST = 1e4  # times the first weight
 
     def __init__(self, target: int):
         self.target, self.steps = target, 0
         self.log_weight = self.level = self.first = self.dims = self.rows = self.start = 0.0
+        self.against = 0.0
 
     @property
     def measured(self) -> float:
         """Mean active dims of the rows of the newest steps."""
         return max(self.dims / self.rows, 1.0)
 
-    def update(self, step: Step, at: int, of: int) -> float:
-        """The weight for the next step, after step number `at` of `of`."""
+    def update(self, step: Step, against: float, at: int, of: int) -> float:
+        """The weight for the next step, after step number `at` of `of`. against: the step's loss without penalties."""
+        penalty = max(step.penalty, 1e-9)
         if self.steps == 0:
-            self.first = self.level = math.log(self.FIRST_PENALTY / max(step.penalty, 1e-9))
+            self.first = self.level = math.log(self.FIRST_PENALTY * max(against, 1e-9) / penalty)
         self.steps += 1
         newest = max(1 / max(self.SMOOTHING * of, 10), 1 / self.steps)
         self.dims += newest * (step.active_dims * step.rows - self.dims)
         self.rows += newest * (step.rows - self.rows)
+        self.against += newest * (max(against, 1e-9) - self.against)
         before, wanted = self._wanted((at - 1) / of), self._wanted(at / of)
         error = math.log(self.measured / wanted)
         error = min(error, self.MOST_ERROR)
         lowest = self.first + math.log(self.LEAST_PENALTY / self.FIRST_PENALTY)
-        highest = min(self.first + math.log(self.HIGHEST), math.log(self.MOST_PENALTY / max(step.penalty, 1e-9)))
-        share = math.exp(self.level) * step.penalty / self.FELT_PENALTY
-        faster = 1 + self.FASTER * max(-math.log(max(share, 1e-9)), 0.0)
+        highest = min(self.first + math.log(self.HIGHEST), math.log(self.MOST_PENALTY * self.against / penalty))
+        felt = math.log(self.FELT_PENALTY * self.against / penalty)
+        faster = 1 + self.FASTER * max(felt - self.level, 0.0)
         change = faster * self.GAIN * max(error, -self.MOST_ERROR) / max(self.INTEGRAL * of, 20)
         self.level += self.FORWARD * math.log(before / wanted) + min(max(change, -self.FASTEST), self.FASTEST)
         self.level = min(max(self.level, lowest), highest)
@@ -92,7 +102,7 @@ class DimsController:
         way = min(max((share - first) / (last - first), 0.0), 1.0)
         return self.start * (self.target / self.start) ** way
 
-    NUMBERS = ("log_weight", "level", "first", "dims", "rows", "start", "steps")
+    NUMBERS = ("log_weight", "level", "first", "dims", "rows", "start", "against", "steps")
 
     def state(self) -> Tensor:
         """What a checkpoint keeps: NUMBERS."""
@@ -107,13 +117,35 @@ class DimsController:
 class WeightSchedule(SpladeRegularizerWeightSchedulerCallback):
     """The library's warm-up of both weights; a controller says the value of one whose target is named.
 
-    After every optimizer step all processes hold the same sums over the step's rows, hence the same weights.
+    After every optimizer step all processes hold the same sums over the step's rows, hence the same weights. A controller
+    is also told the loss that the penalties work against: what the library's loss asks its inner one for.
     """
 
     def __init__(self, loss: SpladeLoss, config: Config):
         targets = {"document": config.loss.target_document_dims, "query": config.loss.target_query_dims}
         self.controllers = {route: DimsController(target) for route, target in targets.items() if target}
         super().__init__(loss, warmup_ratio=DimsController.WARM_UP if self.controllers else 1 / 3)
+        self._against: list[Tensor] = []  # of each batch of this step
+        if self.controllers:
+            self._listen()
+
+    def _listen(self) -> None:
+        compute = self.loss.loss.compute_loss_from_embeddings
+
+        def heard(*args, **kwargs) -> Tensor | dict[str, Tensor]:
+            found = compute(*args, **kwargs)
+            if self.loss.model.training and torch.is_grad_enabled():
+                parts = found.values() if isinstance(found, dict) else [found]
+                self._against.append(sum(part.detach() for part in parts))
+            return found
+
+        self.loss.loss.compute_loss_from_embeddings = heard
+
+    def _settle_against(self) -> float:
+        """Mean over the step's batches and all processes."""
+        seen, batches = total(float(sum(self._against)), len(self._against))
+        self._against = []
+        return seen / batches
 
     def penalty(self, route: str) -> Penalty:
         """The penalty on queries or documents."""
@@ -121,10 +153,11 @@ class WeightSchedule(SpladeRegularizerWeightSchedulerCallback):
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Take in the step; choose the next weights."""
+        against = self._settle_against() if self.controllers else 0.0
         for route in ROUTES:
             step = self.penalty(route).settle(read=route in self.controllers)
             if step:
-                weight = self.controllers[route].update(step, state.global_step, state.max_steps)
+                weight = self.controllers[route].update(step, against, state.global_step, state.max_steps)
                 self._set_weight(route, weight)
 
     def _set_weight(self, route: str, weight: float) -> None:
@@ -168,6 +201,8 @@ class WeightSchedule(SpladeRegularizerWeightSchedulerCallback):
                     f"loss.target_{route}_dims: {checkpoint} was written {was} one. Put it back as it was, or train anew "
                     "under a new name"
                 )
+            if route in self.controllers and len(found[f"{route}.controller"]) != len(DimsController.NUMBERS):
+                raise ConfigError(f"{checkpoint / STATE}: an earlier version wrote it. Train anew under a new name")
         for route, controller in self.controllers.items():
             controller.load(found[f"{route}.controller"])
             self._set_weight(route, controller.weight)
