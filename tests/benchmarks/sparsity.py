@@ -6,6 +6,7 @@ python -m tests.benchmarks.sparsity weight --weight 0.015 --data ../shared/data 
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def train(name: str, settings: dict[str, object], options: argparse.Namespace) -
         settings |= {f"datasets.{source}.source": options.data.resolve() / source for source in SETS}
         pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
         command = [sys.executable, "-m", "trainer", "train", str(CONFIG.resolve()), "--name", name, *pairs]
-        subprocess.run(command, cwd=options.models, check=True, stdout=sys.stderr)
+        environment = os.environ | {"PYTHONPATH": str(CONFIG.resolve().parents[2])}  # models/ is where it runs
+        subprocess.run(command, cwd=options.models, env=environment, check=True, stdout=sys.stderr)
     return run
 
 
