@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from tests.conftest import TINY
+from trainer.config import load_config
+from trainer.data import shapes_of
 from trainer.data.batches import NoDuplicateBatches
 from trainer.data.buckets import bucket_lengths, next_length, padding
 
@@ -159,3 +162,23 @@ def test_a_length_is_padded_to_the_next_bucket():
     assert [next_length(longest, [16, 32]) for longest in (0, 16, 17, 32)] == [16, 16, 32, 32]
     assert next_length(40, [16, 32]) == 40  # the static queries of inference-free SPLADE are cut elsewhere
     assert next_length(17, None) == 17
+
+
+@pytest.mark.parametrize(
+    ("device", "compiled", "longest", "shapes"),
+    [
+        ("cuda", False, 70, [16, 32, 48, 64, 70]),
+        ("cuda", False, 64, [16, 32, 48, 64]),
+        ("cuda", False, 10, [10]),
+        ("cuda", True, 512, bucket_lengths(512)),
+        ("cpu", True, 512, bucket_lengths(512)),
+        ("cpu", False, 70, None),
+        ("mps", False, 70, None),
+    ],
+)
+def test_padded_texts_have_a_multiple_of_sixteen_tokens_on_cuda_and_few_lengths_when_compiled(
+    tmp_path, device, compiled, longest, shapes
+):
+    (tmp_path / "a.yaml").write_text(TINY)
+    overrides = [f"training.max_seq_length={longest}", f"training.torch_compile={str(compiled).lower()}"]
+    assert shapes_of(load_config(tmp_path / "a.yaml", overrides).config, device) == shapes
