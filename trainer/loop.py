@@ -91,9 +91,10 @@ class SparseTrainer(SparseEncoderTrainer):
         return features, labels
 
     def compute_loss(self, *args, **kwargs) -> torch.Tensor | tuple[torch.Tensor, dict]:
-        """The library's, noting on the way whether it is finite."""
+        """The library's, noting on the way whether that of a training step is finite."""
         found = super().compute_loss(*args, **kwargs)
-        self.finite.note(found[0] if isinstance(found, tuple) else found)
+        if self.model.training:
+            self.finite.note(found)
         return found
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:

@@ -170,7 +170,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             ],
         )
         ledger = Ledger(run, throughput, watchdog, device)
-        with ledger.kept_of(trainer, config, data):
+        with ledger.counting(trainer, config, data):
             if checkpoint and step_of(checkpoint) >= schedule.steps:  # the library would train one step more
                 trainer.finish_from(checkpoint)
             else:
@@ -280,7 +280,7 @@ class Ledger:
         self.start = time.perf_counter()
 
     @contextlib.contextmanager
-    def kept_of(self, trainer: SparseTrainer, config: Config, data: TrainingData) -> Iterator[None]:
+    def counting(self, trainer: SparseTrainer, config: Config, data: TrainingData) -> Iterator[None]:
         """Count the steps of the block, however it ends."""
         came_to_an_end = False
         try:
@@ -290,9 +290,9 @@ class Ledger:
             if is_first() and (made_by_the_library := self.run.checkpoints / "eval").is_dir():
                 made_by_the_library.rmdir()
             schedule_of(config, data, stopped_at=trainer.state.global_step)
-            self.close(came_to_an_end, steps_done=trainer.state.global_step, datasets=data.manifest())
+            self._close(came_to_an_end, steps_done=trainer.state.global_step, datasets=data.manifest())
 
-    def close(self, came_to_an_end: bool, **values: Any) -> None:
+    def _close(self, came_to_an_end: bool, **values: Any) -> None:
         """Write the totals: seconds (evaluation included), rows, tokens, their rates, peak memory, warnings.
 
         After a failure the other processes are gone, so what was trained since the last log line is not counted.

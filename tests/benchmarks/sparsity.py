@@ -17,14 +17,13 @@ from sentence_transformers.sparse_encoder.losses import FlopsLoss
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from trainer.beir import passage_text
+from trainer.beir import read_search_set
 from trainer.penalties import Penalty, flops
 
 CONFIG = Path(__file__).with_name("target.yaml")
 SETS = ("norquad", "swequad")
-WINDOW = (
-    50  # steps whose documents are averaged: 400 at a batch of 8, whose lengths alone move the mean by some per cent
-)
+# Steps whose documents are averaged: 400 at a batch of 8, whose lengths alone move the mean by some per cent.
+WINDOW = 50
 # Of `weight`: shorter, so that a step of 64 rows fits a run of ten minutes on one core.
 SHORT = {"training.max_steps": 300, "training.max_seq_length": 256}
 # Rows per device, batches per step, rows per pass of GradCache
@@ -64,10 +63,9 @@ def vectors_of(run: Path, data: Path, split: str) -> Tensor:
     """[passages, vocabulary] of those that answer a question of the split; no dev passage answers a training question."""
     texts = []
     for name in SETS:
-        lines = (data / name / f"qrels.{split}.tsv").read_text().splitlines()[1:]
-        answers = {line.split("\t")[1] for line in lines}
-        passages = map(json.loads, (data / name / "corpus.jsonl").read_text().splitlines())
-        texts += [passage_text(row.get("title"), row["text"]) for row in passages if row["_id"] in answers]
+        found = read_search_set(data / name, split, name)
+        answers = set().union(*found.relevant.values())
+        texts += [text for passage, text in found.corpus.items() if passage in answers]
     model = SparseEncoder(str(run / "final"), device="cpu")
     return model.encode_document(texts, show_progress_bar=False, convert_to_sparse_tensor=False)
 

@@ -27,6 +27,8 @@ NanoBeirTask = Literal[
 
 # The word `base_model` takes when there is no base model to start from.
 FROM_SCRATCH = "from-scratch"
+# The values of `attention` that read the texts of a batch one after the other, without padding.
+PACKED_ATTENTION = ("varlen", "flash_attention_2", "flash_attention_3")
 
 
 class Section(BaseModel):
@@ -99,13 +101,13 @@ class ModelConfig(Section):
     csr_train_base: bool = False
     """csr: train the dense model too. By default only the autoencoder is trained."""
 
+    from_scratch: FromScratchConfig | None = None
+    """Size of the model that `base_model: from-scratch` builds."""
+
     @property
     def packs_texts(self) -> bool:
         """Whether texts are read one after the other, without padding."""
-        return self.attention in ("varlen", "flash_attention_2", "flash_attention_3")
-
-    from_scratch: FromScratchConfig | None = None
-    """Size of the model that `base_model: from-scratch` builds."""
+        return self.attention in PACKED_ATTENTION
 
 
 class TrainingConfig(Section):

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DataCollatorWithFlattening
 
 from trainer.config import Config, ConfigError, one_line
+from trainer.config.schema import PACKED_ATTENTION
 from trainer.fused.model import transformers_of
 
 # torch's own flash attention, on texts of varying length one after the other; by this name transformers finds it here.
 VARLEN = "varlen"
-# The implementations that take packed texts, and the module and package they are in, where that is not torch.
-PACKED = {
-    VARLEN: None,
+# The module and package of those that are not torch's.
+PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
 }
@@ -77,22 +77,24 @@ def choose_attention(model: SparseEncoder, config: Config, device: str) -> None:
             _set(transformer, name)
         except (ImportError, ValueError, OSError, RuntimeError) as error:
             raise ConfigError(f"model.attention: {name} cannot be used: {one_line(error)}") from None
-        if name in PACKED and not transformer.can_flatten_inputs:
+        if config.model.packs_texts and not transformer.can_flatten_inputs:
             raise ConfigError(f"model.attention: {name} has no function for packed texts here. Leave it at auto")
 
 
 def check_attention(model: SparseEncoder, config: Config, device: str) -> None:
     """Raise ConfigError when the device, a missing package or the base model's code rules the config's attention out."""
     name = config.model.attention
-    if name in PACKED and device != "cuda":
+    if config.model.packs_texts and device != "cuda":
         raise ConfigError(f"model.attention: {name} is for CUDA, and training is on {device}. Leave it at auto")
-    if PACKED.get(name):
-        module, package = PACKED[name]
+    if name in PACKAGES:
+        module, package = PACKAGES[name]
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f"model.attention: {name} needs the package {package}, which is not installed here")
     for transformer in transformers_of(model) if name != "auto" else ():
         network = transformer.model
-        if not network._can_set_attn_implementation() or (name in PACKED and not network._supports_flash_attn):
+        if not network._can_set_attn_implementation() or (
+            config.model.packs_texts and not network._supports_flash_attn
+        ):
             raise ConfigError(
                 f"model.attention: {type(network).__name__} ({config.model.base_model}) has code of its own for attention, "
                 f"so {name} cannot be set. Leave it at auto"
@@ -102,7 +104,7 @@ def check_attention(model: SparseEncoder, config: Config, device: str) -> None:
 def attention_line(model: SparseEncoder, config: Config) -> str:
     """For the plan: what attention is computed with, and why."""
     name = config.model.attention
-    if name in PACKED:
+    if config.model.packs_texts:
         return f"attention {name} (model.attention says so), texts packed without padding"
     own = {transformer.model.config._attn_implementation for transformer in transformers_of(model)}
     used = ", ".join(sorted(own)) if name == "auto" else name
@@ -113,7 +115,7 @@ def attention_line(model: SparseEncoder, config: Config) -> str:
 def in_any_precision(model: SparseEncoder) -> Iterator[None]:
     """Flash attention computes in 16 bits only: the model is scored, as users open it, with torch's own attention."""
     switched = [(each, each.model.config._attn_implementation) for each in transformers_of(model)]
-    switched = [(transformer, name) for transformer, name in switched if name in PACKED]
+    switched = [(transformer, name) for transformer, name in switched if name in PACKED_ATTENTION]
     for transformer, _ in switched:
         _set(transformer, "sdpa")
     try:

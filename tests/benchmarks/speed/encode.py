@@ -21,7 +21,7 @@ DOCUMENTS, QUERIES, BATCH = 128, 500, 32
 def measure(side: str, folder: str, what: str, length: int = 256) -> dict[str, Any]:
     """documents: CPU seconds and peak MiB; queries: milliseconds each, by the clock on the wall; side: ours or stock."""
     rows = [row for _, row in read_json_lines(Path(folder, "triplets.jsonl"))]
-    file = config_of(Path(folder), f"encode-{side}", "cpu", batch=8, steps=1, length=length, checkpointing=False)
+    file = config_of(Path(folder), f"encode-{side}", "cpu", batch=8, steps=1, length=length)
     config = load_config(file).config
     model = build_model(config, fetch_base_model(config), [], [row["positive"] for row in rows[:8]], "cpu")
     if side == "ours":

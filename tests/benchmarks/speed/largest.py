@@ -51,7 +51,7 @@ def measure(
             step(model, loss, optimizer, longest[:size], config.training.bf16)
         except torch.cuda.OutOfMemoryError:
             break
-        peaks[size] = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak_mib()
+        peaks[size] = peak_mib(device)
         if peaks[size] > budget_mib:
             break
     else:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -32,8 +34,10 @@ def answer(measure: Callable[..., dict[str, Any]]) -> None:
     print(json.dumps(measure(**json.loads(sys.argv[1]))))
 
 
-def peak_mib() -> float:
-    """Most memory this process has used, in MiB."""
+def peak_mib(device: str = "cpu") -> float:
+    """Most memory this process has used, in MiB; on a GPU, that of its tensors there."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     if (status := Path("/proc/self/status")).exists():  # Linux's ru_maxrss starts with what the parent used
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 2**10

@@ -58,7 +58,7 @@ hardware: {{device: {device}, tf32: {half}, gradient_checkpointing: {checkpointi
 
 
 def config_of(
-    folder: Path, name: str, device: str, *, batch: int, steps: int, length: int, checkpointing: bool
+    folder: Path, name: str, device: str, *, batch: int, steps: int, length: int, checkpointing: bool = False
 ) -> Path:
     """The config of one measurement; on a GPU, with the flags of the shipped H100 configs except torch.compile."""
     gpu = device == "cuda"
@@ -170,8 +170,7 @@ def measure(
         train_stock(loaded.config, here, clock)
     else:
         train_ours(loaded, here, clock)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak_mib()
-    return {**clock.found(), "mib": peak, "losses": clock.losses}
+    return {**clock.found(), "mib": peak_mib(device), "losses": clock.losses}
 
 
 def train_ours(loaded, folder: Path, clock: StepClock) -> None:
