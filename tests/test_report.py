@@ -14,6 +14,7 @@ from itertools import pairwise
 from xml.etree import ElementTree as ET
 
 import pytest
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 from evaluate.report import FILTERS, read_curves, training_plots, write_report
@@ -710,7 +711,9 @@ def test_curves_are_what_was_logged(full):
     assert read_curves(full.folder / "nowhere") == {}
 
 
-def test_steps_that_a_resumed_run_repeats_are_drawn_once(tmp_path):
+def test_steps_that_a_resumed_run_repeats_are_drawn_once(tmp_path, monkeypatch):
+    # files of one process and second are read in the order of the numbers in their names: 10 would be read before 9
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     for purge, values in ((None, {1: 9.0, 2: 8.0, 3: 7.0}), (3, {3: 6.0, 4: 5.0})):
         with SummaryWriter(str(tmp_path), purge_step=purge, filename_suffix=f".{purge}") as writer:
             for step, value in values.items():
