@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers.activations import GELUActivation
 
 from trainer.fused import products
 from trainer.fused.products import use_onednn, use_torch
@@ -49,6 +50,61 @@ def test_other_precisions_and_autocast_are_left_to_torch(monkeypatch):
     layer.float()
     use_torch(layer)
     assert torch.equal(layer(inputs), plain)
+
+
+class Feed(nn.Module):
+    """A BERT layer's second half; `between` is what happens to the GELU's values on their way to the second product."""
+
+    def __init__(self, between=lambda values: values):
+        super().__init__()
+        self.up, self.activation, self.down, self.between = (
+            nn.Linear(7, 28),
+            GELUActivation(),
+            nn.Linear(28, 7),
+            between,
+        )
+
+    def forward(self, inputs):
+        return self.down(self.between(self.activation(self.up(inputs))))
+
+
+def kept_bytes(network, inputs):
+    """What a forward pass keeps for its backward pass, its inputs and weights not counted."""
+    known = {each.data_ptr() for each in (inputs, *network.parameters())}
+    found = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda each: found.setdefault(each.data_ptr(), each), lambda each: each
+    ):
+        network(inputs)
+    return sum(each.nbytes for place, each in found.items() if place not in known)
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), GELUActivation()])
+def test_the_values_of_a_gelu_are_not_kept_and_gradients_are_the_same(activation):
+    torch.manual_seed(0)
+    network, inputs = Feed(), torch.randn(5, 7)
+    network.activation = activation
+    wide = 5 * 28 * 4
+    assert kept_bytes(network, inputs) == 2 * wide  # before and after the GELU
+    exact = outputs_and_gradients(network, inputs)
+    use_onednn(network)
+    assert kept_bytes(network, inputs) == wide
+    for ours, theirs in zip(outputs_and_gradients(network, inputs), exact, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    use_torch(network)
+    assert kept_bytes(network, inputs) == 2 * wide
+
+
+@pytest.mark.parametrize(
+    "between", [lambda values: 2 * values, lambda values: values.mul_(2), lambda values: values[..., :] + 0]
+)
+def test_values_that_are_changed_on_their_way_are_kept_as_they_are(between):
+    torch.manual_seed(0)
+    network, inputs = Feed(between), torch.randn(5, 7)
+    exact = outputs_and_gradients(network, inputs)
+    use_onednn(network)
+    for ours, theirs in zip(outputs_and_gradients(network, inputs), exact, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_layers_of_another_class_keep_their_own_computation():
