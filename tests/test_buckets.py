@@ -5,51 +5,35 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from tests.conftest import TINY
-from trainer.config import load_config
-from trainer.data import shapes_of
+from trainer.data import ForwardPasses
 from trainer.data.batches import NoDuplicateBatches
-from trainer.data.buckets import bucket_lengths, next_length, padding
+from trainer.data.buckets import bucket_lengths, next_length
+from trainer.data.forward_passes import padding
 
 
 def rows_of(count, distinct=None, seed=0):
-    """Rows whose positives are one of `distinct` passages, and the lengths of the passages, [rows, 1]."""
+    """Rows whose positives are one of `distinct` passages, and the lengths of the passages, [rows]."""
     rng = np.random.default_rng(seed)
     passages = rng.integers(0, distinct or count, count) if distinct else np.arange(count)
     dataset = Dataset.from_dict(
         {"anchor": [f"query {n}" for n in range(count)], "positive": [f"passage {n}" for n in passages]}
     )
-    return dataset, rng.gamma(2.0, 60.0, distinct or count).astype(int)[passages][:, None] + 5
+    return dataset, rng.gamma(2.0, 60.0, distinct or count).astype(int)[passages] + 5
 
 
 def padded(sampler, lengths, pass_number=0):
-    tokens, positions = padding(sampler.batches(pass_number), lengths, sampler.processes)
+    batches = sampler.batches(pass_number)
+    tokens, positions = padding(batches, lengths[:, None], 1, ForwardPasses(), sampler.processes)
     return 1 - tokens / positions
 
 
 def test_rows_of_the_same_length_come_together():
     dataset, _ = rows_of(16)
-    lengths = np.array([[3], [9]] * 8)
+    lengths = np.array([3, 9] * 8)
     batches = NoDuplicateBatches(dataset, 4, lengths=lengths, window=4).batches(0)
-    assert [len(set(lengths[batch, 0])) for batch in batches] == [1, 1, 1, 1]
+    assert [len(set(lengths[batch])) for batch in batches] == [1, 1, 1, 1]
     at_random = NoDuplicateBatches(dataset, 4, lengths=lengths, window=1).batches(0)
-    assert max(len(set(lengths[batch, 0])) for batch in at_random) == 2
-
-
-def test_padding_is_counted_as_a_loop_would():
-    rng = np.random.default_rng(0)
-    for processes, shapes in ((1, None), (2, None), (3, [16, 64, 256])):
-        lengths = rng.integers(1, 200, (60, 2))
-        batches = np.split(rng.permutation(60), [12, 30, 36])
-        tokens = positions = 0
-        for batch in batches:
-            for part in np.split(batch, processes):
-                for column in (0, 1):
-                    longest = max(lengths[row, column] for row in part)
-                    longest = min(n for n in shapes or [longest] if n >= longest)
-                    positions += longest * len(part)
-                    tokens += sum(lengths[row, column] for row in part)
-        assert padding(batches, lengths, processes, shapes) == (tokens, positions)
+    assert max(len(set(lengths[batch])) for batch in at_random) == 2
 
 
 @pytest.mark.parametrize("processes", [1, 4])
@@ -134,18 +118,6 @@ def test_no_more_rows_sit_out_than_in_a_random_order():
     assert out["at least"] <= out[32] <= out[1] * 1.01
 
 
-def test_both_documents_of_a_triplet_count():
-    rng = np.random.default_rng(0)
-    dataset = Dataset.from_dict(
-        {name: [f"{name} {n}" for n in range(1024)] for name in ("anchor", "positive", "negative")}
-    )
-    lengths = rng.integers(5, 250, (1024, 2))  # a negative's length says nothing of the positive's
-    both = padded(NoDuplicateBatches(dataset, 16, lengths=lengths, window=64), lengths)
-    longer = padded(NoDuplicateBatches(dataset, 16, lengths=lengths.max(1, keepdims=True), window=64), lengths)
-    at_random = padded(NoDuplicateBatches(dataset, 16), lengths)
-    assert both < 0.6 * longer < 0.6 * at_random
-
-
 # ------------------------------------------------------------------------------------------- few shapes
 def test_bucket_lengths_are_few_and_end_at_the_longest():
     assert bucket_lengths(512) == [16, 32, 48, 72, 120, 192, 320, 512]
@@ -162,23 +134,3 @@ def test_a_length_is_padded_to_the_next_bucket():
     assert [next_length(longest, [16, 32]) for longest in (0, 16, 17, 32)] == [16, 16, 32, 32]
     assert next_length(40, [16, 32]) == 40  # the static queries of inference-free SPLADE are cut elsewhere
     assert next_length(17, None) == 17
-
-
-@pytest.mark.parametrize(
-    ("device", "compiled", "longest", "shapes"),
-    [
-        ("cuda", False, 70, [16, 32, 48, 64, 70]),
-        ("cuda", False, 64, [16, 32, 48, 64]),
-        ("cuda", False, 10, [10]),
-        ("cuda", True, 512, bucket_lengths(512)),
-        ("cpu", True, 512, bucket_lengths(512)),
-        ("cpu", False, 70, None),
-        ("mps", False, 70, None),
-    ],
-)
-def test_padded_texts_have_a_multiple_of_sixteen_tokens_on_cuda_and_few_lengths_when_compiled(
-    tmp_path, device, compiled, longest, shapes
-):
-    (tmp_path / "a.yaml").write_text(TINY)
-    overrides = [f"training.max_seq_length={longest}", f"training.torch_compile={str(compiled).lower()}"]
-    assert shapes_of(load_config(tmp_path / "a.yaml", overrides).config, device) == shapes

@@ -116,9 +116,9 @@ def test_a_controller_hears_the_loss_that_the_penalties_work_against_once_per_ba
     model.training = True
     for _ in range(2):
         loss(features)
-    assert len(schedule._against) == 2
+    assert len(loss.loss.noted) == 2
     assert schedule._settle_against() == pytest.approx(expected.item(), rel=1e-5)
-    assert schedule._against == []
+    assert loss.loss.noted == []
 
 
 @pytest.fixture

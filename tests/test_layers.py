@@ -21,8 +21,8 @@ ROWS = [
         "trainer.upload",
     },
     {"trainer.cache"},
+    {"trainer.data"},
     {
-        "trainer.data",
         "trainer.models",
         "trainer.losses",
         "trainer.arguments",

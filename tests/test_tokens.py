@@ -13,7 +13,7 @@ from tests.standins import COMMIT, SHAPES, write_norbert
 from tests.test_models import config_of
 from trainer.arguments import build_arguments, routes_of
 from trainer.config import ConfigError, load_config
-from trainer.data import TokenCollator, Tokeniser, load_data
+from trainer.data import ForwardPasses, TokenCollator, Tokeniser, load_data
 from trainer.data import tokens as module
 from trainer.data.batches import text_ids
 from trainer.data.token_file import PART, TokenFile
@@ -124,7 +124,7 @@ def test_texts_are_padded_to_few_lengths_where_asked(tmp_path):
     _, model = built(tmp_path, write_bert(tmp_path / "base"), "splade")
     rows = triplets()
     tokens = Tokeniser(model, {}, print).rows("a", rows, text_ids(rows), "content")
-    collate, shapes = TokenCollator([tokens], [8, 16, 32]), set()
+    collate, shapes = TokenCollator([tokens], ForwardPasses(lengths=[8, 16, 32])), set()
     for number in range(len(rows)):
         wide, narrow = collate([number]), TokenCollator([tokens])([number])
         for role in rows.column_names:

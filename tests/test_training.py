@@ -144,7 +144,7 @@ def test_a_run_killed_before_its_final_model_was_written_is_finished_without_ano
 
 
 def test_a_model_that_gets_worse_ends_with_its_best_checkpoint(tiny):
-    overrides = ["training.learning_rate=0.1", "training.lr_scheduler_type=constant", "training.max_grad_norm=0"]
+    overrides = ["training.learning_rate=0.02", "training.lr_scheduler_type=constant", "training.max_grad_norm=0"]
     arguments = [part for pair in overrides for part in ("--set", pair)]
     result = run_trainer(tiny.parent, "train", "tiny.yaml", *arguments)
     assert result.returncode == 0, result.stderr

@@ -125,26 +125,13 @@ class WeightSchedule(SpladeRegularizerWeightSchedulerCallback):
         targets = {"document": config.loss.target_document_dims, "query": config.loss.target_query_dims}
         self.controllers = {route: DimsController(target) for route, target in targets.items() if target}
         super().__init__(loss, warmup_ratio=DimsController.WARM_UP if self.controllers else 1 / 3)
-        self._against: list[Tensor] = []  # of each batch of this step
         if self.controllers:
-            self._listen()
-
-    def _listen(self) -> None:
-        compute = self.loss.loss.compute_loss_from_embeddings
-
-        def heard(*args, **kwargs) -> Tensor | dict[str, Tensor]:
-            found = compute(*args, **kwargs)
-            if self.loss.model.training and torch.is_grad_enabled():
-                parts = found.values() if isinstance(found, dict) else [found]
-                self._against.append(sum(part.detach() for part in parts))
-            return found
-
-        self.loss.loss.compute_loss_from_embeddings = heard
+            self.loss.loss.noted = []  # of each batch of this step
 
     def _settle_against(self) -> float:
         """Mean over the step's batches and all processes."""
-        seen, batches = total(float(sum(self._against)), len(self._against))
-        self._against = []
+        noted, self.loss.loss.noted = self.loss.loss.noted, []
+        seen, batches = total(float(sum(noted)), len(noted))
         return seen / batches
 
     def penalty(self, route: str) -> Penalty:

@@ -15,7 +15,7 @@ from trainer.callbacks import EvaluationCut, NonFiniteLoss, StopOnSignal, Throug
 from trainer.checkpoints import ASIDE, PREFIX, put_in_place, remove_oldest, require_unchanged, seal, written_aside
 from trainer.config import Config
 from trainer.control import WeightSchedule
-from trainer.data import MixedBatches, NoDuplicateBatches, TokenCollator, TrainingData, shapes_of
+from trainer.data import MixedBatches, NoDuplicateBatches, TokenCollator, TrainingData, forward_passes_of
 from trainer.device import give_back_unused_memory
 from trainer.distributed import from_all, from_first, is_first, keep_smallest, processes
 from trainer.models import keep_code
@@ -41,7 +41,7 @@ class SparseTrainer(SparseEncoderTrainer):
         if schedule is not None:
             kwargs["callbacks"] = [schedule, *kwargs.get("callbacks", ())]
         super().__init__(*args, **kwargs)
-        self.shapes = shapes_of(config, self.args.device.type)
+        self.forward_passes = forward_passes_of(config, self.args.device.type)
         self.finite = FiniteFlag()
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)  # ours stand in the callbacks argument
@@ -71,7 +71,7 @@ class SparseTrainer(SparseEncoderTrainer):
         return DataLoader(
             range(len(loader.dataset)),
             batch_sampler=loader.batch_sampler,
-            collate_fn=TokenCollator(sets, self.shapes),
+            collate_fn=TokenCollator(sets, self.forward_passes),
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
             persistent_workers=loader.persistent_workers,
@@ -124,6 +124,9 @@ class SparseTrainer(SparseEncoderTrainer):
         except EvaluationCut:
             self.control.should_save = self.control.should_training_stop = True
             return {}
+        finally:  # where the library's evaluators write; ours does not
+            if is_first() and (empty := Path(self.args.output_dir) / "eval").is_dir():
+                empty.rmdir()
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
         return super()._determine_best_metric(metrics, trial) if metrics else False

@@ -1,6 +1,7 @@
 """The training objective: a contrastive loss with in-batch negatives, inside what keeps the vectors sparse."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from sentence_transformers import SparseEncoder, util
@@ -11,48 +12,58 @@ from sentence_transformers.sparse_encoder.losses import (
     SparseDistillKLDivLoss,
     SparseMarginMSELoss,
     SparseMultipleNegativesRankingLoss,
-    SpladeLoss,
+)
+from sentence_transformers.sparse_encoder.losses import (
+    SpladeLoss as StockSpladeLoss,
 )
 from sentence_transformers.util.distributed import all_gather_with_grad
 from torch import Tensor, nn
 
 from trainer.config import Config
 from trainer.config.schema import TeacherConfig
+from trainer.data import PLACE
 from trainer.distributed import processes
 from trainer.penalties import Penalty, flops, idf_flops, l1
 from trainer.sparsity import BatchStatistics
 
 
-def ranking_loss(
-    model: SparseEncoder,
-    statistics: BatchStatistics,
-    scale: float,
-    similarities: tuple[Callable, Callable],
-    teacher: TeacherConfig | None,
-) -> SparseMultipleNegativesRankingLoss:
-    """The library's contrastive loss over the batch of all processes; `statistics` sees this one's vectors in training.
+class RankingLoss(SparseMultipleNegativesRankingLoss):
+    """The library's contrastive loss over the batch of all processes, plus what the encoder is taught, if it is.
 
-    similarities: of all queries with all passages, and of each with its own. With a teacher, what the encoder is taught
-    adds to it, for rows that have labels (evaluation rows and pairs have none).
+    Rows without a teacher's labels (those of evaluation, and pairs) are taught nothing. In training, `statistics` sees this
+    process's vectors, and `noted`, where it is a list, gets the loss.
     """
-    similarity, pairwise = similarities
-    loss = SparseMultipleNegativesRankingLoss(
-        model, scale=scale, similarity_fct=similarity, gather_across_devices=processes() > 1
-    )
-    compute = loss.compute_loss_from_embeddings
-    taught = build_distillation(model, teacher, lambda a, b: scale * pairwise(a, b)) if teacher else None
 
-    def measured(embeddings: Iterable[Tensor], labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+    noted: list[Tensor] | None = None
+
+    def __init__(
+        self,
+        model: SparseEncoder,
+        statistics: BatchStatistics,
+        scale: float,
+        similarities: tuple[Callable, Callable],
+        teacher: TeacherConfig | None,
+    ):
+        """similarities: of all queries with all passages, and of each with its own."""
+        similarity, pairwise = similarities
+        super().__init__(model, scale=scale, similarity_fct=similarity, gather_across_devices=processes() > 1)
+        self.statistics = statistics
+        self.taught = build_distillation(model, teacher, lambda a, b: scale * pairwise(a, b)) if teacher else None
+
+    def compute_loss_from_embeddings(
+        self, embeddings: Iterable[Tensor], labels: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """embeddings: the queries, the positives and the negatives if any, [rows, vocabulary] each."""
         embeddings = list(embeddings)
-        if model.training:
-            statistics.add(embeddings)
-        contrastive = compute(embeddings, None)
-        if taught is None or labels is None:
-            return contrastive
-        return {"base_loss": contrastive, "distillation_loss": taught(embeddings, labels)}
-
-    loss.compute_loss_from_embeddings = measured
-    return loss
+        if self.model.training:
+            self.statistics.add(embeddings)
+        contrastive = super().compute_loss_from_embeddings(embeddings, None)
+        found = {"base_loss": contrastive}
+        if self.taught is not None and labels is not None:
+            found["distillation_loss"] = self.taught(embeddings, labels)
+        if self.noted is not None and self.model.training and torch.is_grad_enabled():
+            self.noted.append(sum(part.detach() for part in found.values()))
+        return found if len(found) > 1 else contrastive
 
 
 def build_distillation(model: SparseEncoder, teacher: TeacherConfig, similarity: Callable) -> Callable:
@@ -92,6 +103,33 @@ class SharedReconstructionLoss(CSRReconstructionLoss):
         return super().compute_loss_from_embeddings(outputs)
 
 
+class SpladeLoss(StockSpladeLoss):
+    """The library's, for batches whose passages go through the network in passes of their own."""
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> dict[str, Tensor]:
+        """sentence_features: as TokenCollator makes them, or one entry for each column."""
+        queries, *documents = embed(self.model, sentence_features)
+        ranking = self.loss.compute_loss_from_embeddings([queries, *documents], labels)
+        losses = dict(ranking) if isinstance(ranking, dict) else {"base_loss": ranking}
+        for route, vectors in (("document", torch.cat(documents)), ("query", queries)):
+            penalty = getattr(self, f"{route}_regularizer").compute_loss_from_embeddings(vectors)
+            losses[f"{route}_regularizer_loss"] = penalty * getattr(self, f"{route}_regularizer_weight")
+        return losses
+
+
+def embed(model: nn.Module, features: Iterable[dict[str, Any]]) -> list[Tensor]:
+    """The vectors [rows, vocabulary] of each column: of the queries, the positives, and the negatives if any."""
+    columns, places = [], []
+    for each in features:
+        places += [each[PLACE]] if PLACE in each else []
+        columns.append(model(each)["sentence_embedding"])
+    if not places:
+        return columns
+    queries, *passages = columns
+    in_order = torch.cat(passages)[torch.cat(places).argsort()]
+    return [queries, *in_order.split(len(queries))]
+
+
 def build_loss(
     config: Config, model: SparseEncoder, statistics: BatchStatistics, idf: Tensor | None = None
 ) -> nn.Module:
@@ -103,11 +141,11 @@ def build_loss(
 
 def build_splade_loss(
     config: Config, model: SparseEncoder, statistics: BatchStatistics, idf: Tensor | None
-) -> SpladeLoss:
+) -> StockSpladeLoss:
     """Contrastive loss on dot products plus penalties on documents and queries (arXiv 2109.10086)."""
     loss = config.loss
     similarities = util.dot_score, util.pairwise_dot_score
-    ranking = ranking_loss(model, statistics, loss.scale or 1.0, similarities, loss.teacher)
+    ranking = RankingLoss(model, statistics, loss.scale or 1.0, similarities, loss.teacher)
     function = {"flops": flops, "l1": l1}.get(loss.penalty) or idf_flops(idf)
     parts = {
         # 0 rather than None: None means the same and makes the library warn; with a target it is found in training
@@ -125,7 +163,7 @@ def build_csr_loss(config: Config, model: SparseEncoder, statistics: BatchStatis
     """Reconstruction of the dense vector plus a contrastive loss on cosines (arXiv 2503.01776)."""
     loss = config.loss
     similarities = util.cos_sim, util.pairwise_cos_sim
-    ranking = ranking_loss(model, statistics, loss.scale or 20.0, similarities, loss.teacher)
+    ranking = RankingLoss(model, statistics, loss.scale or 20.0, similarities, loss.teacher)
     csr = CSRLoss(model, ranking, beta=loss.beta, gamma=loss.gamma)
     csr.reconstruction_loss = SharedReconstructionLoss(model, beta=loss.beta)
     return csr

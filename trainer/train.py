@@ -28,7 +28,7 @@ from trainer.checkpoints import best_of, newest_complete, put_in_place, remove_l
 from trainer.config import Config, ConfigError, LoadedConfig
 from trainer.control import WeightSchedule
 from trainer.csr import AutoencoderCare
-from trainer.data import Tokeniser, TrainingData, load_data, shapes_of, static_routes
+from trainer.data import Tokeniser, TrainingData, forward_passes_of, load_data, static_routes
 from trainer.device import choose_device, describe_device, peak_memory_gib
 from trainer.distributed import (
     first_on_each_machine_first,
@@ -220,7 +220,7 @@ def ready_model(
         say(line)
 
     if config.training.torch_compile:
-        lengths = shapes_of(config, device)
+        lengths = forward_passes_of(config, device).lengths
         compile_networks(model, lengths)
         say(f"compile   the networks, for texts of {', '.join(map(str, lengths))} tokens")
     return model
@@ -287,8 +287,6 @@ class Ledger:
             yield
             came_to_an_end = True
         finally:
-            if is_first() and (made_by_the_library := self.run.checkpoints / "eval").is_dir():
-                made_by_the_library.rmdir()
             schedule_of(config, data, stopped_at=trainer.state.global_step)
             self._close(came_to_an_end, steps_done=trainer.state.global_step, datasets=data.manifest())
 

@@ -12,17 +12,19 @@ from datasets import Dataset, DatasetDict
 from trainer.beir import SearchSet, has_split, is_beir, read_search_set
 from trainer.config import Config, ConfigError
 from trainer.data.batches import MixedBatches, Mixture, NoDuplicateBatches, batch_sizes, text_ids
-from trainer.data.buckets import bucket_lengths, padding
+from trainer.data.forward_passes import ForwardPasses, forward_passes_of, padding
 from trainer.data.mining import fill_negatives
 from trainer.data.rows import LABEL, ROLES, Rows, fingerprint
 from trainer.data.sources import LoadedSource, mining_of, sample, sources_of
-from trainer.data.tokens import TokenCollator, Tokeniser, TokenRows, folder_of_tokens, static_routes
+from trainer.data.tokens import PLACE, TokenCollator, Tokeniser, TokenRows, folder_of_tokens, static_routes
 from trainer.distributed import processes
 from trainer.files import written_whole
 from trainer.hub import HubUnreachable
 
 __all__ = [
     "LABEL",
+    "PLACE",
+    "ForwardPasses",
     "MixedBatches",
     "Mixture",
     "NoDuplicateBatches",
@@ -31,15 +33,14 @@ __all__ = [
     "TokenCollator",
     "Tokeniser",
     "TrainingData",
-    "bucket_lengths",
     "folder_of_tokens",
+    "forward_passes_of",
     "load_data",
-    "shapes_of",
     "static_routes",
 ]
 
-# Texts on a GPU are padded to a multiple of so many tokens: at most 32 lengths up to 512, and 2 % more padding at 300.
-GPU_LENGTHS = 16
+# The padding of a pass over a half is counted on so many of its batches: a loop over those of a million rows takes seconds.
+COUNTED_BATCHES = 1000
 
 
 @dataclass
@@ -123,7 +124,7 @@ class TrainingData:
                 seed=config.training.seed,
                 processes=processes(),
                 ids=self.text_ids(half),
-                lengths=self.tokens[half].lengths() if half in self.tokens else None,
+                lengths=self.tokens[half].longest_passages() if half in self.tokens else None,
                 window=1 if config.model.packs_texts else config.datasets.length_window,
             )
         return self._batches[half]
@@ -138,16 +139,20 @@ class TrainingData:
 
         Counted on the first pass of each half, which counts as often as its set is drawn.
         """
-        shapes, rng = shapes_of(config, device), np.random.default_rng(config.training.seed)
+        passes, rng = forward_passes_of(config, device), np.random.default_rng(config.training.seed)
         tokens, ours, at_random = 0.0, 0.0, 0.0
         for name, halves in self.halves.items():
             times = self.summaries[name].rows_drawn / self.summaries[name].rows
             for half in halves:
-                batches, lengths = self.batches(half, config).batches(0), self.tokens[half].lengths()
-                found, positions = padding(batches, lengths, processes(), shapes)
+                every, rows = self.batches(half, config).batches(0), self.tokens[half]
+                batches = every[:: -(-len(every) // COUNTED_BATCHES)]
                 shuffled = np.split(rng.permutation(np.concatenate(batches)), np.cumsum([*map(len, batches)])[:-1])
-                tokens, ours = tokens + times * found, ours + times * positions
-                at_random += times * padding(shuffled, lengths, processes(), shapes)[1]
+                (found, positions), (_, positions_at_random) = (
+                    padding(each, rows.lengths(), rows.passages, passes, processes()) for each in (batches, shuffled)
+                )
+                share = times * len(every) / len(batches)
+                tokens, ours = tokens + share * found, ours + share * positions
+                at_random += share * positions_at_random
         return 1 - tokens / max(ours, 1), 1 - tokens / max(at_random, 1)
 
     def sample(self, rows: int, seed: int) -> "TrainingData":
@@ -196,17 +201,6 @@ class TrainingData:
                 if role in dataset.column_names:
                     found.update(dict.fromkeys(dataset.with_format("arrow")[:][role].to_pylist()))
         return list(found)
-
-
-def shapes_of(config: Config, device: str) -> list[int] | None:
-    """The lengths that texts are padded to; None: each column of a batch to its longest text.
-
-    On CUDA, attention builds a plan for every new shape, which takes 0.1 s of CPU time (28 layers share it, H100).
-    """
-    longest = config.training.max_seq_length
-    if config.training.torch_compile:
-        return bucket_lengths(longest)
-    return [*range(GPU_LENGTHS, longest, GPU_LENGTHS), longest] if device == "cuda" else None
 
 
 def load_data(config: Config, missing: dict[str, HubUnreachable] | None = None) -> TrainingData:

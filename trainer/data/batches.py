@@ -52,7 +52,7 @@ class NoDuplicateBatches(DefaultBatchSampler):
     a small rest), and exchanges rows that collide with rows of other batches; a row for which no partner is found in
     MAX_SWAPS tries sits out this pass. Start-up hashes each text once; a pass costs a sort.
 
-    With `lengths`, [rows, columns] in tokens, and a `window` of more than one batch, batches hold rows of about the same
+    With `lengths`, [rows] in tokens, and a `window` of more than one batch, batches hold rows of about the same
     length: see `by_length`. A row in a batch that it would repeat a text in is then exchanged with one of about the same
     length where there is one.
 

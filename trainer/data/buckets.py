@@ -1,6 +1,6 @@
 """Rows of about the same length in one batch: what is padded is computed for nothing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,7 +19,7 @@ def by_length(
     Args:
         order: [rows] row numbers in shuffled order.
         starts: [batches + 1] where in `order` each batch begins, and the last one ends.
-        lengths: [all rows, columns] tokens of each text that goes through the network.
+        lengths: [all rows] tokens of each row's longest passage.
 
     Returns:
         The new order, [rows], and its places sorted so that neighbours have about the same length, [rows].
@@ -28,49 +28,14 @@ def by_length(
     for first in range(0, len(starts) - 1, window):
         batches = first + rng.permutation(min(window, len(starts) - 1 - first))
         rows = order[starts[first] : starts[batches.max() + 1]]
-        parts = _split(rows, lengths[rows], (starts[batches + 1] - starts[batches]).tolist())
+        sizes = starts[batches + 1] - starts[batches]
+        parts = np.split(rows[np.argsort(lengths[rows], kind="stable")], np.cumsum(sizes)[:-1])
         for batch, part in zip(batches.tolist(), parts, strict=True):
             new[starts[batch] : starts[batch + 1]] = rng.permutation(part)
         of_window = [np.arange(starts[batch], starts[batch + 1]) for batch in batches]
         # every other window from long to short, so that neighbours are alike where two windows meet too
         places += of_window if first // window % 2 == 0 else of_window[::-1]
     return new, np.concatenate(places) if places else order
-
-
-def _split(rows: np.ndarray, lengths: np.ndarray, sizes: Sequence[int]) -> Iterator[np.ndarray]:
-    """Parts of these sizes, made by halving the rows again and again along the column that would be padded most.
-
-    One column is simply sorted. A triplet's two documents are each padded to their own longest: sorting by the longer of
-    the two leaves 14 % padding where positive and negative are unrelated (SQuAD passages, batches of 16, windows of 32),
-    halving 6 %, and a random order 30 %, all before equal texts are kept apart.
-    """
-    if len(sizes) == 1:
-        yield rows
-        return
-    column = np.argmax(lengths.max(0) - lengths.mean(0))
-    sorted_ = np.argsort(lengths[:, column], kind="stable")
-    half = len(sizes) // 2
-    short, long = np.split(sorted_, [sum(sizes[:half])])
-    yield from _split(rows[short], lengths[short], sizes[:half])
-    yield from _split(rows[long], lengths[long], sizes[half:])
-
-
-def padding(
-    batches: Sequence[np.ndarray], lengths: np.ndarray, processes: int = 1, shapes: Sequence[int] | None = None
-) -> tuple[int, int]:
-    """Tokens, and positions computed for them, when each process pads each column of its part of a batch.
-
-    Args:
-        batches: row numbers of each batch.
-        lengths: [rows, columns] tokens of each text that goes through the network.
-        shapes: ascending lengths; a column is padded to the next of them. None: to its longest text.
-    """
-    rows = np.concatenate(batches)
-    part_sizes = np.repeat([len(batch) // processes for batch in batches], processes)
-    longest = np.maximum.reduceat(lengths[rows], np.cumsum(part_sizes) - part_sizes)
-    if shapes is not None:
-        longest = np.vectorize(lambda length: next_length(length, shapes))(longest)
-    return int(lengths[rows].sum()), int((longest * part_sizes[:, None]).sum())
 
 
 def next_length(longest: int, shapes: Sequence[int] | None) -> int:

@@ -25,6 +25,7 @@ from torch import nn
 from trainer.cache import folder_of
 from trainer.config import ConfigError, one_line
 from trainer.data.buckets import next_length
+from trainer.data.forward_passes import ForwardPasses
 from trainer.data.rows import LABEL, ROLES
 from trainer.data.token_file import PART, TokenFile
 
@@ -37,6 +38,9 @@ CALL = 1_000
 KEPT_FROM = 10_000
 # Seconds between two lines that say how far tokenising has come.
 SAY_EVERY = 10.0
+# The feature of a shared pass that says which of the batch's passages its texts are.
+PLACE = "place"
+BY_COLUMN = ForwardPasses()
 # Rows of each set whose features are compared with the library's.
 CHECKED_ROWS = 8
 
@@ -190,6 +194,10 @@ class Column:
     layout: Padding | Packing
     is_network: bool  # not looked up in a table of static weights
 
+    def texts(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """The token ids of these rows."""
+        return [self.file[number] for number in self.numbers[rows].tolist()]
+
 
 @dataclass(frozen=True)
 class TokenRows:
@@ -201,35 +209,54 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.columns[0].numbers)
 
+    @property
+    def passages(self) -> int:
+        """How many columns hold passages: the positive, and the negative if there is one."""
+        return len(self.columns) - 1
+
     def lengths(self) -> np.ndarray:
         """Tokens of each text that goes through the network, [rows, columns]."""
         found = [column.file.lengths()[column.numbers] for column in self.columns if column.is_network]
         return np.stack(found, axis=1)
 
-    def features(self, rows: Sequence[int], shapes: Sequence[int] | None = None) -> Features:
-        """The features of these rows, named as the library's data collator names them."""
-        found = {}
-        for column in self.columns:
-            texts = [column.file[number] for number in column.numbers[rows].tolist()]
-            features = column.layout.features(texts, shapes)
-            found |= {f"{column.name}_{name}": value for name, value in features.items()}
+    def longest_passages(self) -> np.ndarray:
+        """Tokens of each row's longest passage, [rows]."""
+        return self.lengths()[:, -self.passages :].max(1)
+
+    def features(self, rows: Sequence[int], passes: ForwardPasses = BY_COLUMN) -> Features:
+        """The features of these rows, named as the library's data collator names them.
+
+        A shared pass has its number for a name, and says of each text at which PLACE it stands, column by column.
+        """
+        own, shared = (self.columns[:1], self.columns[1:]) if passes.shared else (self.columns, [])
+        found: Features = {}
+        for column in own:
+            found |= _named(column.name, column.layout.features(column.texts(rows), passes.lengths))
+        texts = [text for column in shared for text in column.texts(rows)]
+        for number, places in enumerate(passes.split(np.array([*map(len, texts)])) if texts else ()):
+            features = shared[0].layout.features([texts[place] for place in places], passes.lengths)
+            found |= _named(f"pass-{number}", features | {PLACE: torch.from_numpy(places)})
         if self.labels is not None:
             found[LABEL] = torch.from_numpy(self.labels[rows])
         return found
 
 
+def _named(prefix: str, features: Features) -> Features:
+    return {f"{prefix}_{name}": value for name, value in features.items()}
+
+
 class TokenCollator:
     """Makes the features of a batch from its row numbers, counted through several sets. A batch is of one set."""
 
-    def __init__(self, sets: Sequence[TokenRows], shapes: Sequence[int] | None = None):
-        self.sets, self.shapes = sets, shapes
+    def __init__(self, sets: Sequence[TokenRows], passes: ForwardPasses = BY_COLUMN):
+        self.sets, self.passes = sets, passes
         self.ends = np.cumsum([len(rows) for rows in sets])
 
     def __call__(self, rows: list[int]) -> Features:
         """The features of these rows."""
         number = int(np.searchsorted(self.ends, rows[0], side="right"))
         found = self.sets[number]
-        return found.features(np.asarray(rows) - (self.ends[number] - len(found)), self.shapes)
+        return found.features(np.asarray(rows) - (self.ends[number] - len(found)), self.passes)
 
 
 # ------------------------------------------------------------------------------------------- making them

@@ -1,18 +1,22 @@
 """How many rows fit into a memory budget: one training step each of ever more rows, all texts as long as is read."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
 from sentence_transformers import SparseEncoder
-from torch import Tensor, nn
+from sentence_transformers.sparse_encoder import SparseEncoderTrainer
+from torch import nn
 
 from tests.benchmarks.speed.process import answer, peak_mib
 from tests.benchmarks.speed.step import config_of, stock_parts
 from trainer.arguments import ROUTES
 from trainer.cli import set_up_libraries
 from trainer.config import load_config
+from trainer.data import ForwardPasses, TokenCollator, Tokeniser, forward_passes_of
+from trainer.data.batches import text_ids
 from trainer.fused.model import fuse, transformers_of
 from trainer.losses import build_loss
 from trainer.sparsity import BatchStatistics
@@ -45,10 +49,11 @@ def measure(
             transformer.model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-6)
     longest = long_rows(rows, length)
+    features = features_of(model, longest, forward_passes_of(config, device) if side == "ours" else None)
     peaks: dict[int, float] = {}
     for size in SIZES:
         try:
-            step(model, loss, optimizer, longest[:size], config.training.bf16)
+            step(model, loss, optimizer, features(size), config.training.bf16)
         except torch.cuda.OutOfMemoryError:
             break
         peaks[size] = peak_mib(device)
@@ -60,22 +65,29 @@ def measure(
     return {"batch": max(fitting, default=0), "peaks": peaks}
 
 
-def long_rows(rows: Dataset, length: int) -> list[dict[str, str]]:
+def long_rows(rows: Dataset, length: int) -> Dataset:
     """As many rows as the largest size, each document said over and over: a word is a token at least."""
-    first = rows.select(range(SIZES[-1]))
-    return [
-        row | {key: " ".join((row[key].split() * length)[:length]) for key in ("positive", "negative")} for row in first
-    ]
+    return rows.select(range(SIZES[-1])).map(
+        lambda row: row | {key: " ".join((row[key].split() * length)[:length]) for key in ("positive", "negative")}
+    )
+
+
+def features_of(
+    model: SparseEncoder, rows: Dataset, passes: ForwardPasses | None
+) -> Callable[[int], list[dict[str, Any]]]:
+    """Makes the features of the first rows: in these passes as our trainer does, or in columns as the library's does."""
+    if passes is None:
+        return lambda size: [model.preprocess(rows[:size][column], task=task) for column, task in ROUTES.items()]
+    tokens = Tokeniser(model, ROUTES, print, keep=False).rows("rows", rows, text_ids(rows), "content")
+    collate = TokenCollator([tokens], passes)
+    return lambda size: SparseEncoderTrainer.collect_features(None, collate(range(size)))[0]
 
 
 def step(
-    model: SparseEncoder, loss: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict[str, str]], half: bool
+    model: SparseEncoder, loss: nn.Module, optimizer: torch.optim.Optimizer, features: list[dict[str, Any]], half: bool
 ) -> None:
     """Forward, backward and update, as the trainer does them."""
-    features: list[dict[str, Tensor]] = []
-    for column, task in ROUTES.items():
-        column_features = model.preprocess([row[column] for row in rows], task=task)
-        features.append({k: v.to(model.device) if torch.is_tensor(v) else v for k, v in column_features.items()})
+    features = [{k: v.to(model.device) if torch.is_tensor(v) else v for k, v in each.items()} for each in features]
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=half):
         found = loss(features, None)
     total = sum(found.values()) if isinstance(found, dict) else found
