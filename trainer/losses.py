@@ -119,13 +119,12 @@ class SpladeLoss(StockSpladeLoss):
 
 def embed(model: nn.Module, features: Iterable[dict[str, Any]]) -> list[Tensor]:
     """The vectors [rows, vocabulary] of each column: of the queries, the positives, and the negatives if any."""
-    columns, places = [], []
-    for each in features:
-        places += [each[PLACE]] if PLACE in each else []
-        columns.append(model(each)["sentence_embedding"])
+    features = list(features)
+    vectors = [model(each)["sentence_embedding"] for each in features]
+    places = [each[PLACE] for each in features if PLACE in each]
     if not places:
-        return columns
-    queries, *passages = columns
+        return vectors
+    queries, *passages = vectors
     in_order = torch.cat(passages)[torch.cat(places).argsort()]
     return [queries, *in_order.split(len(queries))]
 

@@ -145,10 +145,11 @@ class TrainingData:
             times = self.summaries[name].rows_drawn / self.summaries[name].rows
             for half in halves:
                 every, rows = self.batches(half, config).batches(0), self.tokens[half]
+                lengths = rows.lengths()
                 batches = every[:: -(-len(every) // COUNTED_BATCHES)]
                 shuffled = np.split(rng.permutation(np.concatenate(batches)), np.cumsum([*map(len, batches)])[:-1])
                 (found, positions), (_, positions_at_random) = (
-                    padding(each, rows.lengths(), rows.passages, passes, processes()) for each in (batches, shuffled)
+                    padding(each, lengths, rows.passages, passes, processes()) for each in (batches, shuffled)
                 )
                 share = times * len(every) / len(batches)
                 tokens, ours = tokens + share * found, ours + share * positions

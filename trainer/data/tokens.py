@@ -228,14 +228,15 @@ class TokenRows:
 
         A shared pass has its number for a name, and says of each text at which PLACE it stands, column by column.
         """
-        own, shared = (self.columns[:1], self.columns[1:]) if passes.shared else (self.columns, [])
         found: Features = {}
-        for column in own:
+        for column in self.columns[:1] if passes.shared else self.columns:
             found |= _named(column.name, column.layout.features(column.texts(rows), passes.lengths))
-        texts = [text for column in shared for text in column.texts(rows)]
-        for number, places in enumerate(passes.split(np.array([*map(len, texts)])) if texts else ()):
-            features = shared[0].layout.features([texts[place] for place in places], passes.lengths)
-            found |= _named(f"pass-{number}", features | {PLACE: torch.from_numpy(places)})
+        if passes.shared:
+            passages = self.columns[1:]
+            texts = [text for column in passages for text in column.texts(rows)]
+            for number, places in enumerate(passes.split(np.array([*map(len, texts)]))):
+                features = passages[0].layout.features([texts[place] for place in places], passes.lengths)
+                found |= _named(f"pass-{number}", features | {PLACE: torch.from_numpy(places)})
         if self.labels is not None:
             found[LABEL] = torch.from_numpy(self.labels[rows])
         return found
