@@ -141,7 +141,9 @@ def test_the_document_model_gives_the_models_words_and_weights_at_every_length(t
     assert lines[-1].startswith("checked   document-model.zip in a process of its own: weights off by ")
 
 
-def test_the_document_model_has_no_operator_that_the_torch_of_opensearch_2_lacks(trained):
+@pytest.mark.parametrize("name", ["tiny", "norbert4"])
+def test_the_document_model_has_no_operator_that_the_torch_of_opensearch_2_lacks(trained, name):
+    build_other(trained, name)
     encoder = Encoder.open(trained / "models/tiny/final", "cpu", 8)
     config = encoder.model[0].sub_modules["document"][0].auto_model.config
     before = config._attn_implementation
@@ -150,6 +152,15 @@ def test_the_document_model_has_no_operator_that_the_torch_of_opensearch_2_lacks
     assert "aten::softmax" in operators
     assert "aten::scaled_dot_product_attention" not in operators
     assert config._attn_implementation == before == "sdpa"
+
+
+@pytest.mark.parametrize("digest", ["6343963aceb5024a", "a343963aceb5024a"])
+def test_code_in_a_package_named_after_its_hash_is_read_again_whatever_the_hash(trained, monkeypatch, digest):
+    encoder = Encoder.open(trained / "models/tiny/final", "cpu", 8)
+    own, name = type(encoder.model[0].sub_modules["document"][0].auto_model), f"transformers_modules.{digest}.modeling"
+    monkeypatch.setattr(own, "__module__", name)
+    torch.jit.load(io.BytesIO(traced(encoder.model)))
+    assert own.__module__ == name
 
 
 def test_no_path_of_this_machine_is_in_the_document_model(trained, monkeypatch):

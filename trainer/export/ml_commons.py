@@ -75,7 +75,13 @@ def write_models(folder: Path, encoder: Encoder, name: str, say: Callable[[str],
 def traced(model: Any) -> bytes:
     """The document encoder as TorchScript."""
     module = NeuralSparse(model).eval()
-    with plain_attention(model), tempfile.TemporaryDirectory() as aside, torch.no_grad(), warnings.catch_warnings():
+    with (
+        plain_attention(model),
+        readable_names(model),
+        tempfile.TemporaryDirectory() as aside,
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # the tracer's, about Python values: lengths other than these are checked
         try:
             program = torch.jit.trace(module, (module.graph.example(),), strict=False, check_trace=False)
@@ -109,6 +115,20 @@ def plain_attention(model: Any) -> Iterator[None]:
         yield
     finally:
         transformer.set_attn_implementation(before)
+
+
+@contextmanager
+def readable_names(model: Any) -> Iterator[None]:
+    """Code that comes with a base model is in a package named after its hash; torch cannot read a name like 1f00 again."""
+    named = {type(module): type(module).__module__ for module in model.modules()}
+    for module_class, name in named.items():
+        if not all(part.isidentifier() for part in name.split(".")):
+            module_class.__module__ = name.rpartition(".")[2]
+    try:
+        yield
+    finally:
+        for module_class, name in named.items():
+            module_class.__module__ = name
 
 
 def plain_tokenizer(model: Any) -> bytes:
