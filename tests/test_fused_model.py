@@ -57,9 +57,9 @@ def test_vectors_and_gradients_are_those_of_the_librarys_head(tmp_path, bases, f
     torch.testing.assert_close(vectors, stock_vectors, rtol=1e-4, atol=1e-5)
     assert found.keys() == stock_gradients.keys()
     for name, gradient in found.items():
-        torch.testing.assert_close(
-            gradient, stock_gradients[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        stock = stock_gradients[name]
+        least = max(1e-5, 1e-6 * stock.abs().max().item())  # both are 1e-5 of their largest from float64's gradients
+        torch.testing.assert_close(gradient, stock, rtol=1e-3, atol=least, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("family", ["bert", "norbert3", "norbert4"])

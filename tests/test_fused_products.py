@@ -1,10 +1,13 @@
 """Linear layers through oneDNN: the numbers of torch's own."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from transformers.activations import GELUActivation
 
+from tests.standins.norbert4.modeling_gptbert import CastedLinearIn, MultiCastedLinearOrthoIn
 from trainer.fused import products
 from trainer.fused.products import use_onednn, use_torch
 
@@ -50,6 +53,34 @@ def test_other_precisions_and_autocast_are_left_to_torch(monkeypatch):
     layer.float()
     use_torch(layer)
     assert torch.equal(layer(inputs), plain)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind,rows", [(CastedLinearIn, 13), (MultiCastedLinearOrthoIn, [5, 8])])
+def test_norbert4s_layers_go_through_onednn_with_the_values_and_gradients_of_float64(monkeypatch, kind, rows, bias):
+    torch.manual_seed(0)
+    layer, inputs = kind(7, rows, bias), torch.randn(2, 3, 7)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    exact = outputs_and_gradients(copy.deepcopy(layer).double(), inputs.double())
+    use_onednn(layer)
+    went = []
+    monkeypatch.setattr(products, "product", lambda *parts, own=products.product: went.append(parts) or own(*parts))
+    for ours, theirs in zip(outputs_and_gradients(layer, inputs), exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    assert len(went) == 3 * products.ONEDNN
+    use_torch(layer)
+    assert "forward" not in vars(layer)
+
+
+def test_a_layer_of_that_name_which_computes_something_else_is_left_alone(monkeypatch):
+    use_onednn(layer := CastedLinearIn(7, 13, bias=True))
+    assert "forward" in vars(layer)
+    monkeypatch.setattr(
+        CastedLinearIn, "forward", lambda self, x: 1.1 * nn.functional.linear(x, self.weight, self.bias)
+    )
+    use_onednn(layer := CastedLinearIn(7, 13, bias=True))
+    assert "forward" not in vars(layer)
 
 
 class Feed(nn.Module):

@@ -1,6 +1,7 @@
 """Every fault of NorBERT's code is shown with the published code, and shown to be gone with the converted code."""
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -172,6 +173,38 @@ def an_installed_package_changes_the_precision(folder):
         return not torch.equal(before(input_ids=ids).logits, after(input_ids=ids).logits)
 
 
+def advice_is_given(folder):
+    with pytest.MonkeyPatch.context() as patched:
+        said = []
+        patched.setattr(logging.Logger, "warning", lambda self, message, *_: said.append(message))
+        patched.setattr(transformers.utils, "is_flash_attn_2_available", lambda: False)
+        language_model(shutil.copytree(folder, folder.with_name(f"{folder.name}-asked")))
+    return any("FlashAttention" in message for message in said)
+
+
+def kept_for_the_backward_pass(folder):
+    """Shapes of what 2 texts of 20 tokens leave behind, each tensor once."""
+    model, ids, kept = language_model(folder).train(), torch.arange(110, 150).view(2, 20), {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+        model(input_ids=ids)
+    return [tuple(tensor.shape) for tensor in kept.values()]
+
+
+def attention_matrices_are_kept(folder):
+    """One number for each pair of tokens in each head."""
+    shapes = kept_for_the_backward_pass(folder)
+    return any(
+        math.prod(shape) >= 2 * 2 * 20 * 20 and shape[-1] == shape[-2] == 20 for shape in shapes if len(shape) > 1
+    )
+
+
+def parts_of_a_formula_are_kept(folder):
+    """In each of the two layers: what goes in, and at most what comes out."""
+    config = language_model(folder).config
+    shapes = kept_for_the_backward_pass(folder)
+    return shapes.count((2, 20, config.intermediate_size)) > 2 * 2
+
+
 SHOWN_BY = {
     "soft cap": every_word_is_active,
     "BOS logit": beginning_of_sequence_is_active,
@@ -182,6 +215,9 @@ SHOWN_BY = {
     "gradient checkpointing": checkpointing_is_reentrant,
     "bf16 by GPU": gpu_changes_the_precision,
     "flash attention": an_installed_package_changes_the_precision,
+    "advice": advice_is_given,
+    "GELU": parts_of_a_formula_are_kept,
+    "attention matrix": attention_matrices_are_kept,
     "infinite logits": vectors_are_not_numbers,
     "softmax backward": cannot_be_trained,
     "post_init": cannot_be_loaded,
@@ -368,7 +404,7 @@ def test_every_class_with_a_table_that_is_not_saved_is_rebuilt(tmp_path, publish
         new = 'self.window_length = 3\n        self.register_buffer("shift", torch.ones(1), persistent=False)\n'
         code = re.sub(r"self\.window_length = config.*\n", new, code)
         return code.replace(
-            "scores = query @ key.transpose(-1, -2)", "scores = self.shift * query @ key.transpose(-1, -2)"
+            "query, key = self.rope_embedding(query)", "query, key = self.shift * self.rope_embedding(query)"
         )
 
     folder = copy_of(published, "norbert4", tmp_path / "converted", edit=edit)

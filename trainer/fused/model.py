@@ -9,6 +9,7 @@ from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import Router, SpladePooling, Transformer
 from torch import Tensor, nn
 
+from trainer.config import one_line
 from trainer.fused.head import splade_max, splade_max_packed
 from trainer.fused.products import use_onednn, use_torch
 
@@ -88,6 +89,7 @@ class FusedHead:
             raise NotFusable("triton, which GPUs need for it, is not installed")
         self.hidden: Tensor | None = None
         self.shifted, self.silent = self._try(transformer)
+        self._try_without_logits(transformer)
 
     def install(self) -> None:
         """From now on."""
@@ -123,19 +125,39 @@ class FusedHead:
         scale = INPUT_SCALES[type(self.decoder).__name__](self.decoder)
         return hidden if scale is None else hidden * scale.to(hidden.dtype)
 
+    def _logits(self, transformer: Transformer) -> Tensor:
+        """What the model makes of the probe, [1, tokens, words]."""
+        training = transformer.training
+        try:
+            features = transformer.eval().preprocess([PROBE])
+            features = {k: v.to(self.decoder.weight.device) if torch.is_tensor(v) else v for k, v in features.items()}
+            return transformer(features)["token_embeddings"]
+        finally:
+            transformer.train(training)
+
+    @torch.no_grad()
+    def _try_without_logits(self, transformer: Transformer) -> None:
+        """Raise NotFusable when the model does something with its logits that one word's in place of all cannot bear."""
+        before = vars(self.decoder).get("forward")
+        self.decoder.forward = self.hand_over
+        try:
+            self._logits(transformer)
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise NotFusable(f"the model needs the logits of every word: {one_line(error)}") from None
+        finally:
+            del self.decoder.forward
+            if before is not None:
+                self.decoder.forward = before
+
     @torch.no_grad()
     def _try(self, transformer: Transformer) -> tuple[bool, Tensor | None]:
         """Whether the model moves the decoder's logits one token on, and which words it silences."""
         seen: list[Tensor] = []
         hook = self.decoder.register_forward_hook(lambda _, given, logits: seen.extend([given[0], logits.clone()]))
-        training = transformer.training
         try:
-            features = transformer.eval().preprocess([PROBE])
-            features = {k: v.to(self.decoder.weight.device) if torch.is_tensor(v) else v for k, v in features.items()}
-            found = transformer(features)["token_embeddings"]
+            found = self._logits(transformer)
         finally:
             hook.remove()
-            transformer.train(training)
         if len(seen) != 2:
             raise NotFusable(f"the vocabulary layer is called {len(seen) // 2} times")
         hidden, direct = seen

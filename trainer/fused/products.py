@@ -7,6 +7,7 @@ A GELU whose values go into such a product is computed again for the backward pa
 what a BERT layer keeps: four of its 17 times the width. A step takes no longer for it.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -53,15 +54,25 @@ class _Linear(torch.autograd.Function):
         return to_inputs, to_weight, to_bias, None, None
 
 
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    plain = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or weight.dtype != torch.float32
+    if plain or not goes_through_onednn(inputs):
+        return F.linear(inputs, weight, bias)
+    made_by, made_of, version = getattr(inputs, "made", (None, None, None))
+    if made_by is not None and version != inputs._version:  # changed in place since then
+        made_by = made_of = None
+    return _Linear.apply(inputs, weight, bias, made_by, made_of)
+
+
 def _forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return F.linear(inputs, layer.weight, layer.bias)
-    if goes_through_onednn(inputs):
-        made_by, made_of, version = getattr(inputs, "made", (None, None, None))
-        if made_by is not None and version != inputs._version:  # changed in place since then
-            made_by = made_of = None
-        return _Linear.apply(inputs, layer.weight, layer.bias, made_by, made_of)
-    return F.linear(inputs, layer.weight, layer.bias)
+    return _linear(inputs, layer.weight, layer.bias)
+
+
+def _forward_scaled(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """NorBERT4's: a weight, or some under each other, with its columns multiplied by scale + 1."""
+    weight = torch.cat(list(layer.weights)) if hasattr(layer, "weights") else layer.weight
+    bias = None if layer.bias is None else layer.bias.type_as(inputs)
+    return _linear(inputs, (weight * (layer.scale + 1.0)).type_as(inputs), bias)
 
 
 def _activate(activation: nn.Module, inputs: Tensor) -> Tensor:
@@ -72,21 +83,30 @@ def _activate(activation: nn.Module, inputs: Tensor) -> Tensor:
     return found
 
 
-# What takes the place of a layer's forward.
+# What takes the place of a layer's forward; of those in a base model's own code, by name.
 REPLACED = {nn.Linear: _forward, nn.GELU: _activate, GELUActivation: _activate}
+SCALED = {"CastedLinearIn", "MultiCastedLinearOrthoIn"}
 
 
 def use_onednn(network: nn.Module) -> None:
     """Let a network's linear layers compute through oneDNN where that is possible."""
-    for layer in _replaced(network):
-        layer.forward = partial(REPLACED[type(layer)], layer)
+    for layer in network.modules():
+        if forward := REPLACED.get(type(layer)) or _of_own_code(layer):
+            layer.forward = partial(forward, layer)
 
 
 def use_torch(network: nn.Module) -> None:
     """Let them compute as torch does."""
-    for layer in _replaced(network):
-        vars(layer).pop("forward", None)
+    for layer in network.modules():
+        if type(layer) in REPLACED or type(layer).__name__ in SCALED:
+            vars(layer).pop("forward", None)
 
 
-def _replaced(network: nn.Module) -> list[nn.Module]:
-    return [module for module in network.modules() if type(module) in REPLACED]
+@torch.no_grad()
+def _of_own_code(layer: nn.Module) -> Callable | None:
+    """_forward_scaled, if that is what this layer computes: another revision's may be another function."""
+    if type(layer).__name__ not in SCALED or not hasattr(layer, "scale"):
+        return None
+    probe = torch.linspace(-1, 1, 2 * len(layer.scale), device=layer.scale.device).view(2, -1).to(layer.scale.dtype)
+    own, ours = type(layer).forward(layer, probe), _forward_scaled(layer, probe)
+    return _forward_scaled if torch.allclose(own, ours, rtol=1e-4, atol=1e-4 * own.abs().max().item()) else None

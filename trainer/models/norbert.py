@@ -116,6 +116,21 @@ REENTRANT = r"\bcheckpoint\.checkpoint\((?![^()]*use_reentrant=False).*"
 FIVE_ARGUMENTS = r"\bsoftmax_backward_data\((?!\w+, \w+, \w+\)).*"
 
 # ------------------------------------------------------------------------------------------- NorBERT4
+# With the function, a token always sees itself, so that no row is empty: that changes what padding sees, and nobody sees
+# padding. Without it, for engines with an older torch, an empty row gives 0, as published.
+ATTENTION = r"""
+\1if torch.jit.is_tracing():
+\1    scores = (query @ key.transpose(-1, -2) * self.scale).masked_fill(~attention_mask, float("-inf"))
+\1    return scores.softmax(-1).masked_fill(~attention_mask, 0.0) @ value
+\1seen = attention_mask | torch.eye(query_length, dtype=torch.bool, device=query.device)
+\1dropout = self.attention_dropout.p if self.training else 0.0
+\1output = F.scaled_dot_product_attention(query, key, value, seen, dropout, scale=self.scale)
+"""
+# From the scores to their use.
+PRODUCTS = (
+    r"^( +)attention_scores = torch\.bmm\(.*\n(?:.*\n){1,6}?.*MaskedSoftmax\.apply\(.*\n(?:.*\n){1,6}?"
+    r" +output = output\.view\(.*\n"
+)
 NORBERT4 = (
     Change(
         "soft cap",
@@ -127,8 +142,12 @@ NORBERT4 = (
     Change(
         "BOS logit",
         "a made-up logit of 1 makes the beginning-of-sequence token active in every text",
-        ((r"^ +\w+\[:, :, self\.config\.bos_token_id\] = [\d.]+\n", ""),),
-        gone=r"^.*bos_token_id.*",
+        (
+            (r"^ +\w+\[:, :, self\.config\.bos_token_id\] = [\d.]+\n", ""),
+            # as wide as the logits it is put before, of which the fused head hands over one
+            (r"\btorch\.zeros\w*\((\w+)\b.*", r"torch.zeros_like(\1[:, :1])"),
+        ),
+        gone=r"^.*(?:bos_token_id|config\.vocab_size).*",
         within="GptBertForMaskedLM",
     ),
     TABLES,
@@ -172,6 +191,30 @@ NORBERT4 = (
         ((r"\bif is_flash_attn_2_available\(\):", "if False:"),),
         gone=r"^.*is_flash_attn_2_available\(\).*",
         only_if="flash_attn",
+    ),
+    Change(
+        "advice",
+        "at every start it advised to install flash-attention, which is not used",
+        ((r"^ +logger\.warning_once\(\n.*FlashAttention.*\n +\)\n", ""),),
+        gone=r"^.*støtter FlashAttention.*",
+        only_if="støtter FlashAttention",
+    ),
+    Change(
+        "GELU",
+        "its formula, written out, keeps five tensors of the feed-forward network's width, and torch's function one",
+        (
+            (r"^from transformers\.activations import gelu_new\n", ""),
+            (r"\bgelu_new\((\w+)\)", r'F.gelu(\1, approximate="tanh")'),
+        ),
+        gone=r"^.*\bgelu_new\b.*",
+        only_if=r"^from transformers\.activations import gelu_new$",
+    ),
+    # A revision that computes attention in another way is trained as it is.
+    Change(
+        "attention matrix",
+        "each layer kept [texts, heads, length, length] weights to train, by a function that cannot be exported",
+        ((PRODUCTS, ATTENTION.lstrip("\n")),),
+        only_if=PRODUCTS,
     ),
 )
 

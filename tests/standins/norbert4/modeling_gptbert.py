@@ -7,16 +7,22 @@ import torch.nn as nn
 import torch.utils.checkpoint
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.activations import gelu_new
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, MaskedLMOutput
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, logging
 
 from .configuration_gptbert import GptBertConfig
+
+logger = logging.get_logger(__name__)
 
 try:
     if is_flash_attn_2_available():
         from flash_attn.flash_attn_interface import flash_attn_varlen_qkvpacked_func
     else:
         flash_attn_varlen_qkvpacked_func = None
+        logger.warning_once(
+            "NorBERT4 støtter FlashAttention, men det er ikke funnet i miljøet ditt."
+        )
 except ImportError:
     flash_attn_varlen_qkvpacked_func = None
 
@@ -31,6 +37,20 @@ class CastedLinearIn(nn.Linear):
     def forward(self, x):
         bias = None if self.bias is None else self.bias.type_as(x)
         return F.linear(x, (self.weight * (self.scale + 1.0)).type_as(x), bias)
+
+
+class MultiCastedLinearOrthoIn(nn.Module):
+    """The same with several weights, under each other."""
+
+    def __init__(self, in_features, out_features, bias):
+        super().__init__()
+        self.weights = nn.ParameterList(nn.Parameter(torch.empty(rows, in_features)) for rows in out_features)
+        self.bias = nn.Parameter(torch.zeros(sum(out_features))) if bias else None
+        self.scale = nn.Parameter(torch.ones(in_features))
+
+    def forward(self, x):
+        weight = torch.cat([weight for weight in self.weights], dim=0) * (self.scale + 1.0).unsqueeze(0)
+        return F.linear(x, weight.type_as(x), bias=self.bias.type_as(x) if self.bias is not None else None)
 
 
 class Embedding(nn.Module):
@@ -55,7 +75,8 @@ class LMClassifier(nn.Module):
         self.emb2vocab = CastedLinearIn(config.hidden_size, n_labels, bias=True)
 
     def forward(self, x):
-        x = F.gelu(self.projection(x))
+        x = self.projection(x)
+        x = gelu_new(x)
         return self.emb2vocab(self.post_norm(x.float()).type_as(x))
 
 
@@ -73,7 +94,23 @@ class RotaryPositionalEmbeddings(nn.Module):
     def forward(self, x):
         length, half = x.shape[2], x.shape[3] // 2
         turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-        return x * self.cos_matrix[:, None, :length] + turned * self.sin_matrix[:, None, :length]
+        return (x * self.cos_matrix[:, None, :length] + turned * self.sin_matrix[:, None, :length]).type_as(x)
+
+
+class MaskedSoftmax(torch.autograd.Function):
+    """Softmax over what is not masked; 0 where everything is."""
+
+    @staticmethod
+    def forward(ctx, x, mask, dim):
+        ctx.dim = dim
+        x = torch.softmax(x.masked_fill(mask, -torch.inf), dim).masked_fill(mask, 0.0)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (output,) = ctx.saved_tensors
+        return torch._softmax_backward_data(grad_output, output, ctx.dim, output.dtype), None, None
 
 
 class SelfAttention(nn.Module):
@@ -86,6 +123,8 @@ class SelfAttention(nn.Module):
         self.out_proj = CastedLinearIn(self.heads * self.size, config.hidden_size, bias=False)
         is_global = (layer_idx + 1) % config.local_global_ratio == 0
         self.rope_embedding = RotaryPositionalEmbeddings(config, 160_000 if is_global else 10_000)
+        self.scale = 1.0 / math.sqrt(self.size)
+        self.attention_dropout = nn.Dropout(0.0)
         self.is_causal = config.is_decoder
         self.window_length = config.global_window_length if is_global else config.local_window_length
 
@@ -95,12 +134,25 @@ class SelfAttention(nn.Module):
         query, key = self.rope_embedding(query), self.rope_embedding(key)
         if flash_attn_varlen_qkvpacked_func is not None:  # stands for the real one, which knows half precision only
             query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
-        window = torch.ones(length, length, dtype=torch.bool, device=hidden_layer.device)
+        output = self.attention_operation(query, key, value, mask)
+        return self.out_proj(output.type_as(hidden_layer).transpose(1, 2).flatten(2))
+
+    def attention_operation(self, query, key, value, padding_mask):
+        batch_size, _, query_length, _ = query.size()
+        window = torch.ones(query_length, query_length, dtype=torch.bool, device=query.device)
         window = window.tril(0 if self.is_causal else self.window_length).triu(-self.window_length)
-        scores = query @ key.transpose(-1, -2) / math.sqrt(self.size)
-        hidden = ~(mask & window)
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
-        return self.out_proj((weights.type_as(value) @ value).type_as(hidden_layer).transpose(1, 2).flatten(2))
+        attention_mask = padding_mask & window
+
+        attention_scores = torch.bmm(query.flatten(0, 1), key.transpose(-1, -2).flatten(0, 1)) * self.scale
+        attention_scores = attention_scores.view(batch_size, self.heads, query_length, query_length)
+
+        attention_probabilities = MaskedSoftmax.apply(attention_scores, ~attention_mask, -1)
+        attention_probabilities = self.attention_dropout(attention_probabilities)
+
+        output = torch.bmm(attention_probabilities.flatten(0, 1), value.flatten(0, 1))
+        output = output.view(batch_size, self.heads, query_length, self.size)
+
+        return output
 
 
 class Layer(nn.Module):
@@ -110,12 +162,14 @@ class Layer(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False)
         self.attention = SelfAttention(config, layer_idx)
-        self.up = CastedLinearIn(config.hidden_size, config.intermediate_size, bias=False)
+        half = config.intermediate_size // 2
+        self.up = MultiCastedLinearOrthoIn(config.hidden_size, [half, half], bias=False)
         self.down = CastedLinearIn(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_layer, mask):
         hidden_layer = hidden_layer + self.attention(self.norm(hidden_layer), mask)
-        return hidden_layer + self.down(F.gelu(self.up(self.norm(hidden_layer))))
+        x = self.up(self.norm(hidden_layer))
+        return hidden_layer + self.down(gelu_new(x))
 
 
 class Encoder(nn.Module):
@@ -139,10 +193,14 @@ class GptBertPreTrainedModel(PreTrainedModel):
 
     config_class = GptBertConfig
     supports_gradient_checkpointing = True
+    _supports_flash_attn_2 = True
+    _supports_sdpa = True
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             module.weight.data.normal_(0.0, 0.3)
+        for weight in getattr(module, "weights", ()):
+            weight.data.normal_(0.0, 0.3)
         if getattr(module, "bias", None) is not None:
             module.bias.data.zero_()
 
@@ -201,7 +259,8 @@ class GptBertForMaskedLM(GptBertModel):
         sequence_output = self.get_contextualized_embeddings(input_ids, attention_mask)
         subword_prediction = self.classifier(sequence_output)
         subword_prediction = 30 * torch.sigmoid(subword_prediction / 7.5)
-        bos_logits = torch.zeros_like(subword_prediction[:, :1])
+        like = {"dtype": subword_prediction.dtype, "device": subword_prediction.device}
+        bos_logits = torch.zeros(subword_prediction.size(0), 1, self.config.vocab_size, **like)
         bos_logits[:, :, self.config.bos_token_id] = 1.0
         return MaskedLMOutput(logits=torch.cat([bos_logits, subword_prediction[:, :-1]], dim=1))
 
