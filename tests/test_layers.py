@@ -33,7 +33,7 @@ ROWS = [
         "trainer.measured",
         "trainer.lock",
     },
-    {"trainer.teachers"},
+    {"trainer.teachers", "trainer.memory"},
     {"trainer.loop", "trainer.plan", "trainer.card"},
     {"trainer.train", "trainer.launch", "trainer.publish", "trainer.export"},
     {"trainer.cli"},

@@ -14,9 +14,10 @@ from trainer.data import Tokeniser, TrainingData, folder_of_tokens, load_data
 from trainer.data.mining import mining_words
 from trainer.device import choose_device
 from trainer.distributed import processes
-from trainer.fused.model import fuse, is_fused
+from trainer.fused.model import fuse
 from trainer.hub import HubUnreachable
 from trainer.losses import build_loss
+from trainer.memory import memory_lines
 from trainer.models import (
     BaseModel,
     attention_line,
@@ -30,15 +31,6 @@ from trainer.run import MODELS
 from trainer.sparsity import BatchStatistics
 from trainer.teachers import ScoreStore, fetch_teacher, with_negatives
 
-# Copies of the [texts, length, vocabulary] logits alive at the peak of a stock SPLADE step: forward and backward of a
-# batch of 16 × 256 with a vocabulary of 50,000 took 3,249 MiB on a CPU, and one copy is 781 MiB.
-LOGIT_COPIES = 4
-# Copies of a [texts, vocabulary] tensor at the peak of the fused head's backward pass, when every word is active (with 1 in
-# 1,000 active it was 7): measured with 128 texts and a vocabulary of 50,000.
-VECTOR_COPIES = 24
-# Bytes of activations per token, layer and unit of hidden size, in 16 bits: arXiv 2205.05198, table 2, less the attention
-# matrix, which torch's scaled_dot_product_attention does not keep.
-ACTIVATION_BYTES = 34
 # Rows of each set that a plan tokenises to say how much padding there will be; training looks at all of them.
 PLAN_ROWS = 5_000
 
@@ -181,44 +173,6 @@ def head_line(config: Config, model: SparseEncoder) -> str:
     if not config.hardware.fused_head:
         return "head      as the library computes it: hardware.fused_head is false"
     return f"head      {fuse(model)}"
-
-
-def memory_lines(config: Config, data: TrainingData, model: SparseEncoder) -> Iterator[str]:
-    """Estimated memory of the head and of the layers' activations for the texts of one step."""
-    shape = model_shape(model)
-    if shape is None:
-        yield "memory    not estimated: the base model does not say its hidden size and layers"
-        return
-    hidden, layers = shape
-    training = config.training
-    columns = max((3 if "negative" in rows.column_names else 2 for rows in data.train.values()), default=3)
-    if config.model.architecture == "inference-free-splade":
-        columns -= 1  # static queries cost nothing
-    texts = training.per_device_train_batch_size * columns
-    if config.loss.cached:
-        texts = min(texts, config.loss.mini_batch_size * columns)
-    tokens = texts * training.max_seq_length
-    size = 2 if training.bf16 or training.fp16 else 4
-    activations = tokens * layers * hidden * ACTIVATION_BYTES * size // 2
-    if config.hardware.gradient_checkpointing:
-        activations = tokens * layers * hidden * size
-    parts = [f"activations {activations / 2**30:.1f} GiB"]
-    if config.loss.type == "splade":
-        copies = VECTOR_COPIES * texts * 4 if is_fused(model) else LOGIT_COPIES * tokens * size
-        head = copies * vocabulary_of(model)
-        parts.insert(0, f"head {head / 2**30:.1f} GiB")
-    yield f"memory    at most about {', '.join(parts)}, for {texts} texts of {training.max_seq_length} tokens per step"
-
-
-def model_shape(model: SparseEncoder) -> tuple[int, int] | None:
-    """Hidden size and number of layers of the transformer."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        hidden = getattr(config, "hidden_size", None)
-        layers = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", None)  # NorBERT4's name
-        if hidden and layers:
-            return hidden, layers
-    return None
 
 
 def plan(loaded: LoadedConfig) -> Iterator[str]:

@@ -122,7 +122,8 @@ ATTENTION = r"""
 \1if torch.jit.is_tracing():
 \1    scores = (query @ key.transpose(-1, -2) * self.scale).masked_fill(~attention_mask, float("-inf"))
 \1    return scores.softmax(-1).masked_fill(~attention_mask, 0.0) @ value
-\1seen = attention_mask | torch.eye(query_length, dtype=torch.bool, device=query.device)
+\1position = torch.arange(query_length, device=query.device)
+\1seen = attention_mask | (position == position[:, None])
 \1dropout = self.attention_dropout.p if self.training else 0.0
 \1output = F.scaled_dot_product_attention(query, key, value, seen, dropout, scale=self.scale)
 """

@@ -1,0 +1,87 @@
+"""How much memory a step takes, tried with three short texts before the first step."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from sentence_transformers import SparseEncoder
+from sentence_transformers.sparse_encoder.modules import Transformer
+from torch import Tensor
+
+from trainer.config import Config
+from trainer.data import TrainingData
+from trainer.fused.model import is_fused, transformers_of
+from trainer.models import vocabulary_of
+
+# Copies of the [texts, length, vocabulary] logits alive at the peak of a stock SPLADE step: forward and backward of a
+# batch of 16 × 256 with a vocabulary of 50,000 took 3,249 MiB on a CPU, and one copy is 781 MiB.
+LOGIT_COPIES = 4
+# Copies of a [texts, vocabulary] tensor at the peak of the fused head's backward pass, when every word is active (with 1 in
+# 1,000 active it was 7): measured with 128 texts and a vocabulary of 50,000.
+VECTOR_COPIES = 24
+# The texts that are tried, as parts of the longest that training reads.
+TRIED = (1 / 16, 1 / 8, 1 / 4)
+# Bytes of a trained number: weight, gradient, and Adam's two moments, in float32.
+TRAINED, FROZEN = 16, 4
+
+
+def memory_lines(config: Config, data: TrainingData, model: SparseEncoder) -> Iterator[str]:
+    """Estimated memory of the weights, the head, and what the layers keep of the texts of one step."""
+    training = config.training
+    columns = max((3 if "negative" in rows.column_names else 2 for rows in data.train.values()), default=3)
+    if config.model.architecture == "inference-free-splade":
+        columns -= 1  # static queries cost nothing
+    texts = training.per_device_train_batch_size * columns
+    if config.loss.cached:
+        texts = min(texts, config.loss.mini_batch_size * columns)
+    weights = sum(p.numel() * (TRAINED if p.requires_grad else FROZEN) for p in model.parameters())
+    parts = {"weights and optimizer": weights}
+    if config.loss.type == "splade":
+        numbers = VECTOR_COPIES if is_fused(model) else LOGIT_COPIES * training.max_seq_length
+        parts["head"] = numbers * texts * 4 * vocabulary_of(model)
+    transformer = transformers_of(model)[0]
+    precision = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+    kept = texts * kept_per_text(transformer, training.max_seq_length, precision)
+    if config.hardware.gradient_checkpointing:  # one layer's at a time, and what goes into each of them
+        shape = transformer.model.config
+        layers = getattr(shape, "num_hidden_layers", None) or shape.num_layers  # NorBERT4's name
+        kept = kept / layers + texts * training.max_seq_length * layers * shape.hidden_size * 4
+    parts["activations"] = kept
+    sizes = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts.items())
+    less = " (torch_compile keeps less)" if training.torch_compile else ""
+    yield f"memory    at most about {sizes}{less}, for {texts} texts of {training.max_seq_length} tokens per step"
+
+
+def kept_per_text(transformer: Transformer, tokens: int, precision: torch.dtype | None) -> float:
+    """Bytes that a text of so many tokens leaves in the network for the backward pass, under autocast if precision says so.
+
+    What a network keeps grows with the tokens, with the pairs of tokens, or not at all, so three lengths tell the rest.
+    """
+    lengths, sizes = [], []
+    for part in TRIED:
+        features = transformer.preprocess([" ".join(["og"] * max(1, int(part * tokens)))])
+        lengths.append(features["input_ids"].numel())
+        sizes.append(_kept(transformer, features, precision))
+    quadratic, linear, _ = np.polyfit(lengths, sizes, 2)
+    return quadratic * tokens**2 + linear * tokens
+
+
+def _kept(transformer: Transformer, features: dict[str, Tensor], precision: torch.dtype | None) -> int:
+    device = transformer.model.device
+    features = {key: value.to(device) if torch.is_tensor(value) else value for key, value in features.items()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
+    found: dict[int, Tensor] = {}  # the tensors are held on to, so that no place is used twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    training = transformer.training
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    autocast = torch.autocast(device.type, precision, enabled=precision is not None)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), hooks, autocast:
+            transformer.train()(features)
+    finally:
+        transformer.train(training)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in found.items() if place not in weights)
