@@ -110,6 +110,14 @@ def kept_bytes(network, inputs):
     return sum(each.nbytes for place, each in found.items() if place not in known)
 
 
+@pytest.mark.parametrize("kind,rows", [(CastedLinearIn, 13), (MultiCastedLinearOrthoIn, [5, 8])])
+def test_norbert4s_layers_keep_nothing_but_their_inputs(kind, rows):
+    layer, inputs = kind(7, rows, bias=False), torch.ones(2, 7, requires_grad=True)
+    assert kept_bytes(layer, inputs) >= 4 * 7 * 13  # the weights times their scale
+    use_onednn(layer)
+    assert kept_bytes(layer, inputs) == 0 or not products.ONEDNN
+
+
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), GELUActivation()])
 def test_the_values_of_a_gelu_are_not_kept_and_gradients_are_the_same(activation):
     torch.manual_seed(0)
