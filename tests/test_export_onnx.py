@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from sentence_transformers import SparseEncoder
 
 from tests.checkpoints import DOCUMENTS, QUERIES, write_dense, write_roberta
-from tests.standins import COMMIT, write_norbert
+from tests.standins import COMMIT, SHAPES, write_norbert
 from tests.test_export import put_model, run_export
 from trainer.config import ConfigError
 from trainer.export.onnx import compare_vectors
@@ -45,16 +45,16 @@ def build_other(trained, name):
         put_model(trained, write_dense(trained), "csr")
     elif name == "roberta":
         put_model(trained, write_roberta(trained / "roberta"), "splade")
-    elif name == "norbert4":
+    elif name in SHAPES:
         pinned = ("model.trust_remote_code=true", f"model.revision='{COMMIT}'")
-        put_model(trained, write_norbert(trained / "norbert", "norbert4"), "inference-free-splade", *pinned)
+        put_model(trained, write_norbert(trained / "norbert", name), "inference-free-splade", *pinned)
 
 
-@pytest.mark.parametrize("name", ["tiny", "csr", "roberta", "norbert4"])
+@pytest.mark.parametrize("name", ["tiny", "csr", "roberta", "norbert3", "norbert4"])
 def test_queries_and_documents_of_any_length_have_the_models_vectors(trained, name):
     build_other(trained, name)
     run_export("onnx", None)
-    model = SparseEncoder(str(trained / "models/tiny/final"), device="cpu", trust_remote_code=name == "norbert4")
+    model = SparseEncoder(str(trained / "models/tiny/final"), device="cpu", trust_remote_code=name in SHAPES)
     texts = [*QUERIES, *LENGTHS]
     queries, documents = by_onnxruntime_alone(trained / FOLDER, texts)
     encode = {"convert_to_sparse_tensor": False, "show_progress_bar": False}

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 import trainer.export.ml_commons
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense, write_roberta
 from tests.conftest import ROOT
-from tests.standins import COMMIT, write_norbert
+from tests.standins import COMMIT, SHAPES, write_norbert
 from tests.test_export import corpus, put_model, run_export  # noqa: F401, corpus is a fixture
 from trainer.config import ConfigError
 from trainer.export.ml_commons import require_same_documents, traced, write_models
@@ -117,17 +117,17 @@ def build_other(trained, name):
         put_model(trained, write_bert(trained / "bert"), "splade")
     elif name == "roberta":
         put_model(trained, write_roberta(trained / "roberta"), "inference-free-splade")
-    elif name == "norbert4":
+    elif name in SHAPES:
         pinned = ("model.trust_remote_code=true", f"model.revision='{COMMIT}'")
-        put_model(trained, write_norbert(trained / "norbert", "norbert4"), "inference-free-splade", *pinned)
+        put_model(trained, write_norbert(trained / "norbert", name), "inference-free-splade", *pinned)
 
 
-@pytest.mark.parametrize("name", ["tiny", "bert", "roberta", "norbert4"])
+@pytest.mark.parametrize("name", ["tiny", "bert", "roberta", "norbert3", "norbert4"])
 def test_the_document_model_gives_the_models_words_and_weights_at_every_length(trained, name):
     build_other(trained, name)
     encoder, lines = Encoder.open(trained / "models/tiny/final", "cpu", 8), []
     write_models(trained, encoder, name, lines.append)
-    model = SparseEncoder(str(trained / "models/tiny/final"), device="cpu", trust_remote_code=name == "norbert4")
+    model = SparseEncoder(str(trained / "models/tiny/final"), device="cpu", trust_remote_code=name in SHAPES)
     names = model.tokenizer.convert_ids_to_tokens(list(range(len(model.tokenizer))))
     vectors = model.encode_document(LENGTHS, convert_to_sparse_tensor=False)
     found = by_torch_alone(trained, LENGTHS, len(names))
@@ -141,7 +141,7 @@ def test_the_document_model_gives_the_models_words_and_weights_at_every_length(t
     assert lines[-1].startswith("checked   document-model.zip in a process of its own: weights off by ")
 
 
-@pytest.mark.parametrize("name", ["tiny", "norbert4"])
+@pytest.mark.parametrize("name", ["tiny", "norbert3", "norbert4"])
 def test_the_document_model_has_no_operator_that_the_torch_of_opensearch_2_lacks(trained, name):
     build_other(trained, name)
     encoder = Encoder.open(trained / "models/tiny/final", "cpu", 8)
@@ -151,7 +151,7 @@ def test_the_document_model_has_no_operator_that_the_torch_of_opensearch_2_lacks
     operators = {node.kind() for node in program.inlined_graph.nodes()}
     assert "aten::softmax" in operators
     assert "aten::scaled_dot_product_attention" not in operators
-    assert config._attn_implementation == before == "sdpa"
+    assert config._attn_implementation == before == ("eager" if name == "norbert3" else "sdpa")
 
 
 @pytest.mark.parametrize("digest", ["6343963aceb5024a", "a343963aceb5024a"])

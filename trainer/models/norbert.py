@@ -110,6 +110,33 @@ IS_DECODER = Change(
     only_if=r"config\.is_decoder\b(?!\s*=[^=])",
 )
 
+GELU = Change(
+    "GELU",
+    "its formula, written out, keeps five tensors of the feed-forward network's width, and torch's function one",
+    (
+        (r"^from transformers\.activations import gelu_new\n", ""),
+        (r"\bgelu_new\((\w+)\)", r'F.gelu(\1, approximate="tanh")'),
+    ),
+    gone=r"^.*\bgelu_new\b.*",
+    only_if=r"\A(?=(?:.*\n)*?.*\bfunctional as F$)(?:.*\n)*?from transformers\.activations import gelu_new$",
+)
+
+SOFTMAX = Change(
+    "masked softmax",
+    "a function with a backward pass of its own cannot be exported to OpenSearch",
+    (
+        (r"\bMaskedSoftmax\.apply\(", "masked_softmax("),
+        (
+            r"^(?=class MaskedSoftmax\b)",
+            "def masked_softmax(x, mask, dim):\n"
+            "    if torch.jit.is_tracing():\n"
+            '        return x.masked_fill(mask, float("-inf")).softmax(dim).masked_fill(mask, 0.0)\n'
+            "    return MaskedSoftmax.apply(x, mask, dim)\n\n\n",
+        ),
+    ),
+    only_if=r"^class MaskedSoftmax\b(?:.*\n)*?.*\bMaskedSoftmax\.apply\(",
+)
+
 # What must not be left anywhere.
 OUTPUT_WEIGHT = r"def get_output_embeddings\b.*\n +return .*\.weight\b"
 REENTRANT = r"\bcheckpoint\.checkpoint\((?![^()]*use_reentrant=False).*"
@@ -200,16 +227,7 @@ NORBERT4 = (
         gone=r"^.*støtter FlashAttention.*",
         only_if="støtter FlashAttention",
     ),
-    Change(
-        "GELU",
-        "its formula, written out, keeps five tensors of the feed-forward network's width, and torch's function one",
-        (
-            (r"^from transformers\.activations import gelu_new\n", ""),
-            (r"\bgelu_new\((\w+)\)", r'F.gelu(\1, approximate="tanh")'),
-        ),
-        gone=r"^.*\bgelu_new\b.*",
-        only_if=r"^from transformers\.activations import gelu_new$",
-    ),
+    GELU,
     # A revision that computes attention in another way is trained as it is.
     Change(
         "attention matrix",
@@ -217,6 +235,7 @@ NORBERT4 = (
         ((PRODUCTS, ATTENTION.lstrip("\n")),),
         only_if=PRODUCTS,
     ),
+    SOFTMAX,
 )
 
 # ------------------------------------------------------------------------------------------- NorBERT3
@@ -274,6 +293,8 @@ NORBERT3 = (
         only_if=r"checkpoint\.checkpoint\(",
         unless=r"checkpoint\.checkpoint\([^()]*use_reentrant=False",
     ),
+    GELU,
+    SOFTMAX,
 )
 
 

@@ -4,8 +4,10 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.utils import checkpoint
 from transformers import PreTrainedModel
+from transformers.activations import gelu_new
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.pytorch_utils import softmax_backward_data
 
@@ -53,6 +55,14 @@ class Attention(nn.Module):
         return self.out_proj(context), weights.detach()
 
 
+class GeGLU(nn.Module):
+    """GELU of one half times the other."""
+
+    def forward(self, x):
+        x, gate = x.chunk(2, dim=-1)
+        return x * gelu_new(gate)
+
+
 class EncoderLayer(nn.Module):
     """Attention and a feed-forward network."""
 
@@ -61,8 +71,8 @@ class EncoderLayer(nn.Module):
         self.attention = Attention(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False)
         self.mlp = nn.Sequential(
-            nn.Linear(config.hidden_size, config.intermediate_size),
-            nn.GELU(),
+            nn.Linear(config.hidden_size, 2 * config.intermediate_size),
+            GeGLU(),
             nn.Linear(config.intermediate_size, config.hidden_size),
         )
 
