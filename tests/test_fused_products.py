@@ -55,13 +55,18 @@ def test_other_precisions_and_autocast_are_left_to_torch(monkeypatch):
     assert torch.equal(layer(inputs), plain)
 
 
+def written(layer):
+    """NorBERT4's layers leave it to a checkpoint to give their weights a value."""
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind,rows", [(CastedLinearIn, 13), (MultiCastedLinearOrthoIn, [5, 8])])
 def test_norbert4s_layers_go_through_onednn_with_the_values_and_gradients_of_float64(monkeypatch, kind, rows, bias):
     torch.manual_seed(0)
-    layer, inputs = kind(7, rows, bias), torch.randn(2, 3, 7)
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter)
+    layer, inputs = written(kind(7, rows, bias)), torch.randn(2, 3, 7)
     exact = outputs_and_gradients(copy.deepcopy(layer).double(), inputs.double())
     use_onednn(layer)
     went = []
@@ -112,7 +117,7 @@ def kept_bytes(network, inputs):
 
 @pytest.mark.parametrize("kind,rows", [(CastedLinearIn, 13), (MultiCastedLinearOrthoIn, [5, 8])])
 def test_norbert4s_layers_keep_nothing_but_their_inputs(kind, rows):
-    layer, inputs = kind(7, rows, bias=False), torch.ones(2, 7, requires_grad=True)
+    layer, inputs = written(kind(7, rows, bias=False)), torch.ones(2, 7, requires_grad=True)
     assert kept_bytes(layer, inputs) >= 4 * 7 * 13  # the weights times their scale
     use_onednn(layer)
     assert kept_bytes(layer, inputs) == 0 or not products.ONEDNN

@@ -86,7 +86,7 @@ def compare_vectors(graph: tuple[str, float, str], exact: Pair, found: Pair, *, 
         largest = max(largest, float(shares.max()))
     if not largest <= share:  # also true of NaN
         raise ConfigError(
-            f"a weight of {name} is off by {largest:.1%} of its text's largest, where {share:.2%} is stated"
+            f"a weight of {name} is off by {100 * largest:.3g} % of its text's largest, where {100 * share:g} % is stated"
         )
     asked, held, found_queries, found_documents = used_by(*exact, *found)
     of_queries, of_documents = (within(share * wanted.max(axis=1).toarray()) for wanted in exact)
