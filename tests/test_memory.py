@@ -1,5 +1,6 @@
 """The estimate of a step's memory, against what a network is seen to keep and against numbers worked out by hand."""
 
+import os
 import re
 
 import pytest
@@ -82,3 +83,25 @@ def test_checkpointing_keeps_one_layer_and_what_goes_into_each(tmp_path):
     found, _ = parts_of(tmp_path, *overrides, "hardware.gradient_checkpointing=true")
     into_layers = 30_000 * 32 * 2 * 32 * 4 / 2**30  # texts × tokens × layers × width × bytes
     assert found["activations"] == pytest.approx(whole["activations"] / 2 + into_layers, abs=0.1)
+
+
+def test_what_may_not_fit_is_said_with_what_to_do(tmp_path):
+    config_of(tmp_path, write_bert(tmp_path / "base"), "splade")
+    rows = "training.per_device_train_batch_size=1000000"
+    lines = lines_of(tmp_path / "config.yaml", rows)
+    advice = lines[lines.index(line_with(lines, "memory    ")) + 1]
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    assert advice.startswith(
+        f"          there are {whole:.1f} GiB. If a batch of long texts does not fit, lower training.per_d"
+    )
+    said = float(re.search(r"or set hardware.gradient_checkpointing=true \(activations ([\d.]+) GiB\)$", advice)[1])
+    found, _ = parts_of(tmp_path, rows, "hardware.gradient_checkpointing=true")
+    assert said == found["activations"]
+    assert "there are" not in "".join(lines_of(tmp_path / "config.yaml"))
+
+
+def test_a_plan_for_another_machine_is_not_compared_with_this_one(tmp_path):
+    config_of(tmp_path, write_bert(tmp_path / "base"), "splade")
+    lines = lines_of(tmp_path / "config.yaml", "training.per_device_train_batch_size=1000000", "hardware.device=mps")
+    assert "finds no such device" in line_with(lines, "device ")
+    assert "there are" not in "".join(lines)

@@ -1,6 +1,7 @@
 """Which device training runs on, and why."""
 
 import ctypes
+import os
 import resource
 import sys
 
@@ -67,6 +68,15 @@ def give_back_unused_memory() -> None:
     """
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
+
+
+def memory_of(device: str) -> int:
+    """Bytes of memory that training can have there: the GPU's, what macOS recommends for it, or the machine's."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties().total_memory
+    if device == "mps":
+        return torch.mps.recommended_max_memory()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory_gib(device: str) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainer.config import Config
 from trainer.data import TrainingData
+from trainer.device import memory_of
 from trainer.fused.model import is_fused, transformers_of
 from trainer.models import vocabulary_of
 
@@ -25,8 +26,11 @@ TRIED = (1 / 16, 1 / 8, 1 / 4)
 TRAINED, FROZEN = 16, 4
 
 
-def memory_lines(config: Config, data: TrainingData, model: SparseEncoder) -> Iterator[str]:
-    """Estimated memory of the weights, the head, and what the layers keep of the texts of one step."""
+def memory_lines(config: Config, data: TrainingData, model: SparseEncoder, device: str | None) -> Iterator[str]:
+    """Estimated memory of the weights, the head, and what the layers keep of the texts of one step.
+
+    device: where it must fit; None where training will be on another machine.
+    """
     training = config.training
     columns = max((3 if "negative" in rows.column_names else 2 for rows in data.train.values()), default=3)
     if config.model.architecture == "inference-free-splade":
@@ -42,14 +46,19 @@ def memory_lines(config: Config, data: TrainingData, model: SparseEncoder) -> It
     transformer = transformers_of(model)[0]
     precision = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     kept = texts * kept_per_text(transformer, training.max_seq_length, precision)
-    if config.hardware.gradient_checkpointing:  # one layer's at a time, and what goes into each of them
-        shape = transformer.model.config
-        layers = getattr(shape, "num_hidden_layers", None) or shape.num_layers  # NorBERT4's name
-        kept = kept / layers + texts * training.max_seq_length * layers * shape.hidden_size * 4
-    parts["activations"] = kept
+    shape = transformer.model.config
+    layers = getattr(shape, "num_hidden_layers", None) or getattr(shape, "num_layers", 1)  # the second is NorBERT4's
+    # one layer's at a time, and what goes into each of them
+    checkpointed = kept / layers + texts * training.max_seq_length * layers * shape.hidden_size * 4
+    parts["activations"] = checkpointed if config.hardware.gradient_checkpointing else kept
     sizes = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts.items())
     less = " (torch_compile keeps less)" if training.torch_compile else ""
     yield f"memory    at most about {sizes}{less}, for {texts} texts of {training.max_seq_length} tokens per step"
+    if device and sum(parts.values()) > (here := memory_of(device)):
+        advice = "lower training.per_device_train_batch_size"
+        if not config.hardware.gradient_checkpointing:
+            advice += f", or set hardware.gradient_checkpointing=true (activations {checkpointed / 2**30:.1f} GiB)"
+        yield f"          there are {here / 2**30:.1f} GiB. If a batch of long texts does not fit, {advice}"
 
 
 def kept_per_text(transformer: Transformer, tokens: int, precision: torch.dtype | None) -> float:

@@ -123,8 +123,10 @@ def padding_line(config: Config, data: TrainingData, device: str) -> str:
     return f"padding   {share:.0%} of the positions that go through the network{how}"
 
 
-def training_lines(config: Config, data: TrainingData, model: SparseEncoder, loss: nn.Module) -> Iterator[str]:
-    """Parameters per learning rate, what decides the sparsity, and estimated memory."""
+def training_lines(
+    config: Config, data: TrainingData, model: SparseEncoder, loss: nn.Module, device: str | None
+) -> Iterator[str]:
+    """Parameters per learning rate, what decides the sparsity, and estimated memory on this device, if it is here."""
     rates = query_rate_mapping(config, loss)
     query = {name.removeprefix("^").removesuffix("$").replace("\\", "") for name in rates}
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"query": [], "rest": [], "frozen": []}
@@ -144,7 +146,7 @@ def training_lines(config: Config, data: TrainingData, model: SparseEncoder, los
     if groups["frozen"]:
         yield f"          not trained: {count('frozen')} in {len(groups['frozen'])} tensors"
     yield from sparsity_lines(config)
-    yield from memory_lines(config, data, model)
+    yield from memory_lines(config, data, model, device)
 
 
 def sparsity_lines(config: Config) -> Iterator[str]:
@@ -180,12 +182,13 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
     config = loaded.config
     yield f"config    {loaded.file} is valid"
     yield f"output    {MODELS / loaded.name}" + (f", pushed to {config.hub.repo}" if config.hub.push else "")
+    here = None
     try:
-        device, reason = choose_device(config)
-        yield f"device    {device} ({reason})"
+        here, reason = choose_device(config)
+        yield f"device    {here} ({reason})"
     except ConfigError as error:
-        device = "cpu"
         yield f"device    {error.format_message()}"
+    device = here or "cpu"
     missing: dict[str, HubUnreachable] = {}
     data = load_data(config, missing)
     for name in missing:
@@ -220,7 +223,7 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
         sample.tokenise(Tokeniser(model, routes_of(config), lambda line: None, keep=False))
         yield padding_line(config, sample, device)
     idf = document_idf(config, model, data.texts("positive", "negative"))
-    yield from training_lines(config, data, model, build_loss(config, model, BatchStatistics(), idf))
+    yield from training_lines(config, data, model, build_loss(config, model, BatchStatistics(), idf), here)
     if config.loss.teacher:
         yield teacher_line(config.loss.teacher, data)
 

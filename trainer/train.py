@@ -112,7 +112,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         statistics = BatchStatistics(enabled=config.evaluation.track_sparsity)
         idf = document_idf(config, model, data.texts("positive", "negative"))
         loss = build_loss(config, model, statistics, idf)
-        for line in training_lines(config, data, model, loss):
+        for line in training_lines(config, data, model, loss, device):
             say(line)
 
         # 4. Evaluation and arguments
