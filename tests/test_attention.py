@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense, write_modernbert, write_roberta
 from tests.conftest import TINY
-from tests.standins import COMMIT, SHAPES, write_norbert
+from tests.standins import COMMIT, write_dense_norbert, write_norbert
 from tests.test_models import config_of
 from trainer.arguments import routes_of
 from trainer.callbacks import Throughput
@@ -146,10 +146,9 @@ def test_a_machine_without_cuda_or_the_package_is_one_line(tmp_path):
         choose_attention(model, config, "cuda")
 
 
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("attention", "device"), [("eager", "cpu"), ("varlen", "cuda")])
-def test_a_model_with_attention_code_of_its_own_is_one_line(tmp_path, shape, attention, device):
-    base = write_norbert(tmp_path / "base", shape)
+def test_a_model_with_attention_code_of_its_own_is_one_line(tmp_path, attention, device):
+    base = write_norbert(tmp_path / "base", "norbert3")
     pinned = (f"model.revision={COMMIT}", "model.trust_remote_code=true")
     config, model = built(tmp_path, base, "splade", *pinned, *GPU, f"model.attention={attention}")
     says = rf"ForMaskedLM .* has code of its own for attention, so {attention} cannot be set"
@@ -158,12 +157,29 @@ def test_a_model_with_attention_code_of_its_own_is_one_line(tmp_path, shape, att
 
 
 # ------------------------------------------------------------------------------------------- packed texts
+def write_norbert4(folder):
+    return write_norbert(folder, "norbert4", bias=0.0)
+
+
+def write_newer_norbert4(folder):
+    return write_norbert(folder, "norbert4-newer", bias=0.0)
+
+
+def write_dense_norbert4(folder):
+    return write_dense_norbert(folder, "norbert4")
+
+
+NORBERT = (write_norbert4, write_newer_norbert4, write_dense_norbert4)
+
+
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("write", [write_bert, write_roberta, write_modernbert, write_dense])
+@pytest.mark.parametrize("write", [write_bert, write_roberta, write_modernbert, write_dense, *NORBERT])
 @pytest.mark.parametrize("attention", PACKED)
 def test_packed_texts_have_the_vectors_of_padded_ones(tmp_path, flash, write, fused, attention):
-    architecture = "csr" if write is write_dense else "splade"
-    config, model = built(tmp_path, write(tmp_path / "base"), architecture, *GPU, f"model.attention={attention}")
+    architecture = "csr" if write in (write_dense, write_dense_norbert4) else "splade"
+    pinned = (f"model.revision={COMMIT}", "model.trust_remote_code=true") if write in NORBERT else ()
+    attends = f"model.attention={attention}"
+    config, model = built(tmp_path, write(tmp_path / "base"), architecture, *GPU, *pinned, attends)
     if fused:
         fuse(model)
     assert is_fused(model) == (fused and architecture == "splade")
@@ -175,6 +191,28 @@ def test_packed_texts_have_the_vectors_of_padded_ones(tmp_path, flash, write, fu
         assert "attention_mask" in model.preprocess(DOCUMENTS)
         assert torch.equal(vectors(model), padded)
     assert "cu_seq_lens_q" in model.preprocess(DOCUMENTS)
+
+
+@pytest.mark.parametrize("write", [write_bert, write_norbert4])
+def test_packed_texts_have_the_gradients_of_padded_ones(tmp_path, flash, write):
+    pinned = (f"model.revision={COMMIT}", "model.trust_remote_code=true") if write in NORBERT else ()
+    config, model = built(tmp_path, write(tmp_path / "base"), "splade", *GPU, *pinned, "model.attention=varlen")
+    fuse(model)
+
+    def gradients():
+        model.zero_grad()
+        found = model.eval()(model.preprocess([*DOCUMENTS, "Å"]))["sentence_embedding"]
+        (found * torch.linspace(-1, 1, found.numel()).view_as(found)).sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    padded = gradients()
+    choose_attention(model, config, "cuda")
+    packed = gradients()
+    assert packed.keys() == padded.keys()
+    for name, gradient in padded.items():
+        torch.testing.assert_close(
+            packed[name], gradient, rtol=1e-3, atol=max(1e-5, 2e-5 * gradient.abs().max().item())
+        )
 
 
 @pytest.mark.parametrize("write", [write_bert, write_roberta])

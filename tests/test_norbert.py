@@ -8,6 +8,7 @@ import shutil
 import sys
 import types
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import SpladePooling, Transformer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.checkpoints import DOCUMENTS
 from tests.standins import SHAPES, changes_of, code_of, write_norbert
 from trainer.config import ConfigError
+from trainer.fused.model import fuse
 from trainer.models.norbert import FAMILIES, convert, convert_files
 
 TRUST = {"trust_remote_code": True}
@@ -223,6 +226,37 @@ def cannot_be_exported(folder):
     return False
 
 
+def texts_can_only_be_padded(folder):
+    """Whether a packed text's neighbours, or where it lies, change what the model makes of it."""
+    model, texts = language_model(folder), [torch.arange(110, 130), torch.arange(140, 147)]
+    starts = torch.tensor([0, 20, 27], dtype=torch.int32)
+    options = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 20, "max_length_k": 20}
+
+    def attend(layer, query, key, value, mask, *, scaling, cu_seq_lens_q, sliding_window, **_):
+        ends = [slice(start, end) for start, end in pairwise(cu_seq_lens_q.tolist())]
+        parts = []
+        for text in ends:
+            place = torch.arange(text.stop - text.start)
+            near = (place[:, None] - place).abs() < sliding_window
+            scores = query[:, :, text] @ key[:, :, text].transpose(-1, -2) * scaling
+            parts.append(scores.masked_fill(~near, -torch.inf).softmax(-1) @ value[:, :, text])
+        return torch.cat(parts, 2).transpose(1, 2), None
+
+    with pytest.MonkeyPatch.context() as interface, torch.no_grad():
+        interface.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "text_by_text", attend)
+        apart = [model(input_ids=text[None]).logits[0] for text in texts]
+        model.config._attn_implementation = "text_by_text"
+        places = torch.cat([torch.arange(20), torch.arange(7)])[None]
+        packed = model(input_ids=torch.cat(texts)[None], position_ids=places, **options).logits[0]
+    return not torch.allclose(packed, torch.cat(apart), atol=1e-4)
+
+
+def head_needs_all_logits(folder):
+    done = fuse(encoder(folder))
+    assert done == "fused, without logits" or "the model needs the logits of every word" in done
+    return done != "fused, without logits"
+
+
 SHOWN_BY = {
     "soft cap": every_word_is_active,
     "BOS logit": beginning_of_sequence_is_active,
@@ -234,6 +268,8 @@ SHOWN_BY = {
     "bf16 by GPU": gpu_changes_the_precision,
     "flash attention": an_installed_package_changes_the_precision,
     "advice": advice_is_given,
+    "logits of every word": head_needs_all_logits,
+    "padded texts only": texts_can_only_be_padded,
     "masked softmax": cannot_be_exported,
     "GELU": parts_of_a_formula_are_kept,
     "attention matrix": attention_matrices_are_kept,
@@ -435,6 +471,20 @@ def test_every_class_with_a_table_that_is_not_saved_is_rebuilt(tmp_path, publish
     folder = copy_of(published, "norbert4", tmp_path / "converted", edit=edit)
     assert (folder / "modeling_gptbert.py").read_text().count("@rebuilt_after_load") == 2
     assert not vectors_are_not_numbers_when_unwritten_memory_is_none(folder)
+
+
+def test_what_need_not_be_mended_is_left_whole_where_it_is_written_in_another_way():
+    name, code = "modeling_gptbert.py", code_of("norbert4")["modeling_gptbert.py"]
+    other = code.replace("gelu_new(x)", "gelu_new(x + 0)", 1).replace("torch.bmm(query", "torch.matmul(query")
+    assert other.count("gelu_new(x)") == 1
+    found = convert(other, Path(name), FAMILIES[name].changes)
+    first, rest = found.split("\n", 1)
+    assert not {"GELU", "attention matrix"} & set(
+        first.split(": ")[1].removesuffix(". sha256 of the lines below").split(", ")
+    )
+    assert "import gelu_new" in rest
+    assert rest.count("gelu_new(x") == 2
+    assert "masked_softmax(attention_scores" in rest
 
 
 def test_converted_code_that_was_edited_is_refused():

@@ -109,10 +109,13 @@ class FusedHead:
             bias = hidden.new_zeros(len(weight)) if bias is None else bias
             bias = bias.index_fill(0, self.silent.to(bias.device), SILENT)
         if "cu_seq_lens_q" in features:  # texts one after the other, without padding
-            vectors = splade_max_packed(hidden.squeeze(0), weight, bias, features["cu_seq_lens_q"], activation)
+            hidden, starts = hidden.squeeze(0), features["cu_seq_lens_q"]
+            if self.shifted:
+                hidden, starts = without_last(hidden, starts)
+            vectors = splade_max_packed(hidden, weight, bias, starts, activation)
         else:
             mask = features["attention_mask"]
-            if self.shifted:  # the logits of a token come from the one before it; the last one's go nowhere
+            if self.shifted:  # the logits of a token come from the one before it; those of the last one go nowhere
                 mask = nn.functional.pad(mask[:, 1:], (0, 1))
             vectors = splade_max(hidden, weight, bias, mask, activation)
         if self.pooling.embedding_dimension is None:
@@ -172,6 +175,13 @@ class FusedHead:
         if found.shape == direct.shape and _same(found, moved):
             return True, None
         raise NotFusable("the model changes its logits after the vocabulary layer in an unknown way")
+
+
+def without_last(hidden: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed texts, [tokens, width], with the last token of each put behind all others; where they start, [texts + 1]."""
+    last = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    last[starts[1:].long() - 1] = True
+    return hidden[last.argsort(stable=True)], starts - torch.arange(len(starts), device=starts.device)
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:

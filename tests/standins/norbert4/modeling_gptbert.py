@@ -6,9 +6,9 @@ import torch
 import torch.nn as nn
 import torch.utils.checkpoint
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers.activations import gelu_new
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, MaskedLMOutput
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, logging
 
 from .configuration_gptbert import GptBertConfig
@@ -92,9 +92,10 @@ class RotaryPositionalEmbeddings(nn.Module):
         self.register_buffer("sin_matrix", angles.sin(), persistent=False)
 
     def forward(self, x):
-        length, half = x.shape[2], x.shape[3] // 2
+        seq_len = x.shape[2]
+        half = x.shape[3] // 2
         turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-        return (x * self.cos_matrix[:, None, :length] + turned * self.sin_matrix[:, None, :length]).type_as(x)
+        return (x * self.cos_matrix[:, None, :seq_len] + turned * self.sin_matrix[:, None, :seq_len]).type_as(x)
 
 
 class MaskedSoftmax(torch.autograd.Function):
@@ -118,6 +119,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: GptBertConfig, layer_idx: int):
         super().__init__()
+        self.config = config
         self.heads, self.size = config.num_attention_heads, config.query_key_head_size
         self.qkv = CastedLinearIn(config.hidden_size, 3 * self.heads * self.size, bias=False)
         self.out_proj = CastedLinearIn(self.heads * self.size, config.hidden_size, bias=False)
@@ -128,13 +130,13 @@ class SelfAttention(nn.Module):
         self.is_causal = config.is_decoder
         self.window_length = config.global_window_length if is_global else config.local_window_length
 
-    def forward(self, hidden_layer, mask):
+    def forward(self, hidden_layer, padding_info):
         batch, length, _ = hidden_layer.shape
         query, key, value = self.qkv(hidden_layer).view(batch, length, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
         query, key = self.rope_embedding(query), self.rope_embedding(key)
         if flash_attn_varlen_qkvpacked_func is not None:  # stands for the real one, which knows half precision only
             query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
-        output = self.attention_operation(query, key, value, mask)
+        output = self.attention_operation(query, key, value, padding_info)
         return self.out_proj(output.type_as(hidden_layer).transpose(1, 2).flatten(2))
 
     def attention_operation(self, query, key, value, padding_mask):
@@ -166,8 +168,8 @@ class Layer(nn.Module):
         self.up = MultiCastedLinearOrthoIn(config.hidden_size, [half, half], bias=False)
         self.down = CastedLinearIn(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, hidden_layer, mask):
-        hidden_layer = hidden_layer + self.attention(self.norm(hidden_layer), mask)
+    def forward(self, hidden_layer, padding_info):
+        hidden_layer = hidden_layer + self.attention(self.norm(hidden_layer), padding_info)
         x = self.up(self.norm(hidden_layer))
         return hidden_layer + self.down(gelu_new(x))
 
@@ -179,12 +181,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([Layer(config, i) for i in range(config.num_layers)])
 
-    def forward(self, hidden_layer, mask, checkpoint_activations=False):
+    def forward(self, hidden_layer, padding_info, checkpoint_activations=False):
         for layer in self.layers:
             if checkpoint_activations:
-                hidden_layer = torch.utils.checkpoint.checkpoint(layer, hidden_layer, mask, use_reentrant=True)
+                hidden_layer = torch.utils.checkpoint.checkpoint(layer, hidden_layer, padding_info, use_reentrant=True)
             else:
-                hidden_layer = layer(hidden_layer, mask)
+                hidden_layer = layer(hidden_layer, padding_info)
         return hidden_layer
 
 
@@ -226,13 +228,15 @@ class GptBertModel(GptBertPreTrainedModel):
     def get_contextualized_embeddings(self, input_ids, attention_mask=None):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        attention_mask = attention_mask.bool()[:, None, None, :]
+        padding_info = attention_mask
         static_embeddings = self.embedding(input_ids)
         original_dtype = static_embeddings.dtype
         if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and static_embeddings.dtype == torch.float32:
             static_embeddings = static_embeddings.bfloat16()
         last_layer = self.encoder(
             static_embeddings,
-            attention_mask.bool()[:, None, None, :],
+            padding_info,
             checkpoint_activations=self.gradient_checkpointing and self.training,
         )
         return last_layer.to(original_dtype)
@@ -262,7 +266,8 @@ class GptBertForMaskedLM(GptBertModel):
         like = {"dtype": subword_prediction.dtype, "device": subword_prediction.device}
         bos_logits = torch.zeros(subword_prediction.size(0), 1, self.config.vocab_size, **like)
         bos_logits[:, :, self.config.bos_token_id] = 1.0
-        return MaskedLMOutput(logits=torch.cat([bos_logits, subword_prediction[:, :-1]], dim=1))
+        subword_prediction = torch.cat([bos_logits, subword_prediction[:, :-1]], dim=1)
+        return MaskedLMOutput(logits=subword_prediction)
 
 
 class GptBertForCausalLM(GptBertModel):
