@@ -1,16 +1,22 @@
 """Compiled networks: few compilations, the numbers of the plain ones, and nothing of it in what is saved."""
 
+import re
+from functools import partial
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+import trainer.train
 from tests.checkpoints import DOCUMENTS, write_bert, write_modernbert
 from tests.standins import write_norbert
 from tests.test_models import build_from, config_of, dense_vectors
 from tests.test_remote_code import PINNED
+from trainer.config import load_config
 from trainer.data.buckets import bucket_lengths
 from trainer.fused.model import fuse
 from trainer.models.compiled import compile_networks
+from trainer.run import Run
 
 LENGTHS = bucket_lengths(32, 3)
 
@@ -89,3 +95,13 @@ def test_scoring_is_not_compiled_and_a_saved_model_knows_nothing_of_it(tmp_path)
     assert files
     for file in files:
         assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "compiled" / file).read_bytes(), file
+
+
+def test_a_training_compiles_the_lengths_of_its_batches_and_nothing_else(tiny, monkeypatch):
+    counter, lines = CompileCounter(), []
+    monkeypatch.setattr(trainer.train, "compile_networks", partial(compile_networks, backend=counter))
+    loaded = load_config(tiny, ["training.torch_compile=true", "training.max_steps=4"])
+    trainer.train.train(loaded, Run.create(loaded), say=lines.append)
+    (says,) = (line for line in lines if line.startswith("compile "))
+    lengths = [int(length) for length in re.findall(r"\d+", says)]
+    assert 1 <= counter.frame_count <= len(lengths)

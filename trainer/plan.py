@@ -123,10 +123,8 @@ def padding_line(config: Config, data: TrainingData, device: str) -> str:
     return f"padding   {share:.0%} of the positions that go through the network{how}"
 
 
-def training_lines(
-    config: Config, data: TrainingData, model: SparseEncoder, loss: nn.Module, device: str | None
-) -> Iterator[str]:
-    """Parameters per learning rate, what decides the sparsity, and estimated memory on this device, if it is here."""
+def training_lines(config: Config, model: SparseEncoder, loss: nn.Module) -> Iterator[str]:
+    """Parameters per learning rate, and what decides the sparsity."""
     rates = query_rate_mapping(config, loss)
     query = {name.removeprefix("^").removesuffix("$").replace("\\", "") for name in rates}
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"query": [], "rest": [], "frozen": []}
@@ -146,7 +144,6 @@ def training_lines(
     if groups["frozen"]:
         yield f"          not trained: {count('frozen')} in {len(groups['frozen'])} tensors"
     yield from sparsity_lines(config)
-    yield from memory_lines(config, data, model, device)
 
 
 def sparsity_lines(config: Config) -> Iterator[str]:
@@ -222,8 +219,9 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
         sample = data.sample(PLAN_ROWS, config.training.seed)
         sample.tokenise(Tokeniser(model, routes_of(config), lambda line: None, keep=False))
         yield padding_line(config, sample, device)
+    yield from memory_lines(config, data, model, here)
     idf = document_idf(config, model, data.texts("positive", "negative"))
-    yield from training_lines(config, data, model, build_loss(config, model, BatchStatistics(), idf), here)
+    yield from training_lines(config, model, build_loss(config, model, BatchStatistics(), idf))
     if config.loss.teacher:
         yield teacher_line(config.loss.teacher, data)
 

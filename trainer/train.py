@@ -40,6 +40,7 @@ from trainer.distributed import (
 from trainer.evaluators import SCORE, SearchEvaluator, build_evaluator
 from trainer.loop import SparseTrainer
 from trainer.losses import build_loss
+from trainer.memory import memory_lines
 from trainer.models import (
     BaseModel,
     attention_line,
@@ -112,7 +113,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         statistics = BatchStatistics(enabled=config.evaluation.track_sparsity)
         idf = document_idf(config, model, data.texts("positive", "negative"))
         loss = build_loss(config, model, statistics, idf)
-        for line in training_lines(config, data, model, loss, device):
+        for line in training_lines(config, model, loss):
             say(line)
 
         # 4. Evaluation and arguments
@@ -217,6 +218,8 @@ def ready_model(
     with first_on_each_machine_first():
         data.tokenise(tokeniser)
     for line in (token_line(tokeniser), *sitting_out_lines(config, data), padding_line(config, data, device)):
+        say(line)
+    for line in memory_lines(config, data, model, device):
         say(line)
 
     if config.training.torch_compile:
