@@ -4,6 +4,7 @@ import ctypes
 import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -76,7 +77,9 @@ def memory_of(device: str) -> int:
         return torch.cuda.get_device_properties().total_memory
     if device == "mps":
         return torch.mps.recommended_max_memory()
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    whole, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"  # a container's
+    return whole if allowed == "max" else min(whole, int(allowed))
 
 
 def peak_memory_gib(device: str) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 from trainer.config import Config
 from trainer.data import TrainingData
 from trainer.device import memory_of
+from trainer.distributed import processes_here
 from trainer.fused.model import is_fused, transformers_of
 from trainer.models import vocabulary_of
 
@@ -45,52 +46,58 @@ def memory_lines(config: Config, data: TrainingData, model: SparseEncoder, devic
         parts["head"] = numbers * texts * 4 * vocabulary_of(model)
     transformer = transformers_of(model)[0]
     precision = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
-    kept = texts * kept_per_text(transformer, training.max_seq_length, precision)
+    per_text, once = kept_per_text(transformer, training.max_seq_length, precision)
+    kept = texts * per_text + once
     shape = transformer.model.config
     layers = getattr(shape, "num_hidden_layers", None) or getattr(shape, "num_layers", 1)  # the second is NorBERT4's
+    width = transformer.get_embedding_dimension()
     # one layer's at a time, and what goes into each of them
-    checkpointed = kept / layers + texts * training.max_seq_length * layers * shape.hidden_size * 4
+    checkpointed = kept / layers + texts * training.max_seq_length * layers * width * 4
     parts["activations"] = checkpointed if config.hardware.gradient_checkpointing else kept
     sizes = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts.items())
     less = " (torch_compile keeps less)" if training.torch_compile else ""
     yield f"memory    at most about {sizes}{less}, for {texts} texts of {training.max_seq_length} tokens per step"
-    if device and sum(parts.values()) > (here := memory_of(device)):
+    shares = processes_here() if device == "cpu" else 1
+    if device and shares * sum(parts.values()) > (here := memory_of(device)):
         advice = "lower training.per_device_train_batch_size"
         if not config.hardware.gradient_checkpointing:
             advice += f", or set hardware.gradient_checkpointing=true (activations {checkpointed / 2**30:.1f} GiB)"
         yield f"          there are {here / 2**30:.1f} GiB. If a batch of long texts does not fit, {advice}"
 
 
-def kept_per_text(transformer: Transformer, tokens: int, precision: torch.dtype | None) -> float:
-    """Bytes that a text of so many tokens leaves in the network for the backward pass, under autocast if precision says so.
+def kept_per_text(transformer: Transformer, tokens: int, precision: torch.dtype | None) -> tuple[float, float]:
+    """Bytes that a text of so many tokens leaves in the network for the backward pass, and those that any batch does once.
 
-    What a network keeps grows with the tokens, with the pairs of tokens, or not at all, so three lengths tell the rest.
+    Under autocast if precision says so. What a network keeps grows with the tokens, with the pairs of tokens, or not at all
+    (weights in another precision), so three lengths tell the rest.
     """
     lengths, sizes = [], []
-    for part in TRIED:
-        features = transformer.preprocess([" ".join(["og"] * max(1, int(part * tokens)))])
+    for least, part in enumerate(TRIED, start=1):
+        features = transformer.preprocess([" ".join(["og"] * max(least, int(part * tokens)))])
         lengths.append(features["input_ids"].numel())
         sizes.append(_kept(transformer, features, precision))
-    quadratic, linear, _ = np.polyfit(lengths, sizes, 2)
-    return quadratic * tokens**2 + linear * tokens
+    quadratic, linear, constant = np.polyfit(lengths, sizes, 2)
+    return quadratic * tokens**2 + linear * tokens, max(0.0, constant)
 
 
 def _kept(transformer: Transformer, features: dict[str, Tensor], precision: torch.dtype | None) -> int:
     device = transformer.model.device
     features = {key: value.to(device) if torch.is_tensor(value) else value for key, value in features.items()}
     weights = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
-    found: dict[int, Tensor] = {}  # the tensors are held on to, so that no place is used twice
+    found: dict[int, torch.UntypedStorage] = {}  # held on to, so that no place is used twice
 
     def keep(tensor: Tensor) -> Tensor:
-        found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
+        storage = tensor.untyped_storage()
+        found.setdefault(storage.data_ptr(), storage)
+        return tensor.detach()  # the tensor itself would hold on to its graph, and the graph to it
 
     training = transformer.training
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    random = torch.random.fork_rng([device] if device.type == "cuda" else [])
     autocast = torch.autocast(device.type, precision, enabled=precision is not None)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), hooks, autocast:
+        with random, hooks, autocast:
             transformer.train()(features)
     finally:
         transformer.train(training)
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in found.items() if place not in weights)
+    return sum(storage.nbytes() for place, storage in found.items() if place not in weights)

@@ -145,10 +145,13 @@ class FusedHead:
         self.decoder.forward = self.hand_over
         try:
             self._logits(transformer)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, IndexError, ValueError) as error:
             raise NotFusable(f"the model needs the logits of every word: {one_line(error)}") from None
         finally:
             del self.decoder.forward
+            self.hidden = None
             if before is not None:
                 self.decoder.forward = before
 

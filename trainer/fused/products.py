@@ -84,9 +84,11 @@ class _ScaledLinear(torch.autograd.Function):
     def backward(ctx, gradient):
         inputs, scale, *weights = ctx.saved_tensors
         stacked, flat = torch.cat(weights), gradient.reshape(-1, gradient.shape[-1])
-        to_product = product(flat.t(), inputs.reshape(-1, inputs.shape[-1]).t())
         to_inputs = product(gradient, (stacked * (scale + 1.0)).t()) if ctx.needs_input_grad[0] else None
         to_bias = flat.sum(0) if ctx.needs_input_grad[1] else None
+        if not any(ctx.needs_input_grad[2:]):
+            return to_inputs, to_bias, None, *(None for _ in weights)
+        to_product = product(flat.t(), inputs.reshape(-1, inputs.shape[-1]).t())
         to_weights = (to_product * (scale + 1.0)).split([len(weight) for weight in weights])
         return to_inputs, to_bias, (to_product * stacked).sum(0), *to_weights
 

@@ -90,7 +90,7 @@ FIVE_ARGUMENTS = r"\bsoftmax_backward_data\((?!\w+, \w+, \w+\)).*"
 ATTENTION = r"""
 \1if torch.jit.is_tracing() or self.config._attn_implementation == "eager":
 \1    scores = (query @ key.transpose(-1, -2) * self.scale).masked_fill(~attention_mask, float("-inf"))
-\1    return scores.softmax(-1).masked_fill(~attention_mask, 0.0) @ value
+\1    return self.attention_dropout(scores.softmax(-1).masked_fill(~attention_mask, 0.0)) @ value
 \1position = torch.arange(query_length, device=query.device)
 \1seen = attention_mask | (position == position[:, None])
 \1dropout = self.attention_dropout.p if self.training else 0.0
