@@ -1,4 +1,5 @@
 import os
+from datetime import timedelta
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
 from tests.test_models import build, config_of
+from trainer.distributed import ending_together
 from trainer.losses import build_loss
 from trainer.penalties import Penalty, flops, idf_flops, l1, over_cap
 from trainer.sparsity import BatchStatistics
@@ -44,16 +46,19 @@ def gradient_in_parts(batch, parts):
 
 def gradient_of_a_process(rank, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    layer = encoder()
-    penalty = Penalty(layer, flops)
-    model = nn.parallel.DistributedDataParallel(layer)
-    penalty.compute_loss_from_embeddings(layer(rows(16, seed=1).chunk(2)[rank]).relu())
-    penalty.settle()
-    penalty.compute_loss_from_embeddings(model(rows(16, seed=2).chunk(2)[rank]).relu()).backward()
-    step = penalty.settle()
-    torch.save([layer.weight.grad, penalty.running, step.active_dims], f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    limit = timedelta(minutes=1)
+    with ending_together():  # gloo's threads may outlive Python, which then aborts or waits for ever
+        torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", limit, rank=rank, world_size=2)
+        layer = encoder()
+        penalty = Penalty(layer, flops)
+        model = nn.parallel.DistributedDataParallel(layer)
+        penalty.compute_loss_from_embeddings(layer(rows(16, seed=1).chunk(2)[rank]).relu())
+        penalty.settle()
+        penalty.compute_loss_from_embeddings(model(rows(16, seed=2).chunk(2)[rank]).relu()).backward()
+        step = penalty.settle()
+        torch.save([layer.weight.grad, penalty.running, step.active_dims], f"{folder}/{rank}.pt")
+        torch.distributed.barrier()
+        raise SystemExit(0)
 
 
 # ------------------------------------------------------------------------------------------- one gradient however it is cut
@@ -69,7 +74,8 @@ def test_four_accumulated_batches_of_4_have_the_gradient_of_one_of_16():
 
 
 def test_two_processes_with_8_rows_have_the_gradient_of_one_with_16(tmp_path):
-    torch.multiprocessing.spawn(gradient_of_a_process, (str(tmp_path),), nprocs=2)
+    started = torch.multiprocessing.spawn(gradient_of_a_process, (str(tmp_path),), nprocs=2, join=False, daemon=True)
+    assert any(started.join(timeout=90) for _ in range(2))  # each returns when one more has ended
     whole, penalty = gradient_in_parts(rows(16, seed=2), parts=1)
     step = penalty.settle()
     for rank in (0, 1):
