@@ -50,7 +50,9 @@ def build_other(trained, name):
         put_model(trained, write_norbert(trained / "norbert", name), "inference-free-splade", *pinned)
 
 
-@pytest.mark.parametrize("name", ["tiny", "csr", "roberta", "norbert3", "norbert4"])
+@pytest.mark.parametrize(
+    "name", ["tiny", "csr", "roberta", pytest.param("norbert3", marks=pytest.mark.slow), "norbert4"]
+)
 def test_queries_and_documents_of_any_length_have_the_models_vectors(trained, name):
     build_other(trained, name)
     run_export("onnx", None)

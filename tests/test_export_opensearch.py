@@ -122,7 +122,9 @@ def build_other(trained, name):
         put_model(trained, write_norbert(trained / "norbert", name), "inference-free-splade", *pinned)
 
 
-@pytest.mark.parametrize("name", ["tiny", "bert", "roberta", "norbert3", "norbert4"])
+@pytest.mark.parametrize(
+    "name", ["tiny", "bert", "roberta", pytest.param("norbert3", marks=pytest.mark.slow), "norbert4"]
+)
 def test_the_document_model_gives_the_models_words_and_weights_at_every_length(trained, name):
     build_other(trained, name)
     encoder, lines = Encoder.open(trained / "models/tiny/final", "cpu", 8), []
