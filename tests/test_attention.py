@@ -9,8 +9,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense, write_modernbert, write_roberta
 from tests.conftest import TINY
-from tests.standins import COMMIT, write_dense_norbert, write_norbert
+from tests.standins import write_dense_norbert, write_norbert
 from tests.test_models import config_of
+from tests.test_remote_code import PINNED
 from trainer.arguments import routes_of
 from trainer.callbacks import Throughput
 from trainer.config import ConfigError, load_config
@@ -149,8 +150,7 @@ def test_a_machine_without_cuda_or_the_package_is_one_line(tmp_path):
 @pytest.mark.parametrize(("attention", "device"), [("eager", "cpu"), ("varlen", "cuda")])
 def test_a_model_with_attention_code_of_its_own_is_one_line(tmp_path, attention, device):
     base = write_norbert(tmp_path / "base", "norbert3")
-    pinned = (f"model.revision={COMMIT}", "model.trust_remote_code=true")
-    config, model = built(tmp_path, base, "splade", *pinned, *GPU, f"model.attention={attention}")
+    config, model = built(tmp_path, base, "splade", *PINNED, *GPU, f"model.attention={attention}")
     says = rf"ForMaskedLM .* has code of its own for attention, so {attention} cannot be set"
     with pytest.raises(ConfigError, match=says):
         choose_attention(model, config, device)
@@ -177,7 +177,7 @@ NORBERT = (write_norbert4, write_newer_norbert4, write_dense_norbert4)
 @pytest.mark.parametrize("attention", PACKED)
 def test_packed_texts_have_the_vectors_of_padded_ones(tmp_path, flash, write, fused, attention):
     architecture = "csr" if write in (write_dense, write_dense_norbert4) else "splade"
-    pinned = (f"model.revision={COMMIT}", "model.trust_remote_code=true") if write in NORBERT else ()
+    pinned = PINNED if write in NORBERT else ()
     attends = f"model.attention={attention}"
     config, model = built(tmp_path, write(tmp_path / "base"), architecture, *GPU, *pinned, attends)
     if fused:
@@ -195,7 +195,7 @@ def test_packed_texts_have_the_vectors_of_padded_ones(tmp_path, flash, write, fu
 
 @pytest.mark.parametrize("write", [write_bert, write_norbert4])
 def test_packed_texts_have_the_gradients_of_padded_ones(tmp_path, flash, write):
-    pinned = (f"model.revision={COMMIT}", "model.trust_remote_code=true") if write in NORBERT else ()
+    pinned = PINNED if write in NORBERT else ()
     config, model = built(tmp_path, write(tmp_path / "base"), "splade", *GPU, *pinned, "model.attention=varlen")
     fuse(model)
 

@@ -8,7 +8,6 @@ import shutil
 import sys
 import types
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.checkpoints import DOCUMENTS
 from tests.standins import SHAPES, changes_of, code_of, write_norbert
+from tests.test_attention import text_by_text
 from trainer.config import ConfigError
 from trainer.fused.model import fuse
 from trainer.models.norbert import FAMILIES, convert, convert_files
@@ -233,14 +233,8 @@ def texts_can_only_be_padded(folder):
     options = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 20, "max_length_k": 20}
 
     def attend(layer, query, key, value, mask, *, scaling, cu_seq_lens_q, sliding_window, **_):
-        ends = [slice(start, end) for start, end in pairwise(cu_seq_lens_q.tolist())]
-        parts = []
-        for text in ends:
-            place = torch.arange(text.stop - text.start)
-            near = (place[:, None] - place).abs() < sliding_window
-            scores = query[:, :, text] @ key[:, :, text].transpose(-1, -2) * scaling
-            parts.append(scores.masked_fill(~near, -torch.inf).softmax(-1) @ value[:, :, text])
-        return torch.cat(parts, 2).transpose(1, 2), None
+        found = text_by_text(query[0], key[0], value[0], cu_seq_lens_q, scaling, sliding_window - 1)
+        return found.transpose(0, 1)[None], None
 
     with pytest.MonkeyPatch.context() as interface, torch.no_grad():
         interface.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "text_by_text", attend)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import Transformer
+from sentence_transformers.util import batch_to_device
 from torch import Tensor
 
 from trainer.config import Config
@@ -39,13 +40,14 @@ def memory_lines(config: Config, data: TrainingData, model: SparseEncoder, devic
     texts = training.per_device_train_batch_size * columns
     if config.loss.cached:
         texts = min(texts, config.loss.mini_batch_size * columns)
+    precision = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     weights = sum(p.numel() * (TRAINED if p.requires_grad else FROZEN) for p in model.parameters())
     parts = {"weights and optimizer": weights}
     if config.loss.type == "splade":
-        numbers = VECTOR_COPIES if is_fused(model) else LOGIT_COPIES * training.max_seq_length
-        parts["head"] = numbers * texts * 4 * vocabulary_of(model)
+        size = precision.itemsize if precision else 4
+        per_word = VECTOR_COPIES * 4 if is_fused(model) else LOGIT_COPIES * training.max_seq_length * size
+        parts["head"] = per_word * texts * vocabulary_of(model)
     transformer = transformers_of(model)[0]
-    precision = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     per_text, once = kept_per_text(transformer, training.max_seq_length, precision)
     kept = texts * per_text + once
     shape = transformer.model.config
@@ -82,7 +84,6 @@ def kept_per_text(transformer: Transformer, tokens: int, precision: torch.dtype 
 
 def _kept(transformer: Transformer, features: dict[str, Tensor], precision: torch.dtype | None) -> int:
     device = transformer.model.device
-    features = {key: value.to(device) if torch.is_tensor(value) else value for key, value in features.items()}
     weights = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
     found: dict[int, torch.UntypedStorage] = {}  # held on to, so that no place is used twice
 
@@ -97,7 +98,7 @@ def _kept(transformer: Transformer, features: dict[str, Tensor], precision: torc
     autocast = torch.autocast(device.type, precision, enabled=precision is not None)
     try:
         with random, hooks, autocast:
-            transformer.train()(features)
+            transformer.train()(batch_to_device(features, device))
     finally:
         transformer.train(training)
     return sum(storage.nbytes() for place, storage in found.items() if place not in weights)

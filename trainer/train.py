@@ -217,9 +217,8 @@ def ready_model(
     tokeniser = Tokeniser(model, routes_of(config), say)
     with first_on_each_machine_first():
         data.tokenise(tokeniser)
-    for line in (token_line(tokeniser), *sitting_out_lines(config, data), padding_line(config, data, device)):
-        say(line)
-    for line in memory_lines(config, data, model, device):
+    batches = (token_line(tokeniser), *sitting_out_lines(config, data), padding_line(config, data, device))
+    for line in (*batches, *memory_lines(config, data, model, device)):
         say(line)
 
     if config.training.torch_compile:

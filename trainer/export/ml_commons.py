@@ -121,9 +121,9 @@ def plain_attention(model: Any) -> Iterator[None]:
 def readable_names(model: Any) -> Iterator[None]:
     """Code that comes with a base model is in a package named after its hash; torch cannot read a name like 1f00 again."""
     named = {type(module): type(module).__module__ for module in model.modules()}
+    named = {each: name for each, name in named.items() if not all(part.isidentifier() for part in name.split("."))}
     for module_class, name in named.items():
-        if not all(part.isidentifier() for part in name.split(".")):
-            module_class.__module__ = name.rpartition(".")[2]
+        module_class.__module__ = name.rpartition(".")[2]
     try:
         yield
     finally:

@@ -1,12 +1,13 @@
 """Puts the fused head into a sentence-transformers model, in memory only: what is saved stays as it is without it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import Router, SpladePooling, Transformer
+from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
 from trainer.config import one_line
@@ -128,42 +129,33 @@ class FusedHead:
         scale = INPUT_SCALES[type(self.decoder).__name__](self.decoder)
         return hidden if scale is None else hidden * scale.to(hidden.dtype)
 
-    def _logits(self, transformer: Transformer) -> Tensor:
-        """What the model makes of the probe, [1, tokens, words]."""
-        training = transformer.training
+    @torch.no_grad()
+    def _logits(self, transformer: Transformer, hook: Callable) -> Tensor:
+        """What the model makes of the probe, [1, tokens, words], with this hook on its decoder."""
+        training, handle = transformer.training, self.decoder.register_forward_hook(hook)
         try:
             features = transformer.eval().preprocess([PROBE])
-            features = {k: v.to(self.decoder.weight.device) if torch.is_tensor(v) else v for k, v in features.items()}
-            return transformer(features)["token_embeddings"]
+            return transformer(batch_to_device(features, self.decoder.weight.device))["token_embeddings"]
         finally:
+            handle.remove()
             transformer.train(training)
 
-    @torch.no_grad()
     def _try_without_logits(self, transformer: Transformer) -> None:
         """Raise NotFusable when the model does something with its logits that one word's in place of all cannot bear."""
-        before = vars(self.decoder).get("forward")
-        self.decoder.forward = self.hand_over
         try:
-            self._logits(transformer)
+            self._logits(transformer, lambda _, given, logits: self.hand_over(*given))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError, ValueError) as error:
             raise NotFusable(f"the model needs the logits of every word: {one_line(error)}") from None
         finally:
-            del self.decoder.forward
             self.hidden = None
-            if before is not None:
-                self.decoder.forward = before
 
     @torch.no_grad()
     def _try(self, transformer: Transformer) -> tuple[bool, Tensor | None]:
         """Whether the model moves the decoder's logits one token on, and which words it silences."""
         seen: list[Tensor] = []
-        hook = self.decoder.register_forward_hook(lambda _, given, logits: seen.extend([given[0], logits.clone()]))
-        try:
-            found = self._logits(transformer)
-        finally:
-            hook.remove()
+        found = self._logits(transformer, lambda _, given, logits: seen.extend([given[0], logits.clone()]))
         if len(seen) != 2:
             raise NotFusable(f"the vocabulary layer is called {len(seen) // 2} times")
         hidden, direct = seen

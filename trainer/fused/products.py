@@ -119,8 +119,11 @@ SCALED = {"CastedLinearIn", "MultiCastedLinearOrthoIn"}
 
 def use_onednn(network: nn.Module) -> None:
     """Let a network's linear layers compute through oneDNN where that is possible."""
+    forwards = dict(REPLACED)
     for layer in network.modules():
-        if forward := REPLACED.get(type(layer)) or _of_own_code(layer):
+        if type(layer) not in forwards:  # a class computes the same in every layer
+            forwards[type(layer)] = _of_own_code(layer)
+        if forward := forwards[type(layer)]:
             layer.forward = partial(forward, layer)
 
 

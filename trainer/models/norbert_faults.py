@@ -1,7 +1,16 @@
 """What keeps the published code of NorBERT3 and NorBERT4 from being a sparse encoder, and what makes it a slow one."""
 
+import re
+from collections.abc import Callable
+
 from trainer.models.code_change import Change
 from trainer.models.heads import SILENT
+
+
+def before_the_classes(functions: str) -> tuple[str, Callable[[re.Match], str]]:
+    """The edit that puts these functions before the first class."""
+    return r"\A((?s:.*?))^(?=(?:@.*\n)*class )", lambda found: found[1] + functions
+
 
 # ------------------------------------------------------------------------------------------- what both have
 # Tables such as RoPE's cosines are not saved with the weights. transformers 5 builds a model without memory behind it, and
@@ -34,7 +43,7 @@ TABLES = Change(
     (
         # Every class that registers one, down to its last indented line.
         (r"^(class \w+\b(?=.*\n(?:(?!\S).*\n)*?.*persistent=False))", r"@rebuilt_after_load\n\1"),
-        (r"\A((?s:.*?))^(?=(?:@.*\n)*class )", lambda found: found[1] + REBUILD),
+        before_the_classes(REBUILD),
         (
             r"^( +)def _init_weights\(self, (\w+)(?:: [\w.]+)?\)(?: -> None)?:\n",
             r"\g<0>\1    if hasattr(\2, 'rebuild_tables'):\n\1        return \2.rebuild_tables()\n",
@@ -95,7 +104,7 @@ ATTENTION = r"""
 \1seen = attention_mask | (position == position[:, None])
 \1dropout = self.attention_dropout.p if self.training else 0.0
 \1output = F.scaled_dot_product_attention(query, key, value, seen, dropout, scale=self.scale)
-"""
+""".lstrip("\n")
 # From the scores to their use.
 PRODUCTS = (
     r"^( +)attention_scores = torch\.bmm\(.*\n(?:.*\n){1,6}?.*MaskedSoftmax\.apply\(.*\n(?:.*\n){1,6}?"
@@ -155,7 +164,7 @@ PACKED = Change(
             r"\g<0>\1if 'cu_seq_lens_q' in kwargs:  # a text's last token does not foretell the next text's first\n"
             r"\1    \2[:, kwargs['cu_seq_lens_q'][:-1].long()] = 0.0\n",
         ),
-        (r"\A((?s:.*?))^(?=(?:@.*\n)*class )", lambda found: found[1] + OF_PACKED),
+        before_the_classes(OF_PACKED),
     ),
     optional=True,
 )
@@ -235,7 +244,7 @@ NORBERT4 = (
     Change(
         "attention matrix",
         "each layer kept [texts, heads, length, length] weights to train, by a function that cannot be exported",
-        ((PRODUCTS, ATTENTION.lstrip("\n")),),
+        ((PRODUCTS, ATTENTION),),
         optional=True,
     ),
     PACKED,
