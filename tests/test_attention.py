@@ -1,3 +1,4 @@
+import re
 from itertools import pairwise
 
 import pytest
@@ -20,12 +21,12 @@ from trainer.data.batches import text_ids
 from trainer.fused.model import fuse, is_fused
 from trainer.models import attention as module
 from trainer.models import (
-    attention_line,
     build_model,
     choose_attention,
     fetch_base_model,
     in_any_precision,
     load_model,
+    plan_attention,
     save_model,
 )
 
@@ -103,9 +104,9 @@ def test_the_key_reaches_the_library_and_is_not_saved(tmp_path, architecture):
     config, model = built(tmp_path, base, architecture, "model.attention=eager")
     before = vectors(model)
     assert network_of(model).model.config._attn_implementation == "sdpa"
-    choose_attention(model, config, "cpu")
+    found, line = choose_attention(model, config, "cpu")
     assert network_of(model).model.config._attn_implementation == "eager"
-    assert attention_line(model, config) == "attention eager (model.attention says so)"
+    assert (found, line) == (config, "attention eager (model.attention says so)")
     assert torch.allclose(vectors(model), before, atol=1e-5)
     save_model(model, tmp_path / "saved")
     again = load_model(tmp_path / "saved", config, "cpu")
@@ -116,8 +117,7 @@ def test_the_key_reaches_the_library_and_is_not_saved(tmp_path, architecture):
 
 def test_left_alone_the_plan_says_what_the_base_model_has(tmp_path):
     config, model = built(tmp_path, write_bert(tmp_path / "base"), "splade")
-    choose_attention(model, config, "cpu")
-    assert attention_line(model, config) == "attention sdpa (the base model has it)"
+    assert choose_attention(model, config, "cpu") == (config, "attention sdpa (the base model has it)")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,6 @@ def test_left_alone_the_plan_says_what_the_base_model_has(tmp_path):
     [
         (("hardware.device=cpu", "training.bf16=true"), "'model.attention' {} is for CUDA; device is cpu"),
         (("hardware.device=auto",), "'model.attention' {} computes in 16 bits: set training.bf16 to true"),
-        ((*GPU, "training.torch_compile=true"), "texts packed for {} have another total at every step"),
     ],
 )
 @pytest.mark.parametrize("attention", PACKED)
@@ -151,7 +150,7 @@ def test_a_machine_without_cuda_or_the_package_is_one_line(tmp_path):
 def test_a_model_with_attention_code_of_its_own_is_one_line(tmp_path, attention, device):
     base = write_norbert(tmp_path / "base", "norbert3")
     config, model = built(tmp_path, base, "splade", *PINNED, *GPU, f"model.attention={attention}")
-    says = rf"ForMaskedLM .* has code of its own for attention, so {attention} cannot be set"
+    says = rf"ForMaskedLM has code of its own for attention \(.*\), so {attention} cannot be set"
     with pytest.raises(ConfigError, match=says):
         choose_attention(model, config, device)
 
@@ -191,6 +190,78 @@ def test_packed_texts_have_the_vectors_of_padded_ones(tmp_path, flash, write, fu
         assert "attention_mask" in model.preprocess(DOCUMENTS)
         assert torch.equal(vectors(model), padded)
     assert "cu_seq_lens_q" in model.preprocess(DOCUMENTS)
+
+
+def by_auto(tmp_path, write, *overrides):
+    """A model and its config on a GPU, in bf16, with nothing said of attention."""
+    architecture = "csr" if write in (write_dense, write_dense_norbert4) else "splade"
+    pinned = PINNED if write in NORBERT else ()
+    return built(tmp_path, write(tmp_path / "base"), architecture, *GPU, *pinned, *overrides)
+
+
+@pytest.mark.parametrize("write", [write_bert, write_roberta, write_modernbert, write_dense, *NORBERT])
+def test_on_a_gpu_texts_are_packed_unless_the_config_says_otherwise(tmp_path, flash, write):
+    config, model = by_auto(tmp_path, write)
+    padded = vectors(model)
+    chosen, line = choose_attention(model, config, "cuda")
+    assert line == "attention varlen, texts packed without padding"
+    assert chosen.model.packs_texts
+    assert chosen.model_copy(update={"model": config.model}) == config
+    assert "cu_seq_lens_q" in model.preprocess(DOCUMENTS)
+    assert torch.allclose(vectors(model), padded, atol=1e-5)
+
+
+def seen_by_all(query, key, value, *others, **kwargs):
+    """Attention of packed texts that does not know where each begins."""
+    query, key, value = (each.transpose(0, 1) for each in (query, key, value))
+    return [scaled_dot_product_attention(query, key, value, scale=kwargs["scale"]).transpose(0, 1)]
+
+
+def not_compiled_for_this_gpu(*args, **kwargs):
+    raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nMore words.")
+
+
+@pytest.mark.parametrize("write", [write_bert, write_roberta, write_modernbert, write_dense, write_norbert4])
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (seen_by_all, "packed, the vectors of a few texts are [1-9][0-9]*% off"),
+        (not_compiled_for_this_gpu, "varlen cannot be used: FlashAttention only supports Ampere GPUs or newer"),
+    ],
+)
+def test_texts_stay_padded_where_packing_them_fails_or_changes_their_vectors(
+    tmp_path, flash, monkeypatch, write, function, says
+):
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", function)
+    config, model = by_auto(tmp_path, write)
+    before, own = vectors(model), network_of(model).model.config._attn_implementation
+    chosen, line = choose_attention(model, config, "cuda")
+    assert re.match(rf"attention {own} \(the base model has it\); texts are padded: {says}", line)
+    assert chosen == config
+    assert "attention_mask" in model.preprocess(DOCUMENTS)
+    assert torch.equal(vectors(model), before)
+
+
+def test_texts_are_padded_on_a_gpu_in_32_bits_and_where_the_base_model_has_its_own_attention(tmp_path, flash):
+    config, model = by_auto(tmp_path, write_bert, "training.bf16=false")
+    says = "attention sdpa (the base model has it); texts are padded: training.bf16 is off"
+    assert choose_attention(model, config, "cuda") == plan_attention(model, config, "cuda") == (config, says)
+    base = write_norbert(tmp_path / "norbert", "norbert3")
+    config, model = built(tmp_path, base, "splade", *PINNED, *GPU)
+    _, line = choose_attention(model, config, "cuda")
+    assert line.endswith("; texts are padded: NorbertForMaskedLM has code of its own for attention")
+
+
+def test_a_run_goes_on_with_packed_or_padded_texts_as_it_began(tmp_path, flash, monkeypatch):
+    config, model = by_auto(tmp_path, write_bert)
+    chosen, line = choose_attention(model, config, "cuda", packed=False)
+    assert chosen == config
+    assert line == "attention sdpa (the base model has it); texts are padded: this run did so from the start"
+    assert "attention_mask" in model.preprocess(DOCUMENTS)
+    assert choose_attention(model, config, "cpu", packed=False)[1] == "attention sdpa (the base model has it)"
+    with pytest.raises(ConfigError, match="this run packed its texts, and here they are padded"):
+        choose_attention(model, config, "cpu", packed=True)
+    assert choose_attention(model, config, "cuda", packed=True)[0].model.packs_texts
 
 
 @pytest.mark.parametrize("write", [write_bert, write_norbert4])
@@ -259,3 +330,16 @@ def test_torchs_flash_attention_is_that_of_each_text_by_itself(sliding_window):
     theirs = torch.autograd.grad(wanted, doubles, outer.double())
     for bf16, exact in zip([found, *ours], [wanted, *theirs], strict=True):
         assert (bf16 - exact).abs().max() <= 2.0**-6 * exact.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("write", [write_bert, write_roberta, write_modernbert, write_dense, *NORBERT])
+def test_a_real_gpu_packs_texts_too(tmp_path, write):
+    config, model = by_auto(tmp_path, write)
+    model.to("cuda")
+    if config.model.architecture == "splade":
+        fuse(model)
+    with torch.autocast("cuda", torch.bfloat16):
+        padded = vectors(model).float()
+        assert choose_attention(model, config, "cuda")[1] == "attention varlen, texts packed without padding"
+        assert (vectors(model).float() - padded).norm() <= 0.05 * padded.norm()

@@ -5,17 +5,21 @@ from functools import partial
 
 import pytest
 import torch
+from sentence_transformers.util import batch_to_device
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import trainer.train
-from tests.checkpoints import DOCUMENTS, write_bert, write_modernbert
+from tests.checkpoints import DOCUMENTS, SHAPE, write_bert, write_modernbert
 from tests.standins import write_norbert
+from tests.test_attention import text_by_text
 from tests.test_models import build_from, config_of, dense_vectors
 from tests.test_remote_code import PINNED
 from trainer.config import load_config
 from trainer.data.buckets import bucket_lengths
-from trainer.fused.model import fuse
-from trainer.models.compiled import compile_networks
+from trainer.fused.model import fuse, transformers_of
+from trainer.models.attention import VARLEN, _set
+from trainer.models.compiled import compile_networks, layers_of
 from trainer.run import Run
 
 LENGTHS = bucket_lengths(32, 3)
@@ -37,10 +41,10 @@ def vectors_of(model, texts, length):
     return model.train()(dict(features), task="document")["sentence_embedding"]
 
 
-def models(tmp_path, family):
+def models(tmp_path, family, device="cpu"):
     """One to compile and one to compare with, without dropout."""
-    if family == "norbert4":
-        base, pinned = write_norbert(tmp_path / "base", "norbert4", bias=0.0), PINNED
+    if family.startswith("norbert"):
+        base, pinned = write_norbert(tmp_path / "base", family, bias=0.0), PINNED
     else:
         base, pinned = {"bert": write_bert, "modernbert": write_modernbert}[family](tmp_path / "base"), ()
     pair = [build_from(config_of(tmp_path, base, "inference-free-splade", *pinned)) for _ in range(2)]
@@ -51,21 +55,100 @@ def models(tmp_path, family):
             for name in ("dropout_prob", "attention_dropout"):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
-        fuse(model)
+        fuse(model.to(device))
     return pair
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert", "norbert4"])
-def test_there_is_at_most_one_compilation_per_length_whatever_the_number_of_texts(tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    # ModernBERT's first layer has no norm before its attention; NorBERT4's others add the values of its first
+    [("bert", 1), ("modernbert", 2), ("norbert3", 1), ("norbert4", 2)],
+)
+def test_a_length_is_compiled_once_for_all_layers_of_a_kind_whatever_the_number_of_texts(
+    tmp_path, monkeypatch, family, kinds
+):
+    monkeypatch.setitem(SHAPE, "num_hidden_layers", 5)
     compiled, plain = models(tmp_path, family)
     counter = CompileCounter()
-    compile_networks(compiled, LENGTHS, backend=counter)
+    says = compile_networks(compiled, LENGTHS, backend=counter)
     for _ in range(2):
         for length in LENGTHS:
             for texts in (DOCUMENTS, DOCUMENTS[:3], [*DOCUMENTS, *DOCUMENTS]):
                 found, expected = vectors_of(compiled, texts, length), vectors_of(plain, texts, length)
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert 1 <= counter.frame_count <= len(LENGTHS)
+    assert counter.frame_count == kinds * len(LENGTHS)
+    layers = len(layers_of(transformers_of(compiled)[0].model))
+    assert layers == (2 if family.startswith("norbert") else 5)
+    assert says == f"the networks' {layers} layers, for texts of 16, 24, 32 tokens"
+
+
+@pytest.fixture
+def flash_on_cpus(monkeypatch):
+    """torch's flash attention for texts of varying length, which CPUs do not have, as one operation to the compiler."""
+
+    @torch.library.custom_op("nordsparse_tests::flash", mutates_args=())
+    def flash(
+        query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float | None, window: int | None
+    ) -> Tensor:
+        assert longest == starts.diff().max()
+        rows = (each.transpose(0, 1) for each in (query, key, value))
+        return text_by_text(*rows, starts, scale, window).transpose(0, 1).contiguous()
+
+    @flash.register_fake
+    def _(query, *others):
+        return torch.empty_like(query)
+
+    def of_torch(query, key, value, starts, starts_k, longest, *others, scale, window_size_left, window_size_right):
+        return [flash(query, key, value, starts, longest, scale, window_size_left)]
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", of_torch)
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("bert", 1), ("modernbert", 3), ("norbert4", 2)])
+def test_one_graph_for_each_kind_of_layer_serves_packed_texts_of_any_number_and_length(
+    tmp_path, monkeypatch, flash_on_cpus, family, kinds
+):
+    monkeypatch.setitem(SHAPE, "num_hidden_layers", 5)
+    compiled, plain = models(tmp_path, family)
+    counter = CompileCounter()
+    for model in (compiled, plain):
+        _set(transformers_of(model), VARLEN)
+    says = compile_networks(compiled, None, backend=counter)
+    long = " ".join(DOCUMENTS)
+    for texts in (DOCUMENTS, DOCUMENTS[:3], [*DOCUMENTS, long], [long, "Å"], [*DOCUMENTS, *DOCUMENTS]):
+        found, expected = (
+            model.train()(model.preprocess(texts, task="document"), task="document")["sentence_embedding"]
+            for model in (compiled, plain)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == kinds
+    assert says.endswith(" layers, for packed texts of any length")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", VARLEN])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "norbert4"])
+def test_on_a_gpu_compiled_layers_have_the_vectors_and_gradients_of_plain_ones(tmp_path, family, attention):
+    compiled, plain = models(tmp_path, family, "cuda")
+    if attention == VARLEN:
+        _set(transformers_of(compiled), VARLEN)
+    compile_networks(compiled, None if attention == VARLEN else LENGTHS)
+
+    def vectors_and_gradients(model, texts, half):
+        model.train().zero_grad()
+        features = batch_to_device(model.preprocess(texts, task="document"), "cuda")
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            found = model(features, task="document")["sentence_embedding"]
+        (found * torch.linspace(-1, 1, found.numel(), device="cuda").view_as(found)).sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return found.detach().flatten(), gradients
+
+    for texts in (DOCUMENTS, [*DOCUMENTS, " ".join(DOCUMENTS)]):
+        exact = vectors_and_gradients(plain, texts, False)
+        rounded = vectors_and_gradients(plain, texts, True)
+        ours = vectors_and_gradients(compiled, texts, True)
+        for one, other, right in zip(ours, rounded, exact, strict=True):
+            assert (one - right).norm() <= 1.5 * (other - right).norm()
 
 
 def test_gradients_are_those_of_the_plain_network(tmp_path):

@@ -36,7 +36,8 @@ TEXTS = [
 BOMB = "bomb: &b0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"bomb{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 9)}]\n" for n in range(1, 12)
 )
-SECONDS, MEMORY = 1.0, 200e6
+# A plan takes 0.5 to 1.2 s of a processor, for it builds a model; what is guarded against takes minutes.
+SECONDS, MEMORY = 5.0, 200e6
 
 
 class Slow(Exception):
@@ -171,7 +172,7 @@ def stop(*_):
     raise Slow
 
 
-def within_a_second(command, value):
+def at_once(command, value):
     """What the command returns; raises when it takes longer. Processor time: on a shared machine the wall's says little."""
     start = time.process_time()
     signal.signal(signal.SIGALRM, stop)
@@ -205,8 +206,8 @@ def try_mutants(folder, monkeypatch, count):
         content = mutant(rng)
         seen.add(content)
         file.write_bytes(content)
-        if loaded := within_a_second(load_and_show, file):
-            found[within_a_second(check, loaded)] += 1
+        if loaded := at_once(load_and_show, file):
+            found[at_once(check, loaded)] += 1
         else:
             found["refused"] += 1
 
@@ -283,7 +284,7 @@ def test_a_model_of_valid_sizes_with_too_many_parameters_is_refused_with_their_n
     ],
 )
 def test_a_run_of_any_length_is_planned_at_once(tiny, overrides):
-    assert within_a_second(check, load_config(tiny, overrides)) == "planned"
+    assert at_once(check, load_config(tiny, overrides)) == "planned"
 
 
 @pytest.mark.parametrize("text", ["\0", "a\x1bb", "a\x85b", "a\u2028b", "a\u00a0b", "\U000e0001", "𝒳 æ", "\ta\n"])
@@ -300,7 +301,7 @@ def test_a_base_model_that_is_the_whole_disk_is_not_searched_for_code(tiny, arch
     overrides += [f"model.architecture={architecture}", "loss.query_regularizer_weight=1e-3"]
     if architecture == "csr":
         overrides += ["loss.type=csr", "loss.document_regularizer_weight=null", "loss.query_regularizer_weight=null"]
-    assert within_a_second(check, load_config(tiny, overrides)) == "refused by check"
+    assert at_once(check, load_config(tiny, overrides)) == "refused by check"
 
 
 def test_a_parent_of_gigabytes_is_refused_without_being_read(tmp_path):

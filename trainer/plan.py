@@ -20,11 +20,10 @@ from trainer.losses import build_loss
 from trainer.memory import memory_lines
 from trainer.models import (
     BaseModel,
-    attention_line,
     build_model,
-    check_attention,
     document_idf,
     fetch_base_model,
+    plan_attention,
     vocabulary_of,
 )
 from trainer.run import MODELS
@@ -208,8 +207,8 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
     model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), "cpu")
     yield f"          {vocabulary_of(model):,} dimensions, {sum(p.numel() for p in model.parameters()):,} parameters"
     try:
-        check_attention(model, config, device)
-        yield attention_line(model, config)
+        config, line = plan_attention(model, config, device)
+        yield line
     except ConfigError as error:
         yield f"attention {error.format_message()}"
     if config.loss.type == "splade":

@@ -43,7 +43,6 @@ from trainer.losses import build_loss
 from trainer.memory import memory_lines
 from trainer.models import (
     BaseModel,
-    attention_line,
     build_model,
     choose_attention,
     compile_networks,
@@ -107,7 +106,8 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         say(f"device    {device} ({reason})")
         teacher = config.loss.teacher
         taught = {"teacher": teach(data.train, teacher, device, say)} if teacher else {}
-        model = ready_model(config, base, checkpoint, data, device, say)
+        packed = run.manifest.get("packed_texts", False) if checkpoint else None
+        model, config = ready_model(config, base, checkpoint, data, device, say, packed)
 
         # 3. Loss
         statistics = BatchStatistics(enabled=config.evaluation.track_sparsity)
@@ -129,6 +129,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             base_model=base.manifest() if base else run.manifest.get("base_model", {"source": config.model.base_model}),
             datasets=data.manifest(),
             processes=processes(),
+            packed_texts=config.model.packs_texts,
             rows_per_batch=config.training.per_device_train_batch_size * processes(),
             steps=schedule.steps,
             **taught,
@@ -199,9 +200,18 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
 
 
 def ready_model(
-    config: Config, base: BaseModel | None, checkpoint: Path | None, data: TrainingData, device: str, say: Say
-) -> SparseEncoder:
-    """The model as it computes in training, and the data as its token ids: of every text once."""
+    config: Config,
+    base: BaseModel | None,
+    checkpoint: Path | None,
+    data: TrainingData,
+    device: str,
+    say: Say,
+    packed: bool | None = None,
+) -> tuple[SparseEncoder, Config]:
+    """The model as it computes in training, and the data as its token ids: of every text once.
+
+    packed: whether a run that goes on has packed its texts. Returns the config with the attention that was chosen, too.
+    """
     transformers.set_seed(config.training.seed)
     if checkpoint:
         model = load_model(checkpoint, config, device)
@@ -211,8 +221,11 @@ def ready_model(
         say(line)
     if config.loss.type == "splade":
         say(head_line(config, model))
-    choose_attention(model, config, device)  # from here on its networks may compute in 16 bits only
-    say(attention_line(model, config))
+    # from here on its networks may compute in 16 bits only
+    config, line = choose_attention(model, config, device, packed)
+    if config.model.attention != from_first(config.model.attention):
+        raise ConfigError("model.attention: the GPUs of this training differ in what they can do. Set it to sdpa")
+    say(line)
 
     tokeniser = Tokeniser(model, routes_of(config), say)
     with first_on_each_machine_first():
@@ -222,10 +235,9 @@ def ready_model(
         say(line)
 
     if config.training.torch_compile:
-        lengths = forward_passes_of(config, device).lengths
-        compile_networks(model, lengths)
-        say(f"compile   the networks, for texts of {', '.join(map(str, lengths))} tokens")
-    return model
+        lengths = None if config.model.packs_texts else forward_passes_of(config, device).lengths
+        say(f"compile   {compile_networks(model, lengths)}")
+    return model, config
 
 
 def where_to_go_on(config: Config, run: Run, say: Say) -> Path | None:

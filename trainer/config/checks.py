@@ -166,12 +166,6 @@ def _attention(config: Config) -> Iterator[Finding]:
         yield ("model", "attention"), f"'model.attention' {attention} is for CUDA; device is {config.hardware.device}"
     if not (training.bf16 or training.fp16):
         yield ("model", "attention"), f"'model.attention' {attention} computes in 16 bits: set training.bf16 to true"
-    if training.torch_compile:
-        yield (
-            ("training", "torch_compile"),
-            f"'training.torch_compile' compiles for a few lengths, but texts packed for {attention} have another total at "
-            "every step. Turn one of them off.",
-        )
 
 
 def _training(config: Config) -> Iterator[Finding]:

@@ -56,8 +56,7 @@ class _Linear(torch.autograd.Function):
 
 def _is_plain(inputs: Tensor, weight: Tensor) -> bool:
     """Whether torch's own way is taken."""
-    other = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or weight.dtype != torch.float32
-    return other or not goes_through_onednn(inputs)
+    return torch.is_autocast_enabled("cpu") or weight.dtype != torch.float32 or not goes_through_onednn(inputs)
 
 
 def _forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
@@ -107,7 +106,7 @@ def _weights_of(layer: nn.Module) -> list[Tensor]:
 def _activate(activation: nn.Module, inputs: Tensor) -> Tensor:
     """The activation's values, which say what they are made of. What is computed from them (dropout, a gate) does not."""
     found = type(activation).forward(activation, inputs)
-    if found.requires_grad and not torch.compiler.is_compiling():
+    if found.requires_grad:
         found.made = partial(type(activation).forward, activation), inputs.detach(), found._version
     return found
 

@@ -21,7 +21,7 @@ from trainer.config import FROM_SCRATCH, Config, ConfigError, one_line
 from trainer.config.schema import FromScratchConfig
 from trainer.distributed import is_first, share_files
 from trainer.hub import MODEL_FILES, fetch
-from trainer.models.attention import attention_line, check_attention, choose_attention, in_any_precision
+from trainer.models.attention import choose_attention, in_any_precision, plan_attention
 from trainer.models.card import build_card
 from trainer.models.compiled import compile_networks
 from trainer.models.heads import check_not_dense, decoder_of, silence_special_tokens
@@ -31,9 +31,7 @@ from trainer.models.scratch import build_from_scratch
 
 __all__ = [
     "BaseModel",
-    "attention_line",
     "build_model",
-    "check_attention",
     "choose_attention",
     "compile_networks",
     "document_idf",
@@ -41,6 +39,7 @@ __all__ = [
     "in_any_precision",
     "keep_code",
     "load_model",
+    "plan_attention",
     "save_model",
     "static_embedding",
     "train_only_what_the_config_says",
