@@ -76,8 +76,8 @@ class ModelConfig(Section):
     use_router: bool | None = None
     """Separate routes for queries and documents. Follows from the architecture; may be written to be explicit."""
     attention: Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"] = "auto"
-    """auto: what the base model comes with; varlen (torch's own flash attention), flash_attention_2 and 3 (the package
-    flash-attn): texts are packed, and nothing is padded (CUDA, bf16 or fp16)."""
+    """varlen (torch's own flash attention), flash_attention_2 and 3 (the package flash-attn): texts are packed, and nothing
+    is padded (CUDA, bf16 or fp16). auto: varlen where that works, otherwise what the base model comes with."""
     pooling_strategy: Literal["max", "sum"] = "max"
     """How SpladePooling combines the tokens of a text."""
     activation_function: Literal["relu", "log1p_relu"] = "relu"
@@ -143,8 +143,8 @@ class TrainingConfig(Section):
     fp16: bool = False
     """Train under float16 autocast (CUDA only)."""
     torch_compile: bool = False
-    """Compile the networks, once for each of a few lengths that texts are then padded to (minutes of start-up, faster
-    steps on CUDA)."""
+    """Compile the networks' layers, for packed texts or for each of a few lengths that texts are then padded to (a minute
+    of start-up, faster steps on CUDA)."""
     dataloader_num_workers: Count = 0
     """Processes that tokenise ahead of the model."""
     dataloader_pin_memory: bool = False
