@@ -71,9 +71,11 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
+    import huggingface_hub
     import transformers
 
     logging.basicConfig(level=logging.ERROR)
+    huggingface_hub.logging.set_verbosity_error()  # else every failed attempt to reach the hub is told twice
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

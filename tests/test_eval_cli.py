@@ -293,3 +293,18 @@ def test_what_a_user_gets_wrong_is_one_line_and_status_2(trained, arguments, lin
 def test_help_is_quick_because_heavy_libraries_are_imported_inside_commands():
     code = "import sys, evaluate.cli; sys.exit(any(name in sys.modules for name in ('torch', 'mteb', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "quiet",
+    [
+        "trainer.cli import set_up_libraries as quiet; quiet(False)",
+        "evaluate.cli import quiet_libraries as quiet; quiet()",
+    ],
+)
+def test_attempts_to_reach_the_hub_are_not_told_one_by_one(quiet):
+    attempt = "import logging; logging.getLogger('huggingface_hub.utils._http').warning('Retrying in 8s')"
+    found = subprocess.run(
+        [sys.executable, "-c", f"from {quiet}; {attempt}"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout + found.stderr == ""

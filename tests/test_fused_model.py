@@ -12,7 +12,7 @@ from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_modernbert, 
 from tests.standins import SHAPES, write_norbert
 from tests.test_models import build, build_from, config_of, dense_vectors
 from tests.test_remote_code import PINNED
-from trainer.fused.model import fuse, unfuse
+from trainer.fused.model import fuse, transformers_of, unfuse
 
 FUSED = "fused, without logits"
 PLAIN = {"bert": write_bert, "roberta": write_roberta, "modernbert": write_modernbert}
@@ -133,6 +133,13 @@ def test_a_csr_model_has_no_head_to_fuse(tmp_path):
 
     model = build(tmp_path, write_dense(tmp_path / "dense"), "csr")
     assert fuse(model) == "none"
+
+
+def test_on_its_way_to_a_gpu_a_model_keeps_torchs_products(tmp_path, bases):
+    model = model_of(tmp_path, bases, "bert")
+    fuse(model, "cuda")
+    layers = transformers_of(model)[0].model.base_model.modules()
+    assert [layer for layer in layers if "forward" in vars(layer)] == []
 
 
 def test_queries_of_a_shared_transformer_go_through_the_fused_head_too(tmp_path, bases):

@@ -128,3 +128,9 @@ def test_the_planned_steps_are_taken_and_every_row_is_seen_in_an_epoch(tmp_path,
     manifest = json.loads((tmp_path / "models/mine/run.json").read_text())
     assert manifest["steps"] == manifest["steps_done"] == 2 + 3  # 10 triplets and 20 pairs in batches of 8
     assert manifest["datasets"]["mine"]["rows_seen"] == manifest["datasets"]["mine"]["rows_drawn"] == 30
+
+
+def test_the_plan_for_a_gpu_is_that_of_a_gpu_on_a_machine_without_one_too(tiny):
+    lines = list(plan(load_config(tiny, ["hardware.device=cuda", "training.bf16=true"])))
+    assert "attention varlen, texts packed without padding" in lines
+    assert "padding   none: texts are packed (model.attention), so datasets.length_window has no effect" in lines

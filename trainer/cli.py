@@ -378,12 +378,13 @@ def set_up_libraries(verbose: bool, loader_workers: int = 0) -> None:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         return
     import datasets
+    import huggingface_hub
     import transformers
-    from huggingface_hub.utils import disable_progress_bars
 
     logging.basicConfig(level=logging.ERROR)
+    huggingface_hub.logging.set_verbosity_error()  # else every failed attempt to reach the hub is told twice
     warnings.simplefilter("ignore", FutureWarning)  # of the libraries to each other
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()

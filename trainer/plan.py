@@ -166,11 +166,11 @@ def model_lines(config: Config, base: BaseModel | None) -> Iterator[str]:
         yield f"code      {file}: {what}"
 
 
-def head_line(config: Config, model: SparseEncoder) -> str:
-    """Put the fused head into the model where config and model allow it, and say so."""
+def head_line(config: Config, model: SparseEncoder, device: str) -> str:
+    """Put the fused head into the model where config and model allow it, and say so. device: where training will be."""
     if not config.hardware.fused_head:
         return "head      as the library computes it: hardware.fused_head is false"
-    return f"head      {fuse(model)}"
+    return f"head      {fuse(model, device)}"
 
 
 def plan(loaded: LoadedConfig) -> Iterator[str]:
@@ -184,7 +184,7 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
         yield f"device    {here} ({reason})"
     except ConfigError as error:
         yield f"device    {error.format_message()}"
-    device = here or "cpu"
+    device = here or config.hardware.device
     missing: dict[str, HubUnreachable] = {}
     data = load_data(config, missing)
     for name in missing:
@@ -212,7 +212,7 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
     except ConfigError as error:
         yield f"attention {error.format_message()}"
     if config.loss.type == "splade":
-        yield head_line(config, model)
+        yield head_line(config, model, device)
     if not missing:
         yield from sitting_out_lines(config, data)
         sample = data.sample(PLAN_ROWS, config.training.seed)

@@ -220,7 +220,7 @@ def ready_model(
     for line in model_lines(config, base):
         say(line)
     if config.loss.type == "splade":
-        say(head_line(config, model))
+        say(head_line(config, model, device))
     # from here on its networks may compute in 16 bits only
     config, line = choose_attention(model, config, device, packed)
     if config.model.attention != from_first(config.model.attention):

@@ -27,16 +27,17 @@ class NotFusable(Exception):
     """Why a model keeps its own head."""
 
 
-def fuse(model: SparseEncoder) -> str:
+def fuse(model: SparseEncoder, device: str | None = None) -> str:
     """Replace every masked-language-model head and the pooling after it by the fused head. Returns what was done, in words.
 
-    On CPUs, the linear layers of every network then compute through oneDNN, too.
+    On CPUs, the linear layers of every network then compute through oneDNN, too. device: where the model will compute, if
+    not where it is.
 
     The head is tried on a text first. One that gives other logits than a projection of its input (a new architecture, a
     soft cap) stays as it is, and the reason is returned.
     """
     pairs = list(_pairs(model))
-    for transformer in transformers_of(model) if model.device.type == "cpu" else ():
+    for transformer in transformers_of(model) if (device or model.device.type) == "cpu" else ():
         use_onednn(transformer.model)
     try:
         heads = [FusedHead(transformer, pooling) for transformer, pooling in pairs]
