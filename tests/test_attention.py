@@ -4,6 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 from datasets import Dataset
+from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -221,12 +222,17 @@ def not_compiled_for_this_gpu(*args, **kwargs):
     raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nMore words.")
 
 
+def code_for_padded_texts(*args, **kwargs):
+    raise KeyError("attention_mask")
+
+
 @pytest.mark.parametrize("write", [write_bert, write_roberta, write_modernbert, write_dense, write_norbert4])
 @pytest.mark.parametrize(
     ("function", "says"),
     [
         (seen_by_all, "packed, the vectors of a few texts are [1-9][0-9]*% off"),
-        (not_compiled_for_this_gpu, "varlen cannot be used: FlashAttention only supports Ampere GPUs or newer"),
+        (not_compiled_for_this_gpu, "FlashAttention only supports Ampere GPUs or newer"),
+        (code_for_padded_texts, "'attention_mask'"),
     ],
 )
 def test_texts_stay_padded_where_packing_them_fails_or_changes_their_vectors(
@@ -242,10 +248,15 @@ def test_texts_stay_padded_where_packing_them_fails_or_changes_their_vectors(
     assert torch.equal(vectors(model), before)
 
 
-def test_texts_are_padded_on_a_gpu_in_32_bits_and_where_the_base_model_has_its_own_attention(tmp_path, flash):
+def test_texts_are_padded_on_a_gpu_in_32_bits_and_where_the_base_model_wants_it(tmp_path, flash):
     config, model = by_auto(tmp_path, write_bert, "training.bf16=false")
     says = "attention sdpa (the base model has it); texts are padded: training.bf16 is off"
     assert choose_attention(model, config, "cuda") == plan_attention(model, config, "cuda") == (config, says)
+    config, model = by_auto(tmp_path, write_roberta)
+    network_of(model).unpad_inputs = False
+    assert choose_attention(model, config, "cuda")[1].endswith(
+        "; texts are padded: the base model says so (unpad_inputs)"
+    )
     base = write_norbert(tmp_path / "norbert", "norbert3")
     config, model = built(tmp_path, base, "splade", *PINNED, *GPU)
     _, line = choose_attention(model, config, "cuda")
@@ -259,9 +270,40 @@ def test_a_run_goes_on_with_packed_or_padded_texts_as_it_began(tmp_path, flash, 
     assert line == "attention sdpa (the base model has it); texts are padded: this run did so from the start"
     assert "attention_mask" in model.preprocess(DOCUMENTS)
     assert choose_attention(model, config, "cpu", packed=False)[1] == "attention sdpa (the base model has it)"
-    with pytest.raises(ConfigError, match="this run packed its texts, and here they are padded"):
+    says = "this run packed its texts, and cannot here: training is on cpu. Go on where it began: on CUDA"
+    with pytest.raises(ConfigError, match=says):
         choose_attention(model, config, "cpu", packed=True)
+    # nothing is compared: weights change in training, and with them how much rounding matters
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", seen_by_all)
     assert choose_attention(model, config, "cuda", packed=True)[0].model.packs_texts
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", not_compiled_for_this_gpu)
+    with pytest.raises(ConfigError, match="and cannot here: FlashAttention only supports Ampere GPUs or newer"):
+        choose_attention(model, config, "cuda", packed=True)
+
+
+def test_an_attention_that_is_asked_for_and_gives_other_vectors_is_one_line(tmp_path, flash, monkeypatch):
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", seen_by_all)
+    config, model = by_auto(tmp_path, write_bert, "model.attention=varlen")
+    with pytest.raises(ConfigError, match=r"varlen cannot be used: packed, .* off. Leave it at auto") as found:
+        choose_attention(model, config, "cuda")
+    assert "\n" not in found.value.format_message()
+
+
+def test_empty_vectors_say_nothing_of_whether_texts_can_be_packed(tmp_path, flash):
+    config, model = built(tmp_path, write_bert(tmp_path / "base", bias=-500.0), "splade", *GPU)
+    _, line = choose_attention(model, config, "cuda")
+    assert line.endswith("; texts are padded: the vectors of a few texts are empty, so nothing can be compared")
+
+
+def test_codes_of_csr_are_compared_before_their_least_dims_are_chosen(tmp_path, flash, monkeypatch):
+    config, model = by_auto(tmp_path, write_dense)
+
+    def by_chance(self, latents, *args, **kwargs):
+        return torch.rand_like(latents), torch.rand_like(latents)
+
+    monkeypatch.setattr(SparseAutoEncoder, "top_k", by_chance)
+    assert not torch.allclose(vectors(model), vectors(model), rtol=0.1)
+    assert choose_attention(model, config, "cuda")[0].model.packs_texts
 
 
 @pytest.mark.parametrize("write", [write_bert, write_norbert4])

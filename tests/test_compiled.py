@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from sentence_transformers.util import batch_to_device
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import trainer.train
@@ -15,7 +15,7 @@ from tests.standins import write_norbert
 from tests.test_attention import text_by_text
 from tests.test_models import build_from, config_of, dense_vectors
 from tests.test_remote_code import PINNED
-from trainer.config import load_config
+from trainer.config import ConfigError, load_config
 from trainer.data.buckets import bucket_lengths
 from trainer.fused.model import fuse, transformers_of
 from trainer.models.attention import VARLEN, _set
@@ -149,6 +149,19 @@ def test_on_a_gpu_compiled_layers_have_the_vectors_and_gradients_of_plain_ones(t
         ours = vectors_and_gradients(compiled, texts, True)
         for one, other, right in zip(ours, rounded, exact, strict=True):
             assert (one - right).norm() <= 1.5 * (other - right).norm()
+
+
+def test_layers_are_what_the_outermost_lists_hold():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+
+    blocks = nn.ModuleList([nn.ModuleList([Layer(), Layer()]), nn.ModuleList([Layer()])])
+    network = nn.ModuleDict({"blocks": blocks, "last": nn.ModuleList([Layer()]), "none": nn.ModuleList()})
+    assert layers_of(network) == [*blocks[0], *blocks[1], network["last"][0]]
+    with pytest.raises(ConfigError, match=r"Linear has no list of layers to compile. Set it to false"):
+        layers_of(nn.Linear(2, 2))
 
 
 def test_gradients_are_those_of_the_plain_network(tmp_path):

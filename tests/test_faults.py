@@ -151,6 +151,7 @@ time.time = jumping
 """
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_back_and_forth_changes_nothing_that_is_trained(tiny, trained_once):
     result = run_python(tiny.parent, JUMPING, fresh=True)  # before any library takes time.time for itself
     assert result.returncode == 0, result.stderr

@@ -132,5 +132,5 @@ def test_the_planned_steps_are_taken_and_every_row_is_seen_in_an_epoch(tmp_path,
 
 def test_the_plan_for_a_gpu_is_that_of_a_gpu_on_a_machine_without_one_too(tiny):
     lines = list(plan(load_config(tiny, ["hardware.device=cuda", "training.bf16=true"])))
-    assert "attention varlen, texts packed without padding" in lines
+    assert any(line.startswith("attention varlen, texts packed without padding, if") for line in lines)
     assert "padding   none: texts are packed (model.attention), so datasets.length_window has no effect" in lines

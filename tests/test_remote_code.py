@@ -165,6 +165,7 @@ def test_a_resumed_run_of_a_converted_model_ends_with_the_same_weights(tmp_path,
     assert found["base_model"]["code"]["modeling_gptbert.py"][0] == "soft cap"
 
 
+@pytest.mark.slow
 def test_a_converted_model_that_gets_worse_ends_with_its_best_checkpoint(tmp_path, masked):
     harmful = ("training.learning_rate=3", "training.query_learning_rate=30")
     config_of(tmp_path, masked["norbert4-newer"], "inference-free-splade", *PINNED, *harmful)

@@ -224,7 +224,7 @@ def ready_model(
     # from here on its networks may compute in 16 bits only
     config, line = choose_attention(model, config, device, packed)
     if config.model.attention != from_first(config.model.attention):
-        raise ConfigError("model.attention: the GPUs of this training differ in what they can do. Set it to sdpa")
+        raise ConfigError("model.attention: this training's GPUs differ in what they can do. Train on GPUs of one kind")
     say(line)
 
     tokeniser = Tokeniser(model, routes_of(config), say)

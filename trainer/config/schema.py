@@ -341,7 +341,8 @@ class DatasetsConfig(BaseModel):
     epoch: Literal["smallest", "largest"] = "smallest"
     """round_robin: an epoch ends when the smallest set has been seen once, or when the largest has."""
     length_window: Positive = 32
-    """Rows of about the same length form a batch, within so many batches of the shuffled order; 1: batches at random."""
+    """Rows of about the same length form a batch, within so many batches of the shuffled order; 1: batches at random, as
+    they are where texts are packed."""
     nli: FamilySource | None = None
     """Fremtind/all-nli-norwegian: anchor, positive, negative."""
     scandi_qa: ScandiQaConfig | None = None

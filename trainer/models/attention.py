@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import Transformer
+from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 from transformers import AttentionInterface, DataCollatorWithFlattening
 
@@ -19,7 +20,7 @@ VARLEN = "varlen"
 # Texts to try it with, of several lengths.
 TRIED = ["Hva er høyest?", "Galdhøpiggen er Norges høyeste fjell, og ligger i Lom kommune i Innlandet.", "Glittertind"]
 # Relative difference of their vectors, packed and padded, from which on something is wrong. In bf16 with random weights it
-# was 0.2 to 1 %, and 30 to 54 % where texts saw each other.
+# was 0.2 to 1 %, and 30 to 73 % where texts saw each other, or each word only those before it.
 TOLERANCE = 0.1
 # The module and package of those that are not torch's.
 PACKAGES = {
@@ -79,24 +80,24 @@ def plan_attention(model: SparseEncoder, config: Config, device: str) -> tuple[C
     auto: varlen on CUDA, in 16 bits, with a base model that can be told which attention to use; otherwise it stays. Raises
     ConfigError when the device, a missing package or the base model's code rules out what the config asks for.
     """
-    name, networks = config.model.attention, [transformer.model for transformer in transformers_of(model)]
+    name, transformers = config.model.attention, transformers_of(model)
     if name == "auto":
-        reason = _why_padded(networks, config)
+        reason = _why_padded(transformers, config)
         if device == "cuda" and reason is None:
-            return _with(config, VARLEN), f"attention {VARLEN}, texts packed without padding"
-        return config, _own_line(networks, reason if device == "cuda" else None)
+            tried = "if a few texts, tried before training, come out the same"
+            return _with(config, VARLEN), f"attention {VARLEN}, texts packed without padding, {tried}"
+        return config, _own_line(transformers, reason if device == "cuda" else None)
     if config.model.packs_texts and device != "cuda":
         raise ConfigError(f"model.attention: {name} is for CUDA, and training is on {device}. Leave it at auto")
     if name in PACKAGES:
         module, package = PACKAGES[name]
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f"model.attention: {name} needs the package {package}, which is not installed here")
-    if own := _own_code(networks, config.model.packs_texts):
+    if own := _own_code(transformers, config.model.packs_texts):
         raise ConfigError(
             f"model.attention: {own} ({config.model.base_model}), so {name} cannot be set. Leave it at auto"
         )
-    packed = ", texts packed without padding" if config.model.packs_texts else ""
-    return config, f"attention {name} (model.attention says so){packed}"
+    return config, _line(name) if config.model.packs_texts else f"attention {name} (model.attention says so)"
 
 
 def choose_attention(
@@ -104,77 +105,116 @@ def choose_attention(
 ) -> tuple[Config, str]:
     """Compute attention as the config asks. Returns the config with what that came to, and a line for the plan.
 
-    Where auto comes to packed texts, their vectors are compared with those of padded ones first; where that fails, texts
-    stay padded, and the line says why. packed: whether a run that goes on has packed its texts, so that its batches stay
-    what they were; None for a new one. Raises ConfigError where that is not possible.
+    Where texts are to be packed, the vectors of a few are compared with those of padded ones first. Where that fails, auto
+    leaves texts padded, and the line says why. packed: whether a run that goes on has packed its texts, so that its batches
+    stay what they were; None for a new one. Raises ConfigError where the config's attention is not possible.
     """
-    transformers = transformers_of(model)
-    networks = [transformer.model for transformer in transformers]
-    if config.model.attention != "auto":
-        config, line = plan_attention(model, config, device)
-        try:
-            _set(transformers, config.model.attention)
-        except (ImportError, ValueError, OSError, RuntimeError) as error:
-            name = config.model.attention
-            raise ConfigError(f"model.attention: {name} cannot be used: {one_line(error)}") from None
-        return config, line
-    if packed is False:
-        return config, _own_line(networks, "this run did so from the start" if device == "cuda" else None)
+    transformers, by_auto = transformers_of(model), config.model.attention == "auto"
+    if by_auto and packed is False:
+        return config, _own_line(transformers, "this run did so from the start" if device == "cuda" else None)
     chosen, line = plan_attention(model, config, device)
+    name = chosen.model.attention
     if chosen.model.packs_texts:
-        half = torch.bfloat16 if config.training.bf16 else torch.float16
-        if reason := _why_not(model, transformers, torch.autocast(model.device.type, half)):
-            chosen, line = config, _own_line(networks, reason)
-    if packed and not chosen.model.packs_texts:
-        raise ConfigError(f"model.attention: this run packed its texts, and here they are padded: {line}")
-    return chosen, line
+        precision = torch.autocast(model.device.type, torch.bfloat16 if config.training.bf16 else torch.float16)
+        reason = _try_to_pack(model, name, precision, compare=not packed)
+        if reason is None:
+            return chosen, _line(name)
+    elif by_auto:
+        reason = f"training is on {device}"
+    else:
+        reason = _try_to_set(transformers, name)
+        if reason is None:
+            return chosen, line
+    if not by_auto:
+        raise ConfigError(f"model.attention: {name} cannot be used: {reason}. Leave it at auto")
+    if packed:
+        raise ConfigError(
+            f"model.attention: this run packed its texts, and cannot here: {reason}. Go on where it began: on CUDA"
+        )
+    return config, _own_line(transformers, reason) if chosen.model.packs_texts else line
 
 
-def _why_padded(networks: list[nn.Module], config: Config) -> str | None:
+def _why_padded(transformers: list[Transformer], config: Config) -> str | None:
     """Why auto does not pack texts on CUDA, if it does not."""
     if not (config.training.bf16 or config.training.fp16):
         return "training.bf16 is off"
-    return _own_code(networks, packed=True)
+    if any(transformer.unpad_inputs is False for transformer in transformers):
+        return "the base model says so (unpad_inputs)"
+    return _own_code(transformers, packed=True)
 
 
-def _own_code(networks: list[nn.Module], packed: bool) -> str | None:
+def _own_code(transformers: list[Transformer], packed: bool) -> str | None:
     """The network, if any, that cannot be told which attention to use, or not to read packed texts."""
-    for network in networks:
+    for network in (transformer.model for transformer in transformers):
         if not network._can_set_attn_implementation() or (packed and not network._supports_flash_attn):
             return f"{type(network).__name__} has code of its own for attention"
     return None
 
 
-def _why_not(model: SparseEncoder, transformers: list[Transformer], precision: torch.autocast) -> str | None:
-    """Pack texts from now on, unless that fails or gives other vectors than padded texts have; then the reason."""
-
-    def vectors() -> Tensor:
-        with precision:
-            return model.encode_document(TRIED, convert_to_sparse_tensor=False, show_progress_bar=False).float()
-
-    names, padded = [transformer.model.config._attn_implementation for transformer in transformers], vectors()
+def _try_to_set(transformers: list[Transformer], name: str) -> str | None:
+    """Compute with this attention from now on. Returns why not, if not."""
     try:
-        _set(transformers, VARLEN)
-        difference = (vectors() - padded).norm()
-        if difference <= TOLERANCE * padded.norm():
-            return None
-        reason = f"packed, the vectors of a few texts are {difference / padded.norm():.0%} off"
+        _set(transformers, name)
+    except (ImportError, ValueError, OSError, RuntimeError) as error:
+        return one_line(error)
+    return None
+
+
+def _try_to_pack(model: SparseEncoder, name: str, precision: torch.autocast, compare: bool) -> str | None:
+    """Pack texts from now on, unless that fails or, if they are compared, changes their vectors. Returns why not."""
+    transformers = transformers_of(model)
+    before, padded = [transformer.model.config._attn_implementation for transformer in transformers], None
+    if compare:
+        padded = _vectors(model, precision)
+    try:
+        _set(transformers, name)
+        packed = _vectors(model, precision)
+        reason = _difference(packed, padded) if compare else None
     except torch.OutOfMemoryError:
         raise
-    except (ImportError, ValueError, OSError, RuntimeError) as error:
-        reason = f"{VARLEN} cannot be used: {one_line(error)}"
-    for transformer, name in zip(transformers, names, strict=True):
-        _set([transformer], name)
+    except Exception as error:  # code of a base model that was not made for packed texts fails in any way
+        reason = one_line(error)
+    if reason:
+        for transformer, own in zip(transformers, before, strict=True):
+            _set([transformer], own)
     return reason
+
+
+@torch.no_grad()
+def _vectors(model: SparseEncoder, precision: torch.autocast) -> Tensor:
+    """Those of a few texts, [texts, dimensions]; of CSR, those that go into the autoencoder.
+
+    Of its codes, the least dims that are kept change with the last bit of what goes in.
+    """
+    training = model.training
+    try:
+        with precision:
+            features = batch_to_device(model.eval().preprocess(TRIED, task="document"), model.device)
+            found = model(features, task="document")
+    finally:
+        model.train(training)
+    return found.get("sentence_embedding_backbone", found["sentence_embedding"]).float()
+
+
+def _difference(packed: Tensor, padded: Tensor) -> str | None:
+    """In words, if it is too large."""
+    if not padded.any():
+        return "the vectors of a few texts are empty, so nothing can be compared"
+    share = (packed - padded).norm() / padded.norm()
+    return None if share <= TOLERANCE else f"packed, the vectors of a few texts are {share:.0%} off"
+
+
+def _line(name: str) -> str:
+    return f"attention {name}, texts packed without padding"
 
 
 def _with(config: Config, attention: str) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"attention": attention})})
 
 
-def _own_line(networks: list[nn.Module], reason: str | None) -> str:
+def _own_line(transformers: list[Transformer], reason: str | None) -> str:
     """For the plan: attention is the base model's, and texts are padded for this reason, if one needs saying."""
-    own = ", ".join(sorted({network.config._attn_implementation for network in networks}))
+    own = ", ".join(sorted({transformer.model.config._attn_implementation for transformer in transformers}))
     return f"attention {own} (the base model has it)" + (f"; texts are padded: {reason}" if reason else "")
 
 

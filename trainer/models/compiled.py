@@ -24,14 +24,15 @@ def compile_networks(
 
     lengths: those that texts are padded to, each of which is compiled for; None for packed texts, for which one graph
     serves every number of tokens. The number of texts may vary without a compilation. Scoring, whose texts have any length,
-    is not compiled. What is saved stays as it is. Call it last: what it compiles is what the layers compute at that moment.
+    is not compiled; on a CPU, it loses oneDNN's products with the rest. What is saved stays as it is, but the model cannot
+    be pickled. Call it last: what it compiles is what the layers compute at that moment.
     """
     layers = [layer for transformer in transformers_of(model) for layer in layers_of(transformer.model)]
     for layer in layers:
         use_torch(layer)  # oneDNN's forwards differ from layer to layer, and with them what is compiled
-    # one graph per length, and twice that with GradCache, whose first pass is without gradients; layers of one network may
-    # differ, in the window of their attention for one
-    most = 2 * len(lengths or [0]) * len(layers)
+    # one graph per length and kind of layer; twice that for a single text, whose number is no variable; and twice that with
+    # GradCache, whose first pass is without gradients
+    most = 4 * len(lengths or [0]) * len(layers)
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), most))
     compiled = {
@@ -45,8 +46,9 @@ def compile_networks(
 
 
 def layers_of(network: nn.Module) -> list[nn.Module]:
-    """What a network's outermost lists of modules hold. Raises ConfigError where it has none."""
+    """What a network's outermost lists of modules hold, or the lists in them. Raises ConfigError where it has none."""
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [outer for outer in lists if not any(isinstance(layer, nn.ModuleList) for layer in outer)]
     inside = {inner for outer in lists for layer in outer for inner in layer.modules()}
     found = [layer for outer in lists if outer not in inside for layer in outer]
     if not found:

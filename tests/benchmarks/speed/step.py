@@ -217,7 +217,6 @@ def train_stock(config: Config, folder: Path, clock: StepClock) -> None:
         logging_steps=training.logging_steps,
         bf16=training.bf16,
         tf32=True if gpu else None,
-        torch_compile=training.torch_compile,
         activation_checkpointing=checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         dataloader_num_workers=training.dataloader_num_workers,
