@@ -26,7 +26,7 @@ from evaluate.sparsity import measure_sparsity, sparsity_lines
 from evaluate.subject import Subject, fingerprint_of
 from evaluate.tasks import load, select_tasks
 from evaluate.terms import terms_lines, top_terms
-from trainer.config import ConfigError, is_commit, one_line
+from trainer.config import ConfigError, is_commit, is_revision, one_line
 from trainer.run import Run
 
 BM25_NAME = "bm25"
@@ -217,10 +217,12 @@ def bm25_alone(names: str, language: str | None, output: Path | None, say: Say) 
 
 
 def split_dense(source: str) -> tuple[str, str | None]:
-    """Name and revision of `org/model@revision`; a local folder has none."""
+    """Name and revision of `org/model@revision`; a local folder has none. Raises ConfigError for what cannot be one."""
     if Path(source).exists():
         return source, None
     name, _, revision = source.partition("@")
+    if revision and not is_revision(revision):
+        raise ConfigError(f"--dense {source}: a revision is a commit, tag or branch")
     return name, revision or None
 
 

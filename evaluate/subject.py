@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from sentence_transformers import SparseEncoder
 
 from evaluate.results import EvalFolder, read_json
-from trainer.config import Config, ConfigError, find_config, is_commit, is_local, load_config, one_line
+from trainer.config import Config, ConfigError, find_config, is_commit, is_local, is_revision, load_config, one_line
 from trainer.fused.model import fuse
 from trainer.run import MODELS, hash_of_model
 
@@ -96,6 +96,8 @@ def open_subject(
     if not is_local(model):
         if model.startswith("models/"):
             raise ConfigError(f"there is no model at {model}")
+        if revision is not None and not is_revision(revision):
+            raise ConfigError(f"--revision must be a commit, tag or branch, not {revision!r}")
         if trust_remote_code and not is_commit(revision):
             raise ConfigError(
                 "--trust-remote-code runs code that comes with the model, so --revision must be a full commit"

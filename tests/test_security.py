@@ -1,10 +1,14 @@
 import ast
+import json
 import re
 from zipfile import ZipFile
 
 import pytest
 
+from evaluate.session import split_dense
+from evaluate.subject import open_subject
 from tests.conftest import ROOT, TINY, run_trainer
+from trainer.config import ConfigError, is_revision, load_config
 from trainer.export.ml_commons_reader import read_vectors
 
 SOURCES = sorted(path for package in ("trainer", "evaluate") for path in (ROOT / package).rglob("*.py"))
@@ -112,3 +116,43 @@ def test_the_threat_model_names_files_that_exist():
     assert len(named) > 8
     assert [name for name in named if not (ROOT / name).exists()] == []
     assert "docs/threat_model.md" in (ROOT / "README.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------- revisions
+# The hub's client opens <cache>/refs/<revision>: of /dev/zero, it would read until there is no memory left.
+NO_REVISIONS = [
+    "/dev/zero",
+    "/proc/self/mem",
+    "../../etc/passwd",
+    "a/..",
+    "a//b",
+    "a/",
+    "a b",
+    "a:b",
+    "a\nb",
+    "@{0}",
+    "\x00",
+    "",
+]
+
+
+def test_only_names_that_git_knows_are_revisions():
+    assert [text for text in NO_REVISIONS if is_revision(text)] == []
+    names = ["main", "refs/pr/1", "v1.0-beta_2", "norsk/æøå", "386ba2dc5ae5f95fec86d580c5fc4af34d380126"]
+    assert [text for text in names if not is_revision(text)] == []
+
+
+@pytest.mark.parametrize("revision", NO_REVISIONS)
+def test_no_revision_reaches_a_file_that_is_not_in_the_cache(tmp_path, revision):
+    file = tmp_path / "a.yaml"
+    file.write_text(TINY)
+    section = {"source": "owner/name", "revision": revision}
+    with pytest.raises(ConfigError) as found:
+        load_config(file, [f"datasets.other={json.dumps(section)}"])
+    says = "'datasets.other.revision' must be a commit, tag or branch, not "
+    assert says in found.value.format_message()
+    with pytest.raises(ConfigError, match="--revision must be a commit, tag or branch"):
+        open_subject(None, "owner/name", revision)
+    if revision:
+        with pytest.raises(ConfigError, match="a revision is a commit, tag or branch"):
+            split_dense(f"owner/name@{revision}")

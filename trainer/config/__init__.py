@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from trainer.config.checks import find_contradictions, is_commit, is_local
 from trainer.config.errors import ConfigError, did_you_mean, one_line
-from trainer.config.schema import FROM_SCRATCH, Config, LocalSource
+from trainer.config.schema import FROM_SCRATCH, Config, LocalSource, is_revision
 from trainer.config.tree import MAX_DEPTH, Origin, Origins, Path_, is_file, merge, parse_value, read_file
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "find_config",
     "is_commit",
     "is_local",
+    "is_revision",
     "json_schema",
     "load_config",
     "one_line",

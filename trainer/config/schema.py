@@ -1,13 +1,29 @@
 """Every key a config may hold, with its type, its default and what it means. Nothing else is accepted."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
+
+
+def is_revision(text: str) -> bool:
+    """Whether git could have a commit, tag or branch of this name. The hub's client takes one for part of a file's path."""
+    return re.fullmatch(r"(?!/)(?!.*(\.\.|//|@\{))[^\x00-\x20\x7f~^:?*\[\\]+(?<![/.])", text) is not None
+
+
+def _checked(revision: str) -> str:
+    if not is_revision(revision):
+        raise PydanticCustomError("revision", "must be a commit, tag or branch")
+    return revision
+
+
+Revision = Annotated[str, AfterValidator(_checked)]
 
 NanoBeirTask = Literal[
     "climatefever",
@@ -65,7 +81,7 @@ class ModelConfig(Section):
 
     base_model: str
     """A Hugging Face repository, a local folder, or `from-scratch`."""
-    revision: str | None = None
+    revision: Revision | None = None
     """Commit, tag or branch of the repository. The commit it stands for is recorded in run.json."""
     trust_remote_code: bool = False
     """Run Python code that comes with the base model. Needs `revision` to be a full commit hash; for a local folder, the
@@ -170,7 +186,7 @@ class TeacherConfig(Section):
 
     model: str
     """A hub repository, or a local folder."""
-    revision: str | None = None
+    revision: Revision | None = None
     """Commit, tag or branch of the repository. Scores are kept for the commit it stands for."""
     kind: Literal["cross-encoder", "dense"]
     """cross-encoder: reads query and passage together; dense: a sentence encoder."""
@@ -230,7 +246,7 @@ class MiningConfig(Section):
     """bm25: passages with the query's words, in its language; model: passages that a dense model finds similar."""
     model: str | None = None
     """model: a hub repository, or a local folder."""
-    revision: str | None = None
+    revision: Revision | None = None
     """model: commit, tag or branch of the repository."""
     per_query: Positive = 1
     """Negatives per query. A row becomes as many rows, each with one of them."""
@@ -247,7 +263,7 @@ class HubSource(Section):
     """Use this source."""
     source: str
     """Hub repository, or a local folder with a copy of it."""
-    revision: str
+    revision: Revision
     """Commit, tag, branch or ref. The commit it stands for is recorded in run.json."""
     max_samples: Positive | None = None
     """Use a random sample of this many rows."""
@@ -301,7 +317,7 @@ class LocalSource(Section):
     """Use this set."""
     source: str
     """Folder in BEIR layout, a file, a glob (*.jsonl, *.parquet), or a hub repository."""
-    revision: str | None = None
+    revision: Revision | None = None
     """Commit, tag, branch or ref; needed when the source is a hub repository."""
     subset: str | None = None
     """Name of the hub repository's subset, if it has several."""
