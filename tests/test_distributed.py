@@ -16,6 +16,7 @@ from datasets import Dataset
 from tests.conftest import ROOT, run_trainer
 from tests.soak.processes import CACHED, gone
 from tests.test_training import assert_same_weights
+from trainer import cli
 from trainer.config import ConfigError, load_config
 from trainer.data import NoDuplicateBatches, batch_sizes, load_data
 from trainer.device import choose_device
@@ -490,3 +491,18 @@ def test_one_of_four_or_their_launcher_killed_ends_all_with_the_reason_and_four_
         assert_same_weights(even / "models/two/final", even / "models/whole/final")
     else:  # the order in which gradients are added differs after a resume: tests/soak/processes.py
         assert losses(even, "two") == pytest.approx(losses(even, "whole"), rel=1e-5)
+
+
+@pytest.mark.parametrize("launcher", ["there", "gone"])
+def test_the_watch_says_that_the_launcher_has_gone_even_if_another_process_is_lost_first(monkeypatch, capsys, launcher):
+    slept = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("NORDSPARSE_LAUNCHER", str(os.getppid() + (launcher == "gone")))
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
+    with pytest.raises(SystemExit), cli._one_of_several("make resume"):
+        raise RuntimeError("Connection closed by peer")
+    assert bool(slept) == (launcher == "gone")
+    assert (
+        capsys.readouterr().err
+        == "Error: another process of this training ended. Nothing saved is lost. To go on: make resume\n"
+    )

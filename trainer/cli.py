@@ -101,14 +101,14 @@ def _how_to_go_on(config: str, name: str | None) -> str:
     return " ".join([f"python -m trainer train {config} --name {name} --resume", *options])
 
 
-# How long a process waits for the launcher to end it before it says what the first has perhaps said already.
+# How long a process waits to be ended, by the launcher or for want of one, before it says what may have been said already.
 SAME_ERROR_SECONDS = 2.0
 
 
 @contextlib.contextmanager
 def _one_of_several(again: str) -> Iterator[None]:
     """End quietly when another process of the training has gone: it has said why, unless it was killed."""
-    from trainer.distributed import is_first, lost_another
+    from trainer.distributed import is_first, launcher_has_ended, lost_another
 
     try:
         yield
@@ -119,6 +119,8 @@ def _one_of_several(again: str) -> Iterator[None]:
     except RuntimeError as error:
         if not lost_another(error):
             raise
+        if launcher_has_ended():  # the other one saw that first
+            time.sleep(SAME_ERROR_SECONDS)
         if is_first():
             click.echo(
                 f"Error: another process of this training ended. Nothing saved is lost. To go on: {again}", err=True

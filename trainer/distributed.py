@@ -41,18 +41,22 @@ def end_with_launcher() -> None:
     It would train on otherwise, seen by nobody, and hold the run's lock against whoever resumes. What it has not saved is
     trained again then, as after any kill.
     """
-    launcher = int(os.environ.get("NORDSPARSE_LAUNCHER", "0"))
-    if not launcher or processes() == 1:
+    if not os.environ.get("NORDSPARSE_LAUNCHER") or processes() == 1:
         return
 
     def watch() -> None:
-        while os.getppid() == launcher:
+        while not launcher_has_ended():
             time.sleep(0.5)
         if is_first():
             print("Error: the training ends here, for its launcher was ended", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def launcher_has_ended() -> bool:
+    """Whether this process had a launcher, and has lost it."""
+    return os.environ.get("NORDSPARSE_LAUNCHER", str(os.getppid())) != str(os.getppid())
 
 
 def connect(device: str) -> None:
