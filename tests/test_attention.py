@@ -226,6 +226,10 @@ def code_for_padded_texts(*args, **kwargs):
     raise KeyError("attention_mask")
 
 
+def without_a_word(*args, **kwargs):
+    raise AssertionError
+
+
 @pytest.mark.parametrize("write", [write_bert, write_roberta, write_modernbert, write_dense, write_norbert4])
 @pytest.mark.parametrize(
     ("function", "says"),
@@ -233,6 +237,7 @@ def code_for_padded_texts(*args, **kwargs):
         (seen_by_all, "packed, the vectors of a few texts are [1-9][0-9]*% off"),
         (not_compiled_for_this_gpu, "FlashAttention only supports Ampere GPUs or newer"),
         (code_for_padded_texts, "'attention_mask'"),
+        (without_a_word, "AssertionError"),
     ],
 )
 def test_texts_stay_padded_where_packing_them_fails_or_changes_their_vectors(

@@ -156,7 +156,7 @@ def _try_to_set(transformers: list[Transformer], name: str) -> str | None:
     try:
         _set(transformers, name)
     except (ImportError, ValueError, OSError, RuntimeError) as error:
-        return one_line(error)
+        return one_line(error) or type(error).__name__
     return None
 
 
@@ -173,7 +173,7 @@ def _try_to_pack(model: SparseEncoder, name: str, precision: torch.autocast, com
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # code of a base model that was not made for packed texts fails in any way
-        reason = one_line(error)
+        reason = one_line(error) or type(error).__name__
     if reason:
         for transformer, own in zip(transformers, before, strict=True):
             _set([transformer], own)
@@ -186,13 +186,9 @@ def _vectors(model: SparseEncoder, precision: torch.autocast) -> Tensor:
 
     Of its codes, the least dims that are kept change with the last bit of what goes in.
     """
-    training = model.training
-    try:
-        with precision:
-            features = batch_to_device(model.eval().preprocess(TRIED, task="document"), model.device)
-            found = model(features, task="document")
-    finally:
-        model.train(training)
+    with precision:
+        features = batch_to_device(model.eval().preprocess(TRIED, task="document"), model.device)
+        found = model(features, task="document")
     return found.get("sentence_embedding_backbone", found["sentence_embedding"]).float()
 
 
