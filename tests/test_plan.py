@@ -9,6 +9,8 @@ from tests.test_models import config_of
 from trainer.config import load_config
 from trainer.data import load_data
 from trainer.plan import plan, schedule_of
+from trainer.run import Run
+from trainer.train import train
 
 
 def lines_of(file, *overrides):
@@ -100,14 +102,15 @@ def test_steps_are_those_the_trainer_takes(tiny, overrides, steps, epochs):
 
 def test_the_padding_said_before_training_is_what_an_epoch_has(tiny):
     options = ("training.max_steps=-1", "training.eval_steps=100", "training.save_steps=100")
-    result = run_trainer(tiny.parent, "train", "tiny.yaml", *(part for option in options for part in ("--set", option)))
-    assert result.returncode == 0, result.stderr
-    manifest = json.loads((tiny.parent / "models/tiny/run.json").read_text())
-    planned = re.search(r"padding   (\d+)% of the positions .*; (\d+)% if rows of any length", result.stdout)
+    loaded, lines = load_config(tiny, options), []
+    run = Run.create(loaded)
+    train(loaded, run, say=lines.append)
+    manifest = run.manifest
+    planned = re.search(r"padding   (\d+)% of the positions .*; (\d+)% if rows of any length", "\n".join(lines))
     share, at_random = map(int, planned.groups())
     assert manifest["padding_share"] == pytest.approx(share / 100, abs=0.006)  # said in whole per cent
     assert share < 0.5 * at_random
-    assert f"{manifest['padding_share']:.0%} padding" in line_with(result.stdout.splitlines(), "verdict")
+    assert f"{manifest['padding_share']:.0%} padding" in line_with(lines, "verdict")
     assert manifest["tokens_encoded"] < manifest["tokens_trained"]  # queries are looked up
     assert planned.group(0) in "\n".join(lines_of(tiny, *options))  # make check says the same of small sets
 

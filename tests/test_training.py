@@ -20,6 +20,7 @@ from trainer.checkpoints import fault_of, newest_complete, seal
 from trainer.config import load_config
 from trainer.data import load_data
 from trainer.run import Run
+from trainer.train import train
 
 RUN = "models/tiny"
 SENTENCES = ["Mjøsa er Norges største innsjø.", "Älgen är skogens konung."]
@@ -259,9 +260,8 @@ def test_cached_loss_gives_the_loss_curve_of_the_plain_one(tmp_path, monkeypatch
     curves = []
     # no dropout: its draws differ between one forward pass and several
     for name, *overrides in (["plain"], ["cached", "loss.cached=true", "loss.mini_batch_size=3"]):
-        arguments = [part for pair in ("model.from_scratch.dropout=0.0", *overrides) for part in ("--set", pair)]
-        result = run_trainer(tmp_path, "train", "tiny.yaml", "--name", name, *arguments)
-        assert result.returncode == 0, result.stderr
+        loaded = load_config(tmp_path / "tiny.yaml", ["model.from_scratch.dropout=0.0", *overrides])
+        train(loaded, Run.create(loaded, name), say=lambda line: None)
         events = EventAccumulator(str(tmp_path / f"models/{name}/logs"))
         events.Reload()
         curves.append([event.value for event in events.Scalars("loss/total")])
