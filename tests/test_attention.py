@@ -172,17 +172,21 @@ def write_dense_norbert4(folder):
 NORBERT = (write_norbert4, write_newer_norbert4, write_dense_norbert4)
 
 
+def for_gpu(tmp_path, write, *overrides):
+    """A base model's encoder and its config, on a GPU in bf16."""
+    architecture = "csr" if write in (write_dense, write_dense_norbert4) else "splade"
+    pinned = PINNED if write in NORBERT else ()
+    return built(tmp_path, write(tmp_path / "base"), architecture, *GPU, *pinned, *overrides)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("write", [write_bert, write_roberta, write_modernbert, write_dense, *NORBERT])
 @pytest.mark.parametrize("attention", PACKED)
 def test_packed_texts_have_the_vectors_of_padded_ones(tmp_path, flash, write, fused, attention):
-    architecture = "csr" if write in (write_dense, write_dense_norbert4) else "splade"
-    pinned = PINNED if write in NORBERT else ()
-    attends = f"model.attention={attention}"
-    config, model = built(tmp_path, write(tmp_path / "base"), architecture, *GPU, *pinned, attends)
+    config, model = for_gpu(tmp_path, write, f"model.attention={attention}")
     if fused:
         fuse(model)
-    assert is_fused(model) == (fused and architecture == "splade")
+    assert is_fused(model) == (fused and config.model.architecture == "splade")
     padded = vectors(model)
     choose_attention(model, config, "cuda")
     assert "cu_seq_lens_q" in model.preprocess(DOCUMENTS)
@@ -193,16 +197,9 @@ def test_packed_texts_have_the_vectors_of_padded_ones(tmp_path, flash, write, fu
     assert "cu_seq_lens_q" in model.preprocess(DOCUMENTS)
 
 
-def by_auto(tmp_path, write, *overrides):
-    """A model and its config on a GPU, in bf16, with nothing said of attention."""
-    architecture = "csr" if write in (write_dense, write_dense_norbert4) else "splade"
-    pinned = PINNED if write in NORBERT else ()
-    return built(tmp_path, write(tmp_path / "base"), architecture, *GPU, *pinned, *overrides)
-
-
 @pytest.mark.parametrize("write", [write_bert, write_roberta, write_modernbert, write_dense, *NORBERT])
 def test_on_a_gpu_texts_are_packed_unless_the_config_says_otherwise(tmp_path, flash, write):
-    config, model = by_auto(tmp_path, write)
+    config, model = for_gpu(tmp_path, write)
     padded = vectors(model)
     chosen, line = choose_attention(model, config, "cuda")
     assert line == "attention varlen, texts packed without padding"
@@ -244,7 +241,7 @@ def test_texts_stay_padded_where_packing_them_fails_or_changes_their_vectors(
     tmp_path, flash, monkeypatch, write, function, says
 ):
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", function)
-    config, model = by_auto(tmp_path, write)
+    config, model = for_gpu(tmp_path, write)
     before, own = vectors(model), network_of(model).model.config._attn_implementation
     chosen, line = choose_attention(model, config, "cuda")
     assert re.match(rf"attention {own} \(the base model has it\); texts are padded: {says}", line)
@@ -254,10 +251,10 @@ def test_texts_stay_padded_where_packing_them_fails_or_changes_their_vectors(
 
 
 def test_texts_are_padded_on_a_gpu_in_32_bits_and_where_the_base_model_wants_it(tmp_path, flash):
-    config, model = by_auto(tmp_path, write_bert, "training.bf16=false")
+    config, model = for_gpu(tmp_path, write_bert, "training.bf16=false")
     says = "attention sdpa (the base model has it); texts are padded: training.bf16 is off"
     assert choose_attention(model, config, "cuda") == plan_attention(model, config, "cuda") == (config, says)
-    config, model = by_auto(tmp_path, write_roberta)
+    config, model = for_gpu(tmp_path, write_roberta)
     network_of(model).unpad_inputs = False
     assert choose_attention(model, config, "cuda")[1].endswith(
         "; texts are padded: the base model says so (unpad_inputs)"
@@ -269,7 +266,7 @@ def test_texts_are_padded_on_a_gpu_in_32_bits_and_where_the_base_model_wants_it(
 
 
 def test_a_run_goes_on_with_packed_or_padded_texts_as_it_began(tmp_path, flash, monkeypatch):
-    config, model = by_auto(tmp_path, write_bert)
+    config, model = for_gpu(tmp_path, write_bert)
     chosen, line = choose_attention(model, config, "cuda", packed=False)
     assert chosen == config
     assert line == "attention sdpa (the base model has it); texts are padded: this run did so from the start"
@@ -288,7 +285,7 @@ def test_a_run_goes_on_with_packed_or_padded_texts_as_it_began(tmp_path, flash, 
 
 def test_an_attention_that_is_asked_for_and_gives_other_vectors_is_one_line(tmp_path, flash, monkeypatch):
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", seen_by_all)
-    config, model = by_auto(tmp_path, write_bert, "model.attention=varlen")
+    config, model = for_gpu(tmp_path, write_bert, "model.attention=varlen")
     with pytest.raises(ConfigError, match=r"varlen cannot be used: packed, .* off. Leave it at auto") as found:
         choose_attention(model, config, "cuda")
     assert "\n" not in found.value.format_message()
@@ -301,7 +298,7 @@ def test_empty_vectors_say_nothing_of_whether_texts_can_be_packed(tmp_path, flas
 
 
 def test_codes_of_csr_are_compared_before_their_least_dims_are_chosen(tmp_path, flash, monkeypatch):
-    config, model = by_auto(tmp_path, write_dense)
+    config, model = for_gpu(tmp_path, write_dense)
 
     def by_chance(self, latents, *args, **kwargs):
         return torch.rand_like(latents), torch.rand_like(latents)
@@ -313,8 +310,7 @@ def test_codes_of_csr_are_compared_before_their_least_dims_are_chosen(tmp_path, 
 
 @pytest.mark.parametrize("write", [write_bert, write_norbert4])
 def test_packed_texts_have_the_gradients_of_padded_ones(tmp_path, flash, write):
-    pinned = PINNED if write in NORBERT else ()
-    config, model = built(tmp_path, write(tmp_path / "base"), "splade", *GPU, *pinned, "model.attention=varlen")
+    config, model = for_gpu(tmp_path, write, "model.attention=varlen")
     fuse(model)
 
     def gradients():
@@ -382,7 +378,7 @@ def test_torchs_flash_attention_is_that_of_each_text_by_itself(sliding_window):
 @pytest.mark.gpu
 @pytest.mark.parametrize("write", [write_bert, write_roberta, write_modernbert, write_dense, *NORBERT])
 def test_a_real_gpu_packs_texts_too(tmp_path, write):
-    config, model = by_auto(tmp_path, write)
+    config, model = for_gpu(tmp_path, write)
     model.to("cuda")
     if config.model.architecture == "splade":
         fuse(model)

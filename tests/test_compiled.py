@@ -18,7 +18,7 @@ from tests.test_remote_code import PINNED
 from trainer.config import ConfigError, load_config
 from trainer.data.buckets import bucket_lengths
 from trainer.fused.model import fuse, transformers_of
-from trainer.models.attention import VARLEN, _set
+from trainer.models.attention import VARLEN, set_attention
 from trainer.models.compiled import compile_networks, layers_of
 from trainer.run import Run
 
@@ -112,7 +112,7 @@ def test_one_graph_for_each_kind_of_layer_serves_packed_texts_of_any_number_and_
     compiled, plain = models(tmp_path, family)
     counter = CompileCounter()
     for model in (compiled, plain):
-        _set(transformers_of(model), VARLEN)
+        set_attention(transformers_of(model)[0], VARLEN)
     says = compile_networks(compiled, None, backend=counter)
     long = " ".join(DOCUMENTS)
     for texts in (DOCUMENTS, DOCUMENTS[:3], [*DOCUMENTS, long], [long, "Å"], [*DOCUMENTS, *DOCUMENTS]):
@@ -131,7 +131,7 @@ def test_one_graph_for_each_kind_of_layer_serves_packed_texts_of_any_number_and_
 def test_on_a_gpu_compiled_layers_have_the_vectors_and_gradients_of_plain_ones(tmp_path, family, attention):
     compiled, plain = models(tmp_path, family, "cuda")
     if attention == VARLEN:
-        _set(transformers_of(compiled), VARLEN)
+        set_attention(transformers_of(compiled)[0], VARLEN)
     compile_networks(compiled, None if attention == VARLEN else LENGTHS)
 
     def vectors_and_gradients(model, texts, half):

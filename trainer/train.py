@@ -206,11 +206,12 @@ def ready_model(
     data: TrainingData,
     device: str,
     say: Say,
-    packed: bool | None = None,
+    packed: bool | None,
 ) -> tuple[SparseEncoder, Config]:
     """The model as it computes in training, and the data as its token ids: of every text once.
 
-    packed: whether a run that goes on has packed its texts. Returns the config with the attention that was chosen, too.
+    packed: whether a run that goes on has packed its texts; None for a new one. Returns the config with the attention that
+    was chosen, too.
     """
     transformers.set_seed(config.training.seed)
     if checkpoint:
@@ -235,8 +236,7 @@ def ready_model(
         say(line)
 
     if config.training.torch_compile:
-        lengths = None if config.model.packs_texts else forward_passes_of(config, device).lengths
-        say(f"compile   {compile_networks(model, lengths)}")
+        say(f"compile   {compile_networks(model, forward_passes_of(config, device).lengths)}")
     return model, config
 
 

@@ -46,18 +46,24 @@ def forward_passes_of(config: Config, device: str) -> ForwardPasses:
 
     CSR's loss looks at positives and negatives apart, and GradCache makes passes of its own (loss.mini_batch_size).
     """
-    longest, compiled = config.training.max_seq_length, config.training.torch_compile
-    lengths = None
-    if compiled:
-        lengths = bucket_lengths(longest)
-    elif device == "cuda":
-        # attention builds a plan for every new shape, which takes 0.1 s of CPU time (28 layers share it, H100)
-        lengths = [*range(GPU_LENGTHS, longest, GPU_LENGTHS), longest]
+    by_length = device == "cpu" and not config.training.torch_compile
     return ForwardPasses(
-        lengths=lengths,
+        lengths=_lengths(config, device),
         shared=config.loss.type == "splade" and not config.loss.cached,
-        positions=CPU_POSITIONS if device == "cpu" and not compiled else None,
+        positions=CPU_POSITIONS if by_length else None,
     )
+
+
+def _lengths(config: Config, device: str) -> list[int] | None:
+    longest = config.training.max_seq_length
+    if config.model.packs_texts:  # and not padded
+        return None
+    if config.training.torch_compile:
+        return bucket_lengths(longest)
+    if device == "cuda":
+        # attention builds a plan for every new shape, which takes 0.1 s of CPU time (28 layers share it, H100)
+        return [*range(GPU_LENGTHS, longest, GPU_LENGTHS), longest]
+    return None
 
 
 def padding(

@@ -13,12 +13,12 @@ from transformers import AttentionInterface, DataCollatorWithFlattening
 
 from trainer.config import Config, ConfigError, one_line
 from trainer.config.schema import PACKED_ATTENTION
-from trainer.fused.model import transformers_of
+from trainer.fused.model import PROBE, transformers_of
 
 # torch's own flash attention, on texts of varying length one after the other; by this name transformers finds it here.
 VARLEN = "varlen"
 # Texts to try it with, of several lengths.
-TRIED = ["Hva er høyest?", "Galdhøpiggen er Norges høyeste fjell, og ligger i Lom kommune i Innlandet.", "Glittertind"]
+TRIED = ["Hva er høyest?", PROBE, "Glittertind"]
 # Relative difference of their vectors, packed and padded, from which on something is wrong. In bf16 with random weights it
 # was 0.2 to 1 %, and 30 to 73 % where texts saw each other, or each word only those before it.
 TOLERANCE = 0.1
@@ -154,7 +154,8 @@ def _own_code(transformers: list[Transformer], packed: bool) -> str | None:
 def _try_to_set(transformers: list[Transformer], name: str) -> str | None:
     """Compute with this attention from now on. Returns why not, if not."""
     try:
-        _set(transformers, name)
+        for transformer in transformers:
+            set_attention(transformer, name)
     except (ImportError, ValueError, OSError, RuntimeError) as error:
         return one_line(error) or type(error).__name__
     return None
@@ -163,11 +164,11 @@ def _try_to_set(transformers: list[Transformer], name: str) -> str | None:
 def _try_to_pack(model: SparseEncoder, name: str, precision: torch.autocast, compare: bool) -> str | None:
     """Pack texts from now on, unless that fails or, if they are compared, changes their vectors. Returns why not."""
     transformers = transformers_of(model)
-    before, padded = [transformer.model.config._attn_implementation for transformer in transformers], None
-    if compare:
-        padded = _vectors(model, precision)
+    before = [transformer.model.config._attn_implementation for transformer in transformers]
+    padded = _vectors(model, precision) if compare else None
     try:
-        _set(transformers, name)
+        for transformer in transformers:
+            set_attention(transformer, name)
         packed = _vectors(model, precision)
         reason = _difference(packed, padded) if compare else None
     except torch.OutOfMemoryError:
@@ -176,7 +177,7 @@ def _try_to_pack(model: SparseEncoder, name: str, precision: torch.autocast, com
         reason = one_line(error) or type(error).__name__
     if reason:
         for transformer, own in zip(transformers, before, strict=True):
-            _set([transformer], own)
+            set_attention(transformer, own)
     return reason
 
 
@@ -219,23 +220,23 @@ def in_any_precision(model: SparseEncoder) -> Iterator[None]:
     """Flash attention computes in 16 bits only: the model is scored, as users open it, with torch's own attention."""
     switched = [(each, each.model.config._attn_implementation) for each in transformers_of(model)]
     switched = [(transformer, name) for transformer, name in switched if name in PACKED_ATTENTION]
-    _set([transformer for transformer, _ in switched], "sdpa")
+    for transformer, _ in switched:
+        set_attention(transformer, "sdpa")
     try:
         yield
     finally:
         for transformer, name in switched:
-            _set([transformer], name)
+            set_attention(transformer, name)
 
 
-def _set(transformers: list[Transformer], name: str) -> None:
-    """Raises ValueError where the name stands for packed texts, which cannot be read then."""
-    for transformer in transformers:
-        transformer.model.set_attn_implementation(name)
-        transformer.unpad_inputs = transformer.unpad_inputs  # the library decides anew whether to pack
-        if name == VARLEN:
-            _pack(transformer)
-        if name in PACKED_ATTENTION and not transformer.can_flatten_inputs:
-            raise ValueError(f"{type(transformer.model).__name__} has no function for packed texts here")
+def set_attention(transformer: Transformer, name: str) -> None:
+    """Compute with this attention. Raises ValueError where its name stands for packed texts, which cannot be read then."""
+    transformer.model.set_attn_implementation(name)
+    transformer.unpad_inputs = transformer.unpad_inputs  # the library decides anew whether to pack
+    if name == VARLEN:
+        _pack(transformer)
+    if name in PACKED_ATTENTION and not transformer.can_flatten_inputs:
+        raise ValueError(f"{type(transformer.model).__name__} has no function for packed texts here")
 
 
 def _pack(transformer: Transformer) -> None:
