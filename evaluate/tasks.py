@@ -134,7 +134,7 @@ class LocalTask(AbsTaskRetrieval):
                         }
                     ),
                     "queries": Dataset.from_dict({"id": list(found.queries), "text": list(found.queries.values())}),
-                    "relevant_docs": {query: dict.fromkeys(passages, 1) for query, passages in found.relevant.items()},
+                    "relevant_docs": found.relevant,
                     "top_ranked": None,
                 }
             }

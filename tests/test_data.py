@@ -149,7 +149,7 @@ def test_a_beir_folder_trains_on_its_train_split_and_is_searched_on_its_dev_spli
     data = load(tmp_path, f"  mine: {{source: {folder}}}")
     assert rows_of(data.train["mine"]) == [("hvilken innsjø", "Mjøsa En innsjø."), ("hvilken elv", "Mjøsa En innsjø.")]
     assert rows_of(data.eval["mine"]) == [("hvilken elv", "En elv.")]
-    assert data.search[0].relevant == {"q2": {"d2"}}
+    assert data.search[0].relevant == {"q2": {"d2": 1}}
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_two_languages_of_one_benchmark_keep_their_own_scores():
 
 def test_without_the_hub_nanobeir_is_left_out_with_the_reason_and_local_searches_stay(tmp_path):
     config = config_of(tmp_path, write_bert(tmp_path / "base"), "splade", "evaluation.nanobeir_datasets=[msmarco]")
-    found = SearchSet("mine", {"q": "x"}, {"d": "y"}, {"q": {"d"}})
+    found = SearchSet("mine", {"q": "x"}, {"d": "y"}, {"q": {"d": 1}})
     said = []
     evaluator = build_evaluator(config, [found], said.append)
     assert list(evaluator.parts) == ["mine"]

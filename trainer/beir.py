@@ -11,12 +11,12 @@ from trainer.config import ConfigError, one_line
 
 @dataclass(frozen=True)
 class SearchSet:
-    """Queries to search a corpus with, and which passages answer them."""
+    """Queries to search a corpus with, and how well passages answer them: grades of 1 or more, by query and passage."""
 
     name: str
     queries: dict[str, str]
     corpus: dict[str, str]
-    relevant: dict[str, set[str]]
+    relevant: dict[str, dict[str, int]]
 
 
 def read_json_lines(file: Path) -> Iterator[tuple[int, dict]]:
@@ -90,7 +90,7 @@ def read_search_set(folder: Path, split: str, name: str) -> SearchSet:
     corpus = read_corpus(folder)
     file = folder / f"queries.{split}.jsonl"
     queries = {_id_of(row, file, n): text_of(row, "text", file, n) or "" for n, row in read_json_lines(file)}
-    relevant: dict[str, set[str]] = {}
+    relevant: dict[str, dict[str, int]] = {}
     file = folder / f"qrels.{split}.tsv"
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -108,7 +108,7 @@ def read_search_set(folder: Path, split: str, name: str) -> SearchSet:
         if passage not in corpus:
             raise ConfigError(f"{file}:{number}: passage '{passage}' is not in corpus.jsonl")
         if int(score) > 0:
-            relevant.setdefault(query, set()).add(passage)
+            relevant.setdefault(query, {})[passage] = int(score)
     if not relevant:
         raise ConfigError(f"{file}: no relevant passage for any query")
     return SearchSet(name, {query: queries[query] for query in relevant}, corpus, relevant)

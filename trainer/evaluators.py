@@ -61,7 +61,7 @@ def build_evaluator(config: Config, search: list[SearchSet], say: Callable[[str]
         found.name: SparseInformationRetrievalEvaluator(
             queries=found.queries,
             corpus=found.corpus,
-            relevant_docs=found.relevant,
+            relevant_docs={query: set(grades) for query, grades in found.relevant.items()},  # it knows no grades
             name=found.name,
             batch_size=batch_size,
             ndcg_at_k=[10],
