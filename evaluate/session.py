@@ -27,6 +27,7 @@ from evaluate.subject import Subject, fingerprint_of
 from evaluate.tasks import load, select_tasks
 from evaluate.terms import terms_lines, top_terms
 from trainer.config import ConfigError, is_commit, is_revision, one_line
+from trainer.prompts import by_side
 from trainer.run import Run
 
 BM25_NAME = "bm25"
@@ -233,7 +234,8 @@ def dense_name(source: str) -> str:
 
 
 def load_dense(source: str, trust_remote_code: bool) -> SearchEncoderWrapper:
-    """A dense model as mteb searches with it: with the prompts of mteb's registry where it is in there (e5 needs them).
+    """A dense model as mteb searches with it: with the prompts of mteb's registry where it is in there (e5 needs them),
+    else with those it was saved with.
 
     Its own code runs only for a pinned commit, `org/model@commit`, beside a subject that is trusted too.
     """
@@ -245,5 +247,6 @@ def load_dense(source: str, trust_remote_code: bool) -> SearchEncoderWrapper:
         model = SentenceTransformer(name, revision=revision, trust_remote_code=trust)
     except Exception as error:  # whatever the hub, mteb's loaders or the model's own code raise
         raise ConfigError(f"--dense {source} cannot be loaded: {one_line(error)}") from None
+    model.prompts |= by_side(model.prompts)
     model.model_card_data.model_name = dense_name(source)
     return SearchEncoderWrapper(SentenceTransformerEncoderWrapper(model))

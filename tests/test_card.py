@@ -68,6 +68,14 @@ def test_the_table_holds_every_system_the_baselines_and_the_means_of_those_with_
     assert "Against bm25, with 95 % bootstrap intervals: NorQuadRetrieval +0.125 [+0.100, +0.150]." in lines
 
 
+def test_the_card_says_which_prompts_stand_in_front(trained):
+    assert "prompts" not in card_of().text
+    Run.finished("tiny").update(prompts={"query": "Instruct: a|b\nQuery: ", "document": "passage: "})
+    prompts = r'query "Instruct: a&#124;b\nQuery: ", document "passage: "'
+    assert f"| prompts | {prompts} |" in card_of().text
+    assert f"They put the model's prompts in front of a text: {prompts}." in card_of().text
+
+
 def test_the_results_in_the_metadata_are_read_back_by_the_hubs_own_classes(evaluated, tmp_path):
     card_of().save(tmp_path / "README.md")
     data = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False).data

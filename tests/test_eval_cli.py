@@ -122,8 +122,11 @@ def test_a_failed_task_is_in_the_exit_status_and_the_report(trained, folder):
     assert json.loads((trained / "models/tiny/eval/failed.json").read_text())["tiny"].keys() == {"four"}
 
 
-def test_a_dense_model_is_scored_and_fused_beside_bm25(trained, tmp_path):
+def test_a_dense_model_is_scored_behind_its_own_prompts_and_fused_beside_bm25(trained, tmp_path):
     dense = write_dense(tmp_path / "dense-model")
+    settings = dense / "config_sentence_transformers.json"
+    prompts = {"query": "hva er: ", "passage": "tekst: "}  # stock `encode_document` passes over a "passage"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"prompts": prompts}))
     result = evaluate(trained, "hybrid", "tiny.yaml", "--dense", str(dense), "--tasks", str(QUICKSTART / "search"))
     assert result.exit_code == 0, result.output
     pairs = json.loads((trained / "models/tiny/eval/hybrid.json").read_text())
@@ -131,8 +134,8 @@ def test_a_dense_model_is_scored_and_fused_beside_bm25(trained, tmp_path):
     expected = SentenceTransformer(str(dense), device="cpu")
     data = read_search_set(QUICKSTART / "search", "dev", "search")
     hits = semantic_search(
-        expected.encode(list(data.queries.values()), convert_to_tensor=True),
-        expected.encode(list(data.corpus.values()), convert_to_tensor=True),
+        expected.encode([f"hva er: {text}" for text in data.queries.values()], convert_to_tensor=True),
+        expected.encode([f"tekst: {text}" for text in data.corpus.values()], convert_to_tensor=True),
         top_k=10,
     )
     found = {

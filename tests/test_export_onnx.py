@@ -14,9 +14,10 @@ from tests.checkpoints import DOCUMENTS, QUERIES, write_dense, write_roberta
 from tests.standins import COMMIT, SHAPES, write_norbert
 from tests.test_export import put_model, run_export
 from trainer.config import ConfigError
-from trainer.export.onnx import compare_vectors
+from trainer.export.onnx import compare_vectors, require_pooled_prompts
 
 FOLDER = "models/tiny/export/onnx"
+PROMPTS = ("model.prompts.query='hva er: '", "model.prompts.document='tekst: '")
 LENGTHS = [DOCUMENTS[0], "kort", " ".join(DOCUMENTS) * 3, "", "😀"]  # one of them longer than the model reads
 
 ALONE = """
@@ -42,9 +43,9 @@ def by_onnxruntime_alone(folder, texts, model="model.onnx"):
 
 def build_other(trained, name):
     if name == "csr":
-        put_model(trained, write_dense(trained), "csr")
+        put_model(trained, write_dense(trained), "csr", *PROMPTS)
     elif name == "roberta":
-        put_model(trained, write_roberta(trained / "roberta"), "splade")
+        put_model(trained, write_roberta(trained / "roberta"), "splade", *PROMPTS)
     elif name in SHAPES:
         pinned = ("model.trust_remote_code=true", f"model.revision='{COMMIT}'")
         put_model(trained, write_norbert(trained / "norbert", name), "inference-free-splade", *pinned)
@@ -66,6 +67,13 @@ def test_queries_and_documents_of_any_length_have_the_models_vectors(trained, na
     assert (expected[1] > 0).sum() > 20
     np.testing.assert_allclose(queries, expected[0], atol=1e-4)
     np.testing.assert_allclose(documents, expected[1], atol=1e-4)
+
+
+def test_a_model_whose_mean_leaves_the_prompt_out_is_refused(trained):
+    model = put_model(trained, write_dense(trained), "csr", *PROMPTS)
+    model[1].include_prompt = False
+    with pytest.raises(ConfigError, match=r"^onnx: the dense model's pooling leaves the prompt's tokens out"):
+        require_pooled_prompts(model)
 
 
 def test_what_leaves_the_graph_is_one_weight_per_dimension_and_no_logits(trained):

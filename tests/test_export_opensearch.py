@@ -241,6 +241,21 @@ def test_a_zip_that_does_not_run_is_one_line(trained):
         require_same_documents(trained / "document-model.zip", encoder)
 
 
+def test_a_model_with_a_prompt_has_documents_with_it_and_no_model_in_the_cluster(trained, corpus):  # noqa: F811
+    model = put_model(
+        trained, write_bert(trained / "bert"), "inference-free-splade", "model.prompts.document='tekst: '"
+    )
+    lines = run_export("opensearch", corpus)
+    assert any("the document model: OpenSearch cannot put this model's prompt in front" in line for line in lines)
+    assert not (trained / FOLDER / "document-model.zip").exists()
+    _, first = (trained / FOLDER / "documents-1-of-1.ndjson").read_text().splitlines()[:2]
+    text = json.loads(corpus.read_text().splitlines()[0])["text"]
+    model.prompts = {}
+    expected = model.decode(model.encode_document(f"tekst: {text}"))
+    found = json.loads(first)["vector"]
+    assert found and found == pytest.approx(dict(expected), abs=1e-4)
+
+
 def test_a_csr_model_has_documents_and_an_index_and_no_models_in_the_cluster(trained, corpus):  # noqa: F811
     put_model(trained, write_dense(trained), "csr")
     lines = run_export("opensearch", corpus)

@@ -20,7 +20,7 @@ ROWS = [
         "trainer.stock",
         "trainer.upload",
     },
-    {"trainer.cache"},
+    {"trainer.cache", "trainer.prompts"},
     {"trainer.data"},
     {
         "trainer.models",
@@ -40,7 +40,7 @@ ROWS = [
     {"trainer.__main__"},
 ]
 # What evaluate may import of the trainer: nothing that trains.
-SHARED = {"trainer.config", "trainer.run", "trainer.beir", "trainer.fused"}
+SHARED = {"trainer.config", "trainer.run", "trainer.beir", "trainer.fused", "trainer.prompts"}
 EVALUATE_ROWS = [
     {"evaluate.results"},
     {"evaluate.tasks", "evaluate.search", "evaluate.subject", "evaluate.terms"},

@@ -16,6 +16,7 @@ from trainer.config import ConfigError, load_config
 from trainer.data import ForwardPasses, TokenCollator, Tokeniser, load_data
 from trainer.data import tokens as module
 from trainer.data.batches import text_ids
+from trainer.data.rows import SIDES
 from trainer.data.token_file import PART, TokenFile
 from trainer.losses import build_loss
 from trainer.models import build_model, fetch_base_model, load_model, save_model
@@ -64,7 +65,9 @@ def stock_collator(tmp_path, config, model):
     loss = build_loss(config, model, BatchStatistics())
     arguments = build_arguments(config, Run(tmp_path / "run"), model, loss, "cpu", best_metric=None)
     rows = DatasetDict({"a": triplets()})
-    return SparseEncoderTrainer(model=model, args=arguments, train_dataset=rows, loss=loss).data_collator
+    collator = SparseEncoderTrainer(model=model, args=arguments, train_dataset=rows, loss=loss).data_collator
+    collator.prompts = {role: model.prompts[side] for role, side in SIDES.items()}
+    return collator
 
 
 def assert_same(ours, theirs):
@@ -94,6 +97,13 @@ def test_features_of_norbert_are_those_of_the_library(tmp_path, shape):
 
 def test_features_of_a_dense_base_are_those_of_the_library(tmp_path):
     config, model = built(tmp_path, write_dense(tmp_path / "base"), "csr")
+    check_features(tmp_path, config, model)
+
+
+@pytest.mark.parametrize("base,architecture", [(write_bert, "splade"), (write_dense, "csr")])
+def test_features_behind_prompts_are_those_of_the_library(tmp_path, base, architecture):
+    prompts = ("model.prompts.query='hva er: '", "model.prompts.document='tekst: '")
+    config, model = built(tmp_path, base(tmp_path / "base"), architecture, *prompts)
     check_features(tmp_path, config, model)
 
 
@@ -184,6 +194,14 @@ def test_other_texts_another_length_or_another_tokenizer_are_tokenised_anew(kept
     _, other = built(tmp_path, BASES["byte-level without"](tmp_path / "other"), "splade")
     assert make(other)[1].texts_found == 0
     assert len(list(folder.iterdir())) == 4
+
+
+def test_texts_behind_another_prompt_are_tokenised_anew_and_no_others(kept):
+    model, _ = kept
+    model.prompts = {"query": "hva er: ", "document": "tekst: "}
+    make(model)
+    model.prompts = {"query": "hva er: ", "document": "avsnitt: "}
+    assert make(model)[1].texts_found == len(QUERIES)
 
 
 def test_the_key_does_not_depend_on_what_was_tokenised_before(kept):

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from trainer.config import FROM_SCRATCH, Config, is_local
 from trainer.measured import METRIC, Measured, read_measured
+from trainer.prompts import quoted
 from trainer.run import Run, duration
 
 TEMPLATE = Path(__file__).with_name("card.jinja")
@@ -42,7 +43,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "csr": {
         "name": "CSR",
         "what": "a sparse autoencoder on top of a dense encoder.",
-        "routes": ", which put the dense model's prompts in front where it has any",
+        "routes": ", which here are the same network",
         "words": False,
         "limit": "Its dimensions are not words, so they cannot be read or combined with a keyword index.",
     },
@@ -65,6 +66,7 @@ def build_model_card(run: Run, repo: str, dimensions: int) -> ModelCard:
         packages=manifest["packages"],
         code=manifest.get("base_model", {}).get("code") or {},
         base_model=_base_model(manifest),
+        prompts=_cell(quoted(manifest.get("prompts", {}))),
         base_licence=_base_licence(manifest),
         active_dims=active_dims(manifest, measured),
         data=[_data_row(summary) for summary in manifest.get("datasets", {}).values()],

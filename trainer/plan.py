@@ -9,7 +9,7 @@ from torch import nn
 
 from trainer.arguments import query_rate_mapping, routes_of
 from trainer.config import FROM_SCRATCH, Config, ConfigError, LoadedConfig
-from trainer.config.schema import TeacherConfig
+from trainer.config.schema import ModelConfig, TeacherConfig
 from trainer.data import Tokeniser, TrainingData, folder_of_tokens, load_data
 from trainer.data.mining import mining_words
 from trainer.device import choose_device
@@ -26,6 +26,7 @@ from trainer.models import (
     plan_attention,
     vocabulary_of,
 )
+from trainer.prompts import prompt_lines
 from trainer.run import MODELS
 from trainer.sparsity import BatchStatistics
 from trainer.teachers import ScoreStore, fetch_teacher, with_negatives
@@ -206,6 +207,7 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
         return
     model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), "cpu")
     yield f"          {vocabulary_of(model):,} dimensions, {sum(p.numel() for p in model.parameters()):,} parameters"
+    yield from prompt_lines(config.model, base.folder if base else None, model.prompts)
     try:
         config, line = plan_attention(model, config, device)
         yield line
@@ -222,13 +224,13 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
     idf = document_idf(config, model, data.texts("positive", "negative"))
     yield from training_lines(config, model, build_loss(config, model, BatchStatistics(), idf))
     if config.loss.teacher:
-        yield teacher_line(config.loss.teacher, data)
+        yield teacher_line(config.loss.teacher, data, config.model)
 
 
-def teacher_line(teacher: TeacherConfig, data: TrainingData) -> str:
+def teacher_line(teacher: TeacherConfig, data: TrainingData, base: ModelConfig) -> str:
     """What the teacher has to score before the first step."""
     try:
-        missing = ScoreStore(teacher, fetch_teacher(teacher)).missing(data.train)
+        missing = ScoreStore(teacher, fetch_teacher(teacher), base).missing(data.train)
     except HubUnreachable:
         return f"teacher   needs the hub: {teacher.model}"
     rows = sum(map(len, with_negatives(data.train).values()))

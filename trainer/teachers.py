@@ -12,10 +12,11 @@ from datasets import Dataset, DatasetDict
 
 from trainer.cache import digest, folder_of, identity, kept
 from trainer.config import ConfigError, one_line
-from trainer.config.schema import TeacherConfig
+from trainer.config.schema import ModelConfig, TeacherConfig
 from trainer.data import LABEL, mining
 from trainer.distributed import processes_here, wait
 from trainer.hub import MODEL_FILES, Snapshot, fetch
+from trainer.prompts import prompts_of, quoted
 
 Pair = tuple[str, str]
 Score = Callable[[list[Pair]], np.ndarray]
@@ -42,11 +43,18 @@ def with_negatives(train: DatasetDict) -> dict[str, Dataset]:
     return {name: rows for name, rows in train.items() if "negative" in rows.column_names}
 
 
+def teacher_prompts(teacher: TeacherConfig, snapshot: Snapshot, base: ModelConfig | None) -> dict[str, str]:
+    """What a dense teacher reads in front of queries and passages; a cross-encoder reads nothing."""
+    return prompts_of(teacher.model, snapshot.folder, base) if teacher.kind == "dense" else {}
+
+
 class ScoreStore:
     """Scores by the content of a pair, in the folder of one teacher at one revision; every file in it is whole."""
 
-    def __init__(self, teacher: TeacherConfig, snapshot: Snapshot):
-        of_teacher = digest(identity(snapshot), teacher.kind)
+    def __init__(self, teacher: TeacherConfig, snapshot: Snapshot, base: ModelConfig | None = None):
+        """base: the config's model, for the prompts of a teacher that is the base model."""
+        prompts = quoted(teacher_prompts(teacher, snapshot, base))
+        of_teacher = digest(identity(snapshot), teacher.kind, *([prompts] if prompts else []))
         self.folder = (
             Path(teacher.cache).expanduser() / of_teacher if teacher.cache else folder_of("scores", of_teacher)
         )
@@ -78,11 +86,18 @@ class ScoreStore:
         return [pair for pair in pairs if digest(*pair) not in known]
 
 
-def teach(train: DatasetDict, teacher: TeacherConfig, device: str, say: Callable[[str], None]) -> dict[str, Any]:
+def teach(
+    train: DatasetDict,
+    teacher: TeacherConfig,
+    device: str,
+    say: Callable[[str], None],
+    base: ModelConfig | None = None,
+) -> dict[str, Any]:
     """Give every row that has a negative the teacher's scores of positive and negative, as its label.
 
     Only pairs that were never scored go through the teacher, each process of a machine taking its share of them; the
-    rest is read. Returns what the manifest keeps. Raises ConfigError when no row has a negative.
+    rest is read. A teacher that is the base model has the prompts of `base`, the config's model.
+    Returns what the manifest keeps. Raises ConfigError when no row has a negative.
     """
     if not with_negatives(train):
         raise ConfigError(
@@ -90,7 +105,7 @@ def teach(train: DatasetDict, teacher: TeacherConfig, device: str, say: Callable
             "datasets.<name>.mine"
         )
     snapshot = fetch_teacher(teacher)
-    store = ScoreStore(teacher, snapshot)
+    store = ScoreStore(teacher, snapshot, base)
     missing = store.missing(train)
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     wait()  # every process has seen the same scores before one adds to them
@@ -98,7 +113,7 @@ def teach(train: DatasetDict, teacher: TeacherConfig, device: str, say: Callable
     if parts:
         say(f"teacher   {teacher.model}: scoring {len(missing):,} pairs (kept in {store.folder})")
     if own := parts[rank :: processes_here()]:
-        score = TEACHERS[teacher.kind](snapshot, teacher, device)
+        score = TEACHERS[teacher.kind](snapshot, teacher, device, base)
         for number, part in enumerate(own, 1):
             store.add(part, score)
             say(
@@ -121,7 +136,7 @@ def teach(train: DatasetDict, teacher: TeacherConfig, device: str, say: Callable
 
 
 # ------------------------------------------------------------------------------------------- kinds of teachers
-def load_cross_encoder(snapshot: Snapshot, teacher: TeacherConfig, device: str) -> Score:
+def load_cross_encoder(snapshot: Snapshot, teacher: TeacherConfig, device: str, base: ModelConfig | None) -> Score:
     """Reads a query and a passage together (arXiv 1901.04085); scores are logits."""
     from sentence_transformers import CrossEncoder
     from torch import nn
@@ -140,9 +155,9 @@ def load_cross_encoder(snapshot: Snapshot, teacher: TeacherConfig, device: str) 
     )
 
 
-def load_dense(snapshot: Snapshot, teacher: TeacherConfig, device: str) -> Score:
-    """A sentence encoder; scores are its own similarity of query and passage."""
-    model = mining.load_dense(snapshot, KEY, device)
+def load_dense(snapshot: Snapshot, teacher: TeacherConfig, device: str, base: ModelConfig | None) -> Score:
+    """A sentence encoder; scores are its own similarity of query and passage, each behind its prompt."""
+    model = mining.load_dense(snapshot, KEY, teacher_prompts(teacher, snapshot, base), device)
 
     def score(pairs: list[Pair]) -> np.ndarray:
         options = {"batch_size": teacher.batch_size, "show_progress_bar": False, "convert_to_tensor": True}
@@ -156,7 +171,7 @@ def load_dense(snapshot: Snapshot, teacher: TeacherConfig, device: str) -> Score
     return score
 
 
-TEACHERS: dict[str, Callable[[Snapshot, TeacherConfig, str], Score]] = {
+TEACHERS: dict[str, Callable[[Snapshot, TeacherConfig, str, ModelConfig | None], Score]] = {
     "cross-encoder": load_cross_encoder,
     "dense": load_dense,
 }

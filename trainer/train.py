@@ -62,6 +62,7 @@ from trainer.plan import (
     token_line,
     training_lines,
 )
+from trainer.prompts import prompt_lines
 from trainer.run import Run, duration
 from trainer.sparsity import BatchStatistics
 from trainer.teachers import teach
@@ -105,7 +106,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         device, reason = choose_device(config)
         say(f"device    {device} ({reason})")
         teacher = config.loss.teacher
-        taught = {"teacher": teach(data.train, teacher, device, say)} if teacher else {}
+        taught = {"teacher": teach(data.train, teacher, device, say, config.model)} if teacher else {}
         packed = run.manifest.get("packed_texts", False) if checkpoint else None
         model, config = ready_model(config, base, checkpoint, data, device, say, packed)
 
@@ -127,6 +128,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             device_reason=reason,
             seed=config.training.seed,
             base_model=base.manifest() if base else run.manifest.get("base_model", {"source": config.model.base_model}),
+            prompts={side: text for side, text in model.prompts.items() if text},
             datasets=data.manifest(),
             processes=processes(),
             packed_texts=config.model.packs_texts,
@@ -218,7 +220,7 @@ def ready_model(
         model = load_model(checkpoint, config, device)
     else:
         model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), device)
-    for line in model_lines(config, base):
+    for line in (*model_lines(config, base), *prompt_lines(config.model, base.folder if base else None, model.prompts)):
         say(line)
     if config.loss.type == "splade":
         say(head_line(config, model, device))

@@ -128,6 +128,7 @@ def _model(config: Config) -> Iterator[Finding]:
             f"model.from_scratch.max_position_embeddings ({positions})",
         )
     yield from _attention(config)
+    yield from _prompts(config)
     if model.architecture == "csr":
         if 4 * model.csr_k > model.csr_hidden_dim:
             yield (
@@ -156,6 +157,19 @@ def most_parameters(shape: FromScratchConfig) -> int:
     width = shape.hidden_size
     layer = 4 * width**2 + 2 * width * shape.intermediate_size
     return (shape.vocab_size + shape.max_position_embeddings) * width + shape.num_hidden_layers * layer
+
+
+def _prompts(config: Config) -> Iterator[Finding]:
+    prompts = config.model.prompts
+    for side, text in prompts or ():
+        if text and not text.strip():
+            yield ("model", "prompts", side), f"'model.prompts.{side}' is blank. For nothing in front, write \"\""
+    if prompts and prompts.query and config.model.architecture == "inference-free-splade":
+        yield (
+            ("model", "prompts", "query"),
+            "'model.prompts.query' would put the same words, with the same weights, into every query of "
+            "inference-free-splade, whose queries are only looked up. Remove it",
+        )
 
 
 def _attention(config: Config) -> Iterator[Finding]:

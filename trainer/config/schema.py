@@ -76,6 +76,15 @@ class FromScratchConfig(Section):
     weights."""
 
 
+class PromptsConfig(Section):
+    """Text that stands in front of every query and of every document. null: the base model's own; "": nothing."""
+
+    query: str | None = None
+    """In front of every query; not for inference-free-splade, whose queries are only looked up."""
+    document: str | None = None
+    """In front of every document."""
+
+
 class ModelConfig(Section):
     """What is trained, and from which base model."""
 
@@ -91,6 +100,9 @@ class ModelConfig(Section):
     model."""
     use_router: bool | None = None
     """Separate routes for queries and documents. Follows from the architecture; may be written to be explicit."""
+    prompts: PromptsConfig | None = None
+    """What stands in front of every query and document, in training, evaluation, exports and the saved model. null: the
+    prompts that the base model was saved with."""
     attention: Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"] = "auto"
     """varlen (torch's own flash attention), flash_attention_2 and 3 (the package flash-attn): texts are packed, and nothing
     is padded (CUDA, bf16 or fp16). auto: varlen where that works, otherwise what the base model comes with."""

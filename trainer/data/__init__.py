@@ -243,7 +243,7 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
     mined = {}
     if mining := mining_of(config.datasets, name):
         everything = [part.table for part in (source.rows, source.eval_rows) if part is not None]
-        rows, mined = fill_negatives(name, rows, everything, mining)
+        rows, mined = fill_negatives(name, rows, everything, mining, config.model)
     halves = _split(name, rows.table)
     data.halves[name] = list(halves)
     data.train.update({half: Dataset(table) for half, table in halves.items()})

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,9 +13,10 @@ import pyarrow as pa
 
 from trainer.cache import digest, folder_of, identity, kept, kept_in_parts
 from trainer.config import ConfigError, one_line
-from trainer.config.schema import MiningConfig
+from trainer.config.schema import MiningConfig, ModelConfig
 from trainer.data.rows import Rows, fingerprint
 from trainer.hub import MODEL_FILES, Snapshot, fetch
+from trainer.prompts import prompts_of, quoted
 
 # Part of the cache's key: raised when other negatives come out of the same rows and settings.
 VERSION = "2"
@@ -42,12 +43,15 @@ class Search:
     passage_languages: list[set[str]]
 
 
-def fill_negatives(name: str, rows: Rows, everything: list[pa.Table], settings: MiningConfig) -> tuple[Rows, dict]:
+def fill_negatives(
+    name: str, rows: Rows, everything: list[pa.Table], settings: MiningConfig, base: ModelConfig | None = None
+) -> tuple[Rows, dict]:
     """The rows, in which those without a negative now have one, and counts for the plan and the manifest.
 
     A row becomes as many rows as negatives are found for its query, at most settings.per_query; where none is found it
     stays a pair. Negatives are passages of these rows: one that is only in held-out rows would be trained on, and be
-    searched for later. everything: all rows of the source, for what answers a query. Kept under HF_HOME.
+    searched for later. everything: all rows of the source, for what answers a query. base: the config's model, whose
+    prompts a mining model has that is the base model. Kept under HF_HOME.
     """
     table = rows.table
     missing = np.ones(len(rows), dtype=bool)
@@ -56,7 +60,7 @@ def fill_negatives(name: str, rows: Rows, everything: list[pa.Table], settings: 
     if not missing.any():
         return rows, {}
     search = _search_of(table, table.filter(pa.array(missing)), everything)
-    mined = _mined(name, search, fingerprint(table), settings)
+    mined = _mined(name, search, fingerprint(table), settings, base)
     found: dict[str, list[str]] = defaultdict(list)
     passed_over = 0
     for query, negative, passed in zip(*(mined[column].to_pylist() for column in MINED.names), strict=True):
@@ -109,7 +113,7 @@ def _with_negatives(table: pa.Table, missing: np.ndarray, found: dict[str, list[
     return taken.add_column(2, "negative", pa.array(negatives, pa.string()))
 
 
-def _mined(name: str, search: Search, rows: str, settings: MiningConfig) -> pa.Table:
+def _mined(name: str, search: Search, rows: str, settings: MiningConfig, base: ModelConfig | None) -> pa.Table:
     """MINED rows: (query, negative) per negative, and one without a negative per query that has none."""
     texts = digest(*search.queries, *search.passages, repr(search.positives), repr(search.languages))
     if settings.method == "bm25":
@@ -120,9 +124,11 @@ def _mined(name: str, search: Search, rows: str, settings: MiningConfig) -> pa.T
     key = f"datasets.{name}.mine.model"
     why = f"negatives of '{name}'"
     model = fetch(settings.model, settings.revision, kind="model", why=why, key=key, patterns=MODEL_FILES)
-    of_model = identity(model)
+    prompts = prompts_of(settings.model, model.folder, base)
+    of_model = digest(identity(model), quoted(prompts)) if quoted(prompts) else identity(model)
     folder = folder_of("mined", digest(VERSION, texts, settings.model_dump_json(), of_model))
-    return kept(folder / "mined.parquet", partial(_mine_with_model, search, settings, model, of_model, key))
+    load = partial(load_dense, model, key, prompts)
+    return kept(folder / "mined.parquet", partial(_mine_with_model, search, settings, load, of_model))
 
 
 # ------------------------------------------------------------------------------------------- what is a negative
@@ -259,17 +265,17 @@ class Remembered:
         return np.concatenate([chunk.flatten().to_numpy().reshape(len(chunk), -1) for chunk in columns])
 
 
-def load_dense(snapshot: Snapshot, key: str, device: str | None = None):
+def load_dense(snapshot: Snapshot, key: str, prompts: dict[str, str], device: str | None = None):
     """A dense model from the files that are here; without `device` the library chooses one. Raises ConfigError."""
     from sentence_transformers import SentenceTransformer
 
     try:
-        return SentenceTransformer(str(snapshot.folder), device=device)
+        return SentenceTransformer(str(snapshot.folder), device=device, prompts=prompts)
     except Exception as error:  # whatever a folder that is no such model raises
         raise ConfigError(f"{key}: {snapshot.source} cannot be loaded as a dense model: {one_line(error)}") from None
 
 
-def _mine_with_model(search: Search, settings: MiningConfig, model: Snapshot, of_model: str, key: str) -> pa.Table:
+def _mine_with_model(search: Search, settings: MiningConfig, load: Callable, of_model: str) -> pa.Table:
     from datasets import Dataset
     from sentence_transformers.util import mine_hard_negatives
 
@@ -282,7 +288,7 @@ def _mine_with_model(search: Search, settings: MiningConfig, model: Snapshot, of
     highest = min(highest, max(len(search.passages), lowest + 1))
     mined = mine_hard_negatives(
         Dataset.from_dict({"anchor": [query for query, _ in pairs], "positive": [positive for _, positive in pairs]}),
-        Remembered(load_dense(model, key), folder_of("vectors", digest(of_model))),
+        Remembered(load(), folder_of("vectors", digest(of_model))),
         corpus=search.passages,
         range_min=lowest,
         range_max=highest,

@@ -15,6 +15,8 @@ from trainer.beir import read_json_lines, text_of
 from trainer.config import ConfigError
 
 ROLES = ["anchor", "positive", "negative"]
+# What a role's texts are to a search, and so which prompt stands in front of them.
+SIDES = {"anchor": "query", "positive": "document", "negative": "document"}
 LABEL = "label"  # a teacher's scores of a row; what the library takes for labels, and hands to the loss
 # Twice the languages of the largest set here; more are no languages, and would fill the plan with a line of any length.
 MOST_LANGUAGES = 12

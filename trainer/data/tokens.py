@@ -26,11 +26,12 @@ from trainer.cache import folder_of
 from trainer.config import ConfigError, one_line
 from trainer.data.buckets import next_length
 from trainer.data.forward_passes import ForwardPasses
-from trainer.data.rows import LABEL, ROLES
+from trainer.data.rows import LABEL, ROLES, SIDES
 from trainer.data.token_file import PART, TokenFile
 
 Say = Callable[[str], None]
 Features = dict[str, Any]
+Preprocess = Callable[[list[str]], Features]
 
 # Texts per call of the tokenizer, which works on them in parallel.
 CALL = 1_000
@@ -73,9 +74,7 @@ def unpadded(features: Features) -> Iterator[np.ndarray]:
         yield ids[mask]
 
 
-def tokenised(
-    texts: pa.ChunkedArray, preprocess: Callable[[list[str]], Features], ids_type: pa.DataType, say: Say
-) -> Iterator[pa.Array]:
+def tokenised(texts: pa.ChunkedArray, preprocess: Preprocess, ids_type: pa.DataType, say: Say) -> Iterator[pa.Array]:
     """Token ids of the texts, in parts as TokenFile holds them. Texts of one call are of about the same length."""
     start = last = time.perf_counter()
     for first in range(0, len(texts), PART):
@@ -95,8 +94,8 @@ def tokenised(
             say(f"{done:,} of {len(texts):,} texts, {(now - start) / done * (len(texts) - done):.0f} s left")
 
 
-def key_of(module: nn.Module, task: str | None, content: str) -> str:
-    """What token ids depend on, as a hash: the texts, the tokenizer with its settings, the versions of the libraries."""
+def key_of(module: nn.Module, task: str | None, content: str, prompt: str | None = None) -> str:
+    """What token ids depend on, as a hash: texts, prompt, tokenizer with its settings, versions of the libraries."""
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         module.tokenizer.save_pretrained(folder)
@@ -112,6 +111,7 @@ def key_of(module: nn.Module, task: str | None, content: str) -> str:
     settings = {
         "content": content,
         "task": task,
+        "prompt": prompt,
         "module": [type(module).__name__, module.get_config_dict(), module.max_seq_length],
         "cut": module.tokenizer.truncation_side,
         "versions": [version(name) for name in ("sentence-transformers", "transformers", "tokenizers")],
@@ -279,16 +279,17 @@ class Tokeniser:
         start = time.perf_counter()
         columns: dict[str, Column] = {}
         roles = [role for role in ROLES if role in dataset.column_names]
-        for task in dict.fromkeys(self.routes.get(role) for role in roles):
-            places = [place for place, role in enumerate(roles) if self.routes.get(role) == task]
+        for task, prompt in dict.fromkeys(map(self._read_as, roles)):
+            places = [place for place, role in enumerate(roles) if self._read_as(role) == (task, prompt)]
             used, first, numbers = np.unique(ids[:, places], return_index=True, return_inverse=True)
             numbers = numbers.reshape(len(ids), len(places)).astype(np.int32)
-            module, preprocess = input_module(self.model, task), self._preprocess(task)
+            module, preprocess = input_module(self.model, task), self._preprocess(task, prompt)
             texts = partial(_take, dataset, [roles[place] for place in places], first)
             path = None
             if self.keep and len(used) >= KEPT_FROM:
-                path = folder_of_tokens() / f"{name}_{key_of(module, task, f'{content}/{name}/{places}')[:16]}.arrow"
-            file = self._found(path, len(used)) or self._made(name, texts(), task, path)
+                key = key_of(module, task, f"{content}/{name}/{places}", prompt)
+                path = folder_of_tokens() / f"{name}_{key[:16]}.arrow"
+            file = self._found(path, len(used)) or self._made(name, texts(), module, preprocess, path)
             self.texts += len(used)
             self.tokens += int(file.lengths().sum())
             self.bytes += path.stat().st_size if path else 0
@@ -302,8 +303,12 @@ class Tokeniser:
         self.seconds += time.perf_counter() - start
         return found
 
-    def _preprocess(self, task: str | None) -> Callable[[list[str]], Features]:
-        return partial(self.model.preprocess, prompt=None, task=task)
+    def _read_as(self, role: str) -> tuple[str | None, str | None]:
+        """The task of a column, and the prompt in front of its texts."""
+        return self.routes.get(role), self.model.prompts.get(SIDES[role]) or None
+
+    def _preprocess(self, task: str | None, prompt: str | None) -> Preprocess:
+        return partial(self.model.preprocess, prompt=prompt, task=task)
 
     def _found(self, path: Path | None, texts: int) -> TokenFile | None:
         """The file of so many texts that an earlier run wrote, if it is there and as it was written."""
@@ -319,10 +324,12 @@ class Tokeniser:
         self.texts_found += len(file)
         return file
 
-    def _made(self, name: str, texts: pa.ChunkedArray, task: str | None, path: Path | None) -> TokenFile:
-        ids_type = pa.uint16() if len(input_module(self.model, task).tokenizer) <= 2**16 else pa.int32()
+    def _made(
+        self, name: str, texts: pa.ChunkedArray, module: nn.Module, preprocess: Preprocess, path: Path | None
+    ) -> TokenFile:
+        ids_type = pa.uint16() if len(module.tokenizer) <= 2**16 else pa.int32()
         say = lambda progress: self.say(f"tokens    {name}: {progress}")  # noqa: E731
-        parts = tokenised(texts, self._preprocess(task), ids_type, say)
+        parts = tokenised(texts, preprocess, ids_type, say)
         if path is None:
             return TokenFile.of(ids_type, parts)
         try:
@@ -335,7 +342,7 @@ class Tokeniser:
         rows = list(range(min(len(dataset), CHECKED_ROWS)))
         ours, texts = found.features(rows), dataset[rows]
         for column in found.columns:
-            for key, value in self._preprocess(self.routes.get(column.name))(texts[column.name]).items():
+            for key, value in self._preprocess(*self._read_as(column.name))(texts[column.name]).items():
                 made = ours.get(f"{column.name}_{key}")
                 if not (
                     torch.is_tensor(made) and torch.equal(made, value) if torch.is_tensor(value) else made == value

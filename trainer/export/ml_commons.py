@@ -59,7 +59,10 @@ def write_models(folder: Path, encoder: Encoder, name: str, say: Callable[[str],
         files = {file: (folder / "query" / file).read_bytes() for file in ("tokenizer.json", "idf.json")}
         write_model(folder / QUERY, files, f"{name}-query", "SPARSE_TOKENIZE", say)
     if encoder.model.prompts.get("document"):
-        say("left out  the document model: OpenSearch cannot put this model's prompt in front of a text")
+        say(
+            "left out  the document model: OpenSearch cannot put this model's prompt in front of a text. Export documents "
+            "with CORPUS=… instead"
+        )
         return
     files = {"model.pt": traced(encoder.model), "tokenizer.json": plain_tokenizer(encoder.model)}
     write_model(folder / DOCUMENT, files, f"{name}-document", "SPARSE_ENCODING", say)

@@ -49,6 +49,7 @@ def export_onnx(to: str, request: Request) -> None:
     folder, say = request.folder(to), request.say
     folder.mkdir(parents=True, exist_ok=True)
     encoder = Encoder.open(request.run.final, "cpu", 8)
+    require_pooled_prompts(encoder.model)
     write_graph(encoder.model, folder / "model.onnx")
     quantise(folder / "model.onnx", folder / "model_int8.onnx")
     write_beside(folder, encoder)
@@ -104,6 +105,14 @@ def within(tolerance: np.ndarray) -> Rounding:
         return either_way, either_way
 
     return rounding
+
+
+def require_pooled_prompts(model: Any) -> None:
+    """Raise ConfigError for a model that leaves a prompt's tokens out of its mean: a graph cannot tell which they are."""
+    if any(model.prompts.values()) and any(not getattr(module, "include_prompt", True) for module in model.modules()):
+        raise ConfigError(
+            "onnx: the dense model's pooling leaves the prompt's tokens out (include_prompt: false), which the graph cannot"
+        )
 
 
 def write_graph(model: Any, file: Path) -> None:

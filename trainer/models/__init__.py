@@ -28,6 +28,7 @@ from trainer.models.heads import check_not_dense, decoder_of, silence_special_to
 from trainer.models.queries import START_WEIGHTS, query_tokenizer, weights_of_idf
 from trainer.models.remote_code import BaseModel, check_code, check_weights, keep_code, with_own_code
 from trainer.models.scratch import build_from_scratch
+from trainer.prompts import base_prompts, in_front
 
 __all__ = [
     "BaseModel",
@@ -59,23 +60,30 @@ def build_model(
     model which can never be sparse fails.
     """
     name = config.model.base_model
+    prompts = base_prompts(config.model, base.folder if base else None)
+    # as the model will read them
+    read_queries, read_documents = in_front(prompts["query"], queries), in_front(prompts["document"], documents)
     with tempfile.TemporaryDirectory() as folder:
         source = base.folder if base else Path(folder)
         if base is None:
             if is_first():  # transformers saves in the first process only
-                build_from_scratch(config.model.from_scratch or FromScratchConfig(), queries + documents, source)
+                build_from_scratch(
+                    config.model.from_scratch or FromScratchConfig(), read_queries + read_documents, source
+                )
             share_files(source)
-        modules = ARCHITECTURES[config.model.architecture](config, source, documents)
+        modules = ARCHITECTURES[config.model.architecture](config, source, read_documents)
     model = SparseEncoder(
         modules=modules,
         trust_remote_code=config.model.trust_remote_code,
         device=device,
         similarity_fn_name="cosine" if config.model.architecture == "csr" else "dot",
+        prompts=prompts,
         model_card_data=build_card(config),
     )
     for module in model.modules():
         if isinstance(module, Transformer):
             module.model.config._name_or_path = name  # a temporary folder or a cache path says nothing to a reader
+    _require_room_behind_prompts(model, config)
     if config.model.architecture != "csr":
         check_not_dense(model, documents[:PROBE_TEXTS], name)
     train_only_what_the_config_says(model, config)
@@ -128,7 +136,9 @@ def vocabulary_of(model: SparseEncoder) -> int:
 
 def document_idf(config: Config, model: SparseEncoder, documents: list[str]) -> torch.Tensor | None:
     """IDF of every word in the training documents, [vocabulary]; None unless the loss needs it."""
-    return weights_of_idf(model.tokenizer, documents) if config.loss.penalty == "idf-flops" else None
+    if config.loss.penalty != "idf-flops":
+        return None
+    return weights_of_idf(model.tokenizer, in_front(model.prompts.get("document") or "", documents))
 
 
 def train_only_what_the_config_says(model: SparseEncoder, config: Config) -> None:
@@ -242,6 +252,16 @@ def _require_what_the_config_needs(transformer: Transformer, config: Config) -> 
         )
     if config.hardware.gradient_checkpointing and not transformer.model.supports_gradient_checkpointing:
         raise ConfigError(f"hardware.gradient_checkpointing: {name} does not support it. Set it to false")
+
+
+def _require_room_behind_prompts(model: SparseEncoder, config: Config) -> None:
+    """Stop before training when a prompt leaves no token for the text behind it."""
+    for side, prompt in model.prompts.items():
+        if prompt and (tokens := len(model.tokenizer(prompt)["input_ids"])) >= config.training.max_seq_length:
+            raise ConfigError(
+                f"training.max_seq_length: {config.training.max_seq_length} tokens leave none for the text: the {side} "
+                f"prompt alone has {tokens}. Raise it, or shorten model.prompts.{side}"
+            )
 
 
 def _float32() -> dict[str, torch.dtype]:

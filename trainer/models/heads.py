@@ -63,7 +63,7 @@ def _special_ids(model: SparseEncoder) -> list[int]:
 
 def _lowest_logit(model: SparseEncoder, texts: list[str]) -> float:
     transformer = next(module for module in model.modules() if isinstance(module, Transformer))
-    features = transformer.preprocess(texts)
+    features = transformer.preprocess(texts, prompt=model.prompts.get("document"))
     features = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in features.items()}
     logits = transformer(features)["token_embeddings"]
     keep = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
