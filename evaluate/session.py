@@ -27,7 +27,7 @@ from evaluate.subject import Subject, fingerprint_of
 from evaluate.tasks import load, select_tasks
 from evaluate.terms import terms_lines, top_terms
 from trainer.config import ConfigError, is_commit, is_revision, one_line
-from trainer.prompts import by_side
+from trainer.prompts import NAMES, by_side
 from trainer.run import Run
 
 BM25_NAME = "bm25"
@@ -247,6 +247,8 @@ def load_dense(source: str, trust_remote_code: bool) -> SearchEncoderWrapper:
         model = SentenceTransformer(name, revision=revision, trust_remote_code=trust)
     except Exception as error:  # whatever the hub, mteb's loaders or the model's own code raise
         raise ConfigError(f"--dense {source} cannot be loaded: {one_line(error)}") from None
-    model.prompts |= by_side(model.prompts)
+    # under the names that mteb knows: of a "passage" it would say that it is ignored
+    others = {name: text for name, text in model.prompts.items() if name not in NAMES["document"]}
+    model.prompts = others | by_side(model.prompts)
     model.model_card_data.model_name = dense_name(source)
     return SearchEncoderWrapper(SentenceTransformerEncoderWrapper(model))
