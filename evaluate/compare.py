@@ -21,8 +21,9 @@ SHOWN = 8
 def compare(main: str, systems: dict[str, System], seed: int = 0, resamples: int = 10_000) -> dict[str, Any]:
     """The scores of all systems, and what `main` gains or loses against each of the others.
 
-    `delta` is main's nDCG@10 minus the other's; it is a win or a loss by its sign at four decimals. `mean_delta` is over
-    the tasks that both have; `missing` names the others and who lacks them. `low` and `high` are of `paired_interval`.
+    `delta` is main's nDCG@10 minus the other's; it is a win or a loss by its sign at four decimals. Where both have scores
+    per query, `delta` and its interval are over the queries that both have, and `left_out` counts the others. `mean_delta`
+    is over the tasks that both have; `missing` names the others and why. `low` and `high` are of `paired_interval`.
     Raises ConfigError when main has no results, and when another system has no task in common with it.
     """
     if not systems.get(main):
@@ -53,6 +54,8 @@ def _against(
             own, their = languages_of(row[main]), languages_of(row[other])
             if reason := other_data(row[main], row[other]):
                 missing.append(f"{task} ({reason})")
+            elif row[main].per_query and row[other].per_query and not shared_queries(row[main], row[other]):
+                missing.append(f"{task} (no query in common)")
             elif own and their and own != their:  # means over different subsets of a multilingual task
                 missing.append(f"{task} ({main} in {', '.join(sorted(own))}; {other} in {', '.join(sorted(their))})")
             else:
@@ -84,15 +87,23 @@ def other_data(own: TaskScore, other: TaskScore) -> str | None:
     return None
 
 
+def shared_queries(own: TaskScore, other: TaskScore) -> set[str]:
+    """The queries that both have scores for, as `split/subset/query`."""
+    return own.per_query.keys() & other.per_query.keys()
+
+
 def _difference(own: TaskScore, other: TaskScore, seed: int, resamples: int) -> dict[str, float]:
+    shared = shared_queries(own, other)
     parts: dict[str, list[float]] = {}
-    for query in sorted(own.per_query.keys() & other.per_query.keys()):
+    for query in sorted(shared):
         split, subset, _ = query.split("/", 2)
         parts.setdefault(f"{split}/{subset}", []).append(own.per_query[query] - other.per_query[query])
     values = {"delta": own.main - other.main}
+    if shared and (left_out := len(own.per_query.keys() | other.per_query.keys()) - len(shared)):
+        values = {"delta": fmean(map(fmean, parts.values())), "left_out": left_out}
     if parts and min(map(len, parts.values())) > 1:
         low, high = paired_interval(list(parts.values()), seed, resamples)
-        values |= {"low": low, "high": high, "queries": sum(map(len, parts.values()))}
+        values |= {"low": low, "high": high, "queries": len(shared)}
     return values
 
 
@@ -143,7 +154,9 @@ def compare_lines(values: dict[str, Any]) -> Iterator[str]:
         counts = [_count(found["wins"], "win", "wins"), _count(found["losses"], "loss", "losses")]
         counts += [_count(found["ties"], "tie", "ties")] if found["ties"] else []
         details = [
-            f"{task} {row['delta']:+.3f}" + (f" [{row['low']:+.3f}, {row['high']:+.3f}]" if "low" in row else "")
+            f"{task} {row['delta']:+.3f}"
+            + (f" [{row['low']:+.3f}, {row['high']:+.3f}]" if "low" in row else "")
+            + (f" ({left_out_words(row)})" if "left_out" in row else "")
             for task, row in found["tasks"].items()
         ]
         yield (
@@ -154,6 +167,11 @@ def compare_lines(values: dict[str, Any]) -> Iterator[str]:
             yield f"            made by different versions of mteb: {', '.join(found['mteb'])}"
         if found["missing"]:
             yield f"            missing: {_shortened(found['missing'])}"
+
+
+def left_out_words(row: dict[str, Any]) -> str:
+    """How many queries a difference leaves out, in words."""
+    return f"{_count(row['left_out'], 'query', 'queries')} left out: only one of the two has a score"
 
 
 def _label(task: str, languages: list[str]) -> str:

@@ -91,18 +91,32 @@ def test_the_same_seed_gives_the_same_interval_and_another_seed_nearly_the_same(
     assert first["low"] == pytest.approx(another["low"], abs=0.01)
 
 
-def test_only_queries_that_both_have_are_compared():
-    main = of_queries("a", [0.5, 0.6, 0.7, 0.8])
-    other = of_queries("a", [0.4, 0.5, 0.6])
-    row = against(main, other)["tasks"]["a"]
-    assert row == pytest.approx({"delta": 0.15, "low": 0.1, "high": 0.1, "queries": 3})
+def test_difference_interval_and_win_are_over_the_queries_that_both_have():
+    """The mean of main's four is 0.15 above the mean of the other's three; of each shared query it is 0.1 below."""
+    main, other = of_queries("a", [0.3, 0.4, 0.5, 1.0]), of_queries("a", [0.4, 0.5, 0.6])
+    found = against(main, other)
+    assert found["tasks"]["a"] == pytest.approx({"delta": -0.1, "low": -0.1, "high": -0.1, "queries": 3, "left_out": 1})
+    assert found["mean_delta"] == pytest.approx(-0.1)
+    assert (found["wins"], found["losses"]) == (0, 1)
+    swapped = against(other, main)["tasks"]["a"]
+    assert (swapped["delta"], swapped["left_out"]) == (pytest.approx(0.1), 1)
 
 
-@pytest.mark.parametrize("other", [system(a=0.5), of_queries("a", [0.5]), of_queries("a", [0.4, 0.6], "dev/default")])
-def test_without_shared_queries_there_is_a_difference_and_no_interval(other):
-    """None has scores, one query says nothing about others, and another split's queries are others."""
-    row = against(of_queries("a", [0.7, 0.7]), other)["tasks"]["a"]
-    assert row == pytest.approx({"delta": 0.2})
+def test_a_score_without_queries_gives_a_difference_and_no_interval():
+    assert against(of_queries("a", [0.7, 0.7]), system(a=0.5))["tasks"]["a"] == pytest.approx({"delta": 0.2})
+
+
+def test_one_shared_query_gives_its_difference_and_no_interval():
+    row = against(of_queries("a", [0.7, 0.1]), of_queries("a", [0.5]))["tasks"]["a"]
+    assert row == pytest.approx({"delta": 0.2, "left_out": 1})
+
+
+def test_tasks_with_no_query_in_common_are_missing():
+    main = of_queries("a", [0.7, 0.7]) | of_queries("b", [0.5, 0.5])
+    other = of_queries("a", [0.4, 0.6], "dev/default") | of_queries("b", [0.4, 0.4])
+    found = against(main, other)
+    assert found["tasks"].keys() == {"b"}
+    assert found["missing"] == ["a (no query in common)"]
 
 
 # ---------------------------------------------------------------------------------- tasks
@@ -283,7 +297,7 @@ def test_the_lines_are_a_table_and_what_main_gains_against_each_other_system():
             "bm25": {
                 "tasks": {
                     "norquad": {"delta": -0.0179, "low": -0.031, "high": -0.0061, "queries": 90},
-                    "nano": {"delta": 0.042},
+                    "nano": {"delta": 0.042, "left_out": 1},
                 },
                 "mean_delta": 0.01205,
                 "wins": 1,
@@ -307,7 +321,7 @@ def test_the_lines_are_a_table_and_what_main_gains_against_each_other_system():
         "            nano (nob, swe)    0.5000  0.4580        0.6100",
         "            local              1.0000       -             -",
         "            against bm25: mean +0.012 over 2 of 3 tasks, 1 win, 1 loss; "
-        "norquad -0.018 [-0.031, -0.006], nano +0.042",
+        "norquad -0.018 [-0.031, -0.006], nano +0.042 (1 query left out: only one of the two has a score)",
         "            missing: local (bm25)",
         "            against BAAI__bge-m3: mean +0.000 over 1 of 11 tasks, 0 wins, 0 losses, 1 tie; nano +0.000",
         "            missing: t0 (splade), t1 (splade), t2 (splade), t3 (splade), t4 (splade), t5 (splade), "
