@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -94,6 +95,27 @@ def test_a_copy_and_a_pickle_of_a_fused_model_compute_with_their_own_weights(tmp
             other[0].model.get_output_embeddings().bias.fill_(-1e3)
         assert dense_vectors(other, DOCUMENTS).max() == 0
         assert dense_vectors(model, DOCUMENTS).max() > 0
+
+
+def test_two_threads_that_encode_with_one_model_each_get_the_vectors_of_their_own_texts(tmp_path, bases):
+    """One thread's network runs between the other's network and pooling."""
+    model = model_of(tmp_path, bases, "bert")
+    fuse(model)
+    texts = (DOCUMENTS[:1], DOCUMENTS[1:2])
+    alone = [dense_vectors(model, text) for text in texts]
+    assert not torch.equal(*alone)
+    network, pooling = (torch.no_grad()(module) for module in (model[0], model[1]))
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        between = [
+            thread.submit(network, model.preprocess(text)).result()
+            for thread, text in zip((first, second), texts, strict=True)
+        ]
+        found = [
+            thread.submit(pooling, features).result()["sentence_embedding"]
+            for thread, features in zip((first, second), between, strict=True)
+        ]
+    for vectors, expected in zip(found, alone, strict=True):
+        torch.testing.assert_close(vectors, expected)
 
 
 # ---------------------------------------------------------------------------------- models that keep their own head

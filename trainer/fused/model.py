@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import pairwise
+from threading import get_ident
 
 import torch
 from sentence_transformers import SparseEncoder
@@ -89,7 +90,7 @@ class FusedHead:
             raise NotFusable(f"the vocabulary layer is a {type(self.decoder).__name__}")
         if self.decoder.weight.device.type == "cuda" and find_spec("triton") is None:
             raise NotFusable("triton, which GPUs need for it, is not installed")
-        self.hidden: Tensor | None = None
+        self.hidden: dict[int, Tensor] = {}  # by thread: two may encode with one model at the same time
         self.shifted, self.silent = self._try(transformer)
         self._try_without_logits(transformer)
 
@@ -100,12 +101,12 @@ class FusedHead:
 
     def hand_over(self, hidden: Tensor) -> Tensor:
         """Takes the place of the decoder's forward. What it returns stands for logits, of one word, that nobody reads."""
-        self.hidden = hidden
+        self.hidden[get_ident()] = hidden
         return hidden.detach()[..., :1].clone()
 
     def pool(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Takes the place of SpladePooling's forward."""
-        hidden, self.hidden = self.scaled(self.hidden), None
+        hidden = self.scaled(self.hidden.pop(get_ident()))
         weight, bias, activation = self.decoder.weight, self.decoder.bias, self.pooling.activation_function
         if self.silent is not None:
             bias = hidden.new_zeros(len(weight)) if bias is None else bias
@@ -150,7 +151,7 @@ class FusedHead:
         except (RuntimeError, IndexError, ValueError) as error:
             raise NotFusable(f"the model needs the logits of every word: {one_line(error)}") from None
         finally:
-            self.hidden = None
+            self.hidden.clear()
 
     @torch.no_grad()
     def _try(self, transformer: Transformer) -> tuple[bool, Tensor | None]:
