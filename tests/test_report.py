@@ -434,6 +434,14 @@ def test_a_kept_comparison_is_shown_only_while_it_fits_the_scores(full):
     assert f"{MODEL} minus the other, nDCG@10" not in Page(write_report(full)).tables
 
 
+def test_a_difference_says_how_many_queries_it_leaves_out(full):
+    compare = json.loads(json.dumps(COMPARE))
+    compare["against"]["bm25"]["tasks"]["SwednRetrieval"]["left_out"] = 1_234
+    page = Page(write_report(full, compare))
+    assert page.text.count("1,234 left out") == 1
+    assert (full.report / "summary.md").read_text().count("1,234 left out") == 1
+
+
 def test_scores_of_other_languages_stand_in_no_row(full):
     compare = json.loads(json.dumps(COMPARE))
     del compare["against"]["bm25"]["tasks"]["SwednRetrieval"]
