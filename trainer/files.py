@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def write_once(file: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _aside(file: Path) -> Iterator[Path]:
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    # not the pid: two containers or machines that share a folder may have the same
+    aside = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
         yield aside
     finally:
