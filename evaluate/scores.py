@@ -9,7 +9,7 @@ import pytrec_eval
 from mteb.abstasks import AbsTaskRetrieval
 
 from evaluate.results import MAIN_METRIC, EvalFolder, Ranking, TaskScore, read_score, write_json
-from evaluate.tasks import load
+from evaluate.tasks import load, reading_of
 from trainer.config import ConfigError, one_line
 
 Say = Callable[[str], None]
@@ -41,6 +41,7 @@ def score_system(
             "data": task.metadata.dataset["revision"],
             "languages": ", ".join(task.languages),
             "mteb": mteb.__version__,
+            "texts": "NFC",
         }
         score = finished(folder, name, task.metadata.name, mark)
         if score is None:
@@ -54,6 +55,8 @@ def score_system(
                 say(f"{name:<12}{task.metadata.name}: FAILED ({failed[task.metadata.name]})")
                 continue
         say(f"{name:<12}{task.metadata.name}: nDCG@10 {score.main:.4f}" + (f" ({score.note})" if score.note else ""))
+        for line in reading_of(task).lines():
+            say(f"{'':<12}{line}")
     return failed
 
 

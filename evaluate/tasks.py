@@ -11,8 +11,9 @@ from datasets import Dataset
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from trainer.beir import has_split, is_beir, read_json_lines, read_search_set
+from trainer.beir import files_of, has_split, is_beir, read_records, read_search_set
 from trainer.config import ConfigError, did_you_mean, one_line
+from trainer.texts import Reading, as_strings
 
 NORWEGIAN = ("NorQuadRetrieval", "SNLRetrieval")
 DANISH = ("DanFeverRetrieval", "TV2Nordretrieval", "TwitterHjerneRetrieval")
@@ -78,12 +79,9 @@ def local_task(folder: Path, language: str | None) -> AbsTaskRetrieval:
         raise ConfigError(f"{folder} is no folder in BEIR layout: there is no corpus.jsonl")
     split = next((split for split in SPLITS if has_split(folder, split)), None)
     if split is None:
-        raise ConfigError(f"{folder} has no qrels.test.tsv, qrels.dev.tsv or qrels.train.tsv")
-    files = [folder / name for name in ("corpus.jsonl", f"queries.{split}.jsonl", f"qrels.{split}.tsv")]
+        raise ConfigError(f"{folder} has no judgements: qrels/<split>.tsv or qrels.<split>.tsv for {', '.join(SPLITS)}")
     digest = hashlib.sha256()
-    for file in files:
-        if not file.is_file():
-            raise ConfigError(f"{folder}: there is no {file.name}")
+    for file in files_of(folder, split):
         digest.update(file.read_bytes())
     name = re.sub(r"\W+", "_", folder.resolve().name)
     task_class = type(
@@ -93,7 +91,7 @@ def local_task(folder: Path, language: str | None) -> AbsTaskRetrieval:
 
 
 def load(task: AbsTaskRetrieval) -> dict[str, dict[str, Any]]:
-    """A task's data by subset and split. Raises ConfigError when it cannot be had.
+    """A task's data by subset and split, its texts in NFC. Raises ConfigError when it cannot be had.
 
     mteb drops the data when the task has run; what is returned here stays.
     """
@@ -105,7 +103,25 @@ def load(task: AbsTaskRetrieval) -> dict[str, dict[str, Any]]:
     except Exception as error:  # whatever the hub, datasets or the task's own code raise
         reason = one_line(error) or type(error).__name__
         raise ConfigError(f"the data of {task.metadata.name} cannot be loaded: {reason}") from None
+    task.reading = reading_of(task)
+    for splits in task.dataset.values():
+        for data in splits.values():
+            data |= {side: _in_nfc(data[side], task.reading) for side in ("queries", "corpus")}
     return task.dataset
+
+
+def reading_of(task: AbsTaskRetrieval) -> Reading:
+    """What is said of how a task's data was read, once it is loaded."""
+    return getattr(task, "reading", Reading())
+
+
+def _in_nfc(rows: Dataset, reading: Reading) -> Dataset:
+    """Texts in the one form of Unicode that training texts have too; ids are keys and stay."""
+    table, before = rows.with_format("arrow")[:], reading.composed
+    for name in {"title", "text"} & set(table.column_names):
+        if (texts := as_strings(table[name])) is not None:
+            table = table.set_column(table.column_names.index(name), name, reading.compose_column(texts))
+    return Dataset(table) if reading.composed > before else rows
 
 
 class LocalTask(AbsTaskRetrieval):
@@ -122,15 +138,16 @@ class LocalTask(AbsTaskRetrieval):
         if self.data_loaded:
             return
         found = read_search_set(self.folder, self.split, self.metadata.name)
-        rows = [row for _, row in read_json_lines(self.folder / "corpus.jsonl")]
+        self.reading = found.reading
+        rows = list(read_records(files_of(self.folder, self.split).corpus, Reading()))
         self.dataset = {
             "default": {
                 self.split: {
                     "corpus": Dataset.from_dict(
                         {
-                            "id": [str(row["_id"]) for row in rows],
-                            "title": [row.get("title") or "" for row in rows],
-                            "text": [row["text"] or "" for row in rows],
+                            "id": [row.id for row in rows],
+                            "title": [row.title for row in rows],
+                            "text": [row.text for row in rows],
                         }
                     ),
                     "queries": Dataset.from_dict({"id": list(found.queries), "text": list(found.queries.values())}),

@@ -1,4 +1,5 @@
 import json
+import unicodedata
 from pathlib import Path
 
 import pyarrow as pa
@@ -152,6 +153,23 @@ def test_a_beir_folder_trains_on_its_train_split_and_is_searched_on_its_dev_spli
     assert data.search[0].relevant == {"q2": {"d2": 1}}
 
 
+def test_what_of_a_beir_folder_is_not_read_is_named(tmp_path):
+    apart = [row | {"url": "x", "text": unicodedata.normalize("NFD", row["text"] + " å")} for row in CORPUS]
+    folder = beir(tmp_path / "set", apart, QUERIES, ["q1\td1\t1"])
+    for split in ("dev", "test"):
+        beir(folder, apart, [row | {"source": "x"} for row in QUERIES], ["q2\td2\t1"], split)
+    data = load(tmp_path, f"  mine: {{source: {folder}}}", f"evaluation.search=[{folder}]")
+    composed = "2 texts were not in Unicode's form NFC, and are now"
+    without = "1 queries without a relevant passage"
+    files = "files qrels.test.tsv, queries.test.jsonl"
+    assert data.summaries["mine"].notes == [f"not read: columns url; {files}; {without}", composed]
+    assert [list(found.reading.lines()) for found in data.search] == [
+        [f"not read: columns source; {without}"],
+        [f"not read: columns url, source; files qrels.test.tsv, qrels.train.tsv, queries.test.jsonl, queries.train.jsonl; "
+         f"{without}", composed],
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("qrels", "says"),
     [
@@ -193,7 +211,7 @@ def test_a_file_that_cannot_be_used_is_named_with_line_and_column(tmp_path, cont
     [
         ("./nothing.jsonl", "datasets.mine.source: no file matches ./nothing.jsonl"),
         ("./*.jsonl", "datasets.mine.source: no file matches ./*.jsonl"),
-        ("./data.txt", "is neither .jsonl nor .parquet"),
+        ("./data.txt", "is neither .jsonl[.gz] nor .parquet"),
         ("./folder", "is not in BEIR layout"),
     ],
 )
@@ -331,6 +349,29 @@ def test_each_source_of_scandi_qa_has_its_own_switch_and_none_invents_rows(tmp_p
     assert fewer.halves["scandi_qa"] == ["scandi_qa"]
 
 
+def test_a_near_miss_that_is_not_used_is_left_out_for_its_own_reason(tmp_path, copies):
+    said = ["s0", "s0", "s0", "s0", "s1", "s1"]
+    rows = [{"sentence1": a, "sentence2": f"b{n}", "label": int(n in (0, 3))} for n, a in enumerate(said)]
+    for subset in ("nb", "nn"):
+        write_parquet(copies / f"paws_x/{subset}/train/0.parquet", rows)
+    summary = load(tmp_path, families(copies), "datasets.scandi_qa.eval_rows=0").summaries["scandi_qa"]
+    assert summary.triplets == 4  # both paraphrases of s0 with its last near miss, in nb and nn
+    assert summary.left_out == {
+        "without text": 5,
+        "near misses without a paraphrase of the same sentence": 4,
+        "near misses beside another of the same sentence": 2,
+    }
+
+
+def test_columns_and_splits_that_are_not_read_are_named(tmp_path, copies):
+    write_parquet(copies / "scandiqa/no/test/0.parquet", [{"question": "q", "context": "c"}])
+    write_parquet(copies / "scandiqa/no/validation/0.parquet", [{"question": "q", "context": "c"}])
+    summaries = load(tmp_path, families(copies)).summaries
+    assert summaries["nli"].notes == []
+    assert summaries["scandi_qa"].notes == ["not read: columns answers, label; splits no/test, no/validation"]
+    assert summaries["ddsc"].notes == ["not read: columns instruction, task, prompt, response"]
+
+
 def test_a_question_without_a_fact_never_becomes_its_own_positive(tmp_path, copies):
     data = load(tmp_path, families(copies, without=("norquad", "scandiqa", "supervised_da", "paws_x")))
     for row in data.train["scandi_qa"]:
@@ -347,6 +388,18 @@ def test_a_hub_repository_with_columns_reads_like_a_file(tmp_path, copies):
         tmp_path, f"  mine: {{source: {copies}/supervised_da, columns: {{anchor: query, positive: pos}}, eval_rows: 0}}"
     )
     assert rows_of(data.train["mine"])[0] == ("sd q 0", "sd p 0")
+
+
+def test_rows_of_the_evaluation_split_are_not_counted_among_those_trained_on(tmp_path):
+    rows = [{"anchor": f"q{n}", "positive": f"d{n}", "negative_1": "x", "negative_2": f"n{n}"} for n in range(10)]
+    for split in ("train", "dev"):
+        write_parquet(tmp_path / f"copy/default/{split}/0.parquet", rows)
+    columns = "{anchor: anchor, positive: positive, negative: negative}"
+    summary = load(tmp_path, f"  mine: {{source: {tmp_path}/copy, columns: {columns}, eval_split: dev}}").summaries[
+        "mine"
+    ]
+    assert (summary.rows, summary.triplets, summary.eval_rows) == (20, 20, 20)
+    assert summary.notes == ["10 rows with several negatives became 20 triplets, one for each"]
 
 
 def test_without_the_hub_one_line_says_which_repository_why_and_what_to_do(tmp_path):

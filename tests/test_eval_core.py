@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import pytrec_eval
 import scipy.sparse as sp
+from datasets import Dataset
 from mteb.abstasks.task_metadata import TaskMetadata
 from sentence_transformers.util import semantic_search
 
@@ -88,6 +89,46 @@ def test_changed_data_is_another_revision(folder):
     assert local_task(folder, None).metadata.dataset["revision"] == before
     (folder / "qrels.dev.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td1\t1\n")
     assert local_task(folder, None).metadata.dataset["revision"] != before
+
+
+def test_the_revision_of_a_folder_is_that_of_the_files_that_are_read(folder):
+    def revision():
+        return local_task(folder, None).metadata.dataset["revision"]
+
+    before = revision()
+    (folder / "qrels").mkdir()
+    (folder / "qrels.dev.tsv").rename(folder / "qrels/dev.tsv")
+    (folder / "queries.dev.jsonl").rename(folder / "queries.jsonl")
+    assert revision() == before
+    (folder / "queries.test.jsonl").write_text("not read")
+    assert revision() == before
+    (folder / "queries.jsonl").write_text((folder / "queries.jsonl").read_text() + "\n")
+    assert revision() != before
+
+
+class Loaded:
+    """Stands in for a task of mteb whose data is there."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def load_data(self):
+        pass
+
+    def convert_v1_dataset_format_to_v2(self, num_proc):
+        pass
+
+
+def test_texts_of_mteb_are_searched_in_nfc_and_counted_and_their_ids_stay():
+    apart = "pa\u030a ga\u030arden"
+    queries = Dataset.from_dict({"id": ["a\u030a"], "text": [apart]})
+    corpus = Dataset.from_dict({"id": ["1", "2"], "title": ["", apart], "text": ["Mjøsa", "x"]})
+    task = Loaded({"default": {"test": {"queries": queries, "corpus": corpus, "relevant_docs": {}}}})
+    for _ in range(2):
+        data = load(task)["default"]["test"]
+        assert data["queries"][:] == {"id": ["a\u030a"], "text": ["på gården"]}
+        assert data["corpus"][:] == {"id": ["1", "2"], "title": ["", "på gården"], "text": ["Mjøsa", "x"]}
+        assert list(task.reading.lines()) == ["2 texts were not in Unicode's form NFC, and are now"]
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 from datasets import Dataset
 from sentence_transformers.sparse_encoder.evaluation import SparseNanoBEIREvaluator
@@ -6,7 +8,7 @@ from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
 from tests.oracles import mean_ndcg
 from tests.test_models import config_of
 from trainer.beir import SearchSet
-from trainer.evaluators import SCORE, SearchEvaluator, build_evaluator
+from trainer.evaluators import SCORE, SearchEvaluator, _in_nfc, build_evaluator
 from trainer.models import build_model, fetch_base_model
 
 
@@ -76,3 +78,9 @@ def test_nothing_is_asked_of_the_hub_when_nanobeir_is_switched_off(tmp_path, mon
     monkeypatch.setattr("trainer.evaluators.why_unreachable", lambda *a: pytest.fail("asked the hub"))
     config = config_of(tmp_path, write_bert(tmp_path / "base"), "splade")
     assert build_evaluator(config, [], print) is None
+
+
+def test_nanobeirs_texts_are_searched_in_nfc_and_counted():
+    part = SimpleNamespace(queries=["pa\u030a", "x"], corpus=["ga\u030arden"])
+    reading = _in_nfc(SimpleNamespace(evaluators=[part]))
+    assert (part.queries, part.corpus, reading.composed) == (["på", "x"], ["gården"], 2)

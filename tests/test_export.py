@@ -20,7 +20,7 @@ from tests.conftest import run_trainer
 from tests.test_models import build_from, config_of
 from trainer.config import ConfigError
 from trainer.export import export
-from trainer.export.corpus import Passage, Shard, read_passages
+from trainer.export.corpus import Passage, Shard, read_passages, survey
 from trainer.export.documents import claim, write_documents
 from trainer.export.formats import LineFile
 from trainer.export.lines import Elasticsearch, Lucene, OpenSearch, kept_bits
@@ -288,7 +288,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, to):
     [
         ('{"text": "a"}', "corpus.jsonl:1: there is no '_id'. The row has: text"),
         ('{"_id": "1", "body": "a"}', "corpus.jsonl:1: there is no column 'text'. The line has: _id, body"),
-        ('{"_id": "", "text": "a"}', "corpus.jsonl:1: '_id' is empty or longer than 512 bytes"),
+        ('{"_id": "", "text": "a"}', "corpus.jsonl:1: '_id' is empty"),
         ('{"_id": "1", "text": 3}', "corpus.jsonl:1: column 'text' holds 3, not text"),
         ("[1]", "corpus.jsonl:1: a line must be an object"),
     ],
@@ -305,6 +305,45 @@ def test_a_title_stands_in_front_of_its_text_and_other_names_are_known(tmp_path)
     file = tmp_path / "corpus.jsonl"
     file.write_text('{"_id": 7, "title": "Mjøsa", "text": "en innsjø"}\n{"id": "x", "contents": "to"}\n')
     assert list(read_passages(file)) == [Passage("7", "Mjøsa en innsjø"), Passage("x", "to")]
+
+
+def write_corpus(file, ids):
+    rows = [{"_id": name, "text": "pa\u030a", "url": "x"} for name in ids]
+    if file.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_an_id_that_stands_twice_is_named_with_both_places(tmp_path, suffix):
+    ids = [f"d{n}" for n in range(3_000)]
+    file = write_corpus(tmp_path / f"corpus.{suffix}", ids)
+    assert list(survey(file).lines()) == [
+        "not read: columns url",
+        "3,000 texts were not in Unicode's form NFC, and are now",
+    ]
+    assert next(read_passages(file)).text == "på"
+    write_corpus(file, [*ids, "d7"])
+    with pytest.raises(ConfigError, match=rf"corpus.{suffix}:3001: the id 'd7' is also that of \S+{suffix}:8\. Give"):
+        survey(file)
+
+
+def test_ids_of_one_hash_are_no_ids_that_stand_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.export.corpus.hash", lambda name: 1, raising=False)
+    file = write_corpus(tmp_path / "corpus.jsonl", ["a", "b", "c"])
+    survey(file)
+    with pytest.raises(ConfigError, match="jsonl:4: the id 'b' is also that of"):
+        survey(write_corpus(file, ["a", "b", "c", "b"]))
+
+
+@pytest.mark.parametrize("given", ["corpus", "queries"])
+def test_nothing_is_written_when_an_id_stands_twice(trained, corpus, given):
+    twice = write_corpus(trained / "twice.jsonl", ["1", "1"])
+    with pytest.raises(ConfigError, match=r"twice\.jsonl:2: the id '1' is also that of"):
+        run_export("opensearch", **({"corpus": corpus} | {given: twice}))
+    assert not list(trained.glob("models/tiny/export/opensearch/documents*"))
 
 
 # ---------------------------------------------------------------------------------- formats, by hand

@@ -10,6 +10,7 @@ from sentence_transformers.sparse_encoder.evaluation import SparseInformationRet
 from trainer.beir import SearchSet
 from trainer.config import Config
 from trainer.hub import why_unreachable
+from trainer.texts import Reading
 
 NANOBEIR = "lightonai/NanoBEIR-{}"
 
@@ -79,11 +80,23 @@ def build_evaluator(config: Config, search: list[SearchSet], say: Callable[[str]
         reason = why_unreachable(repository)
         if reason is None:
             try:
-                parts[f"NanoBEIR-{language}"] = SparseNanoBEIREvaluator(
+                nano = SparseNanoBEIREvaluator(
                     dataset_names=wanted, dataset_id=repository, batch_size=batch_size, write_csv=False
                 )
+                parts[f"NanoBEIR-{language}"] = nano
+                for line in _in_nfc(nano).lines():
+                    say(f"NanoBEIR ({language}): {line}")
             except ValueError as error:  # what the library raises when a part cannot be downloaded
                 reason = str(error)
         if reason is not None:
             say(f"NanoBEIR ({language}) is left out: {reason}")
     return SearchEvaluator(parts) if parts else None
+
+
+def _in_nfc(nano: SparseNanoBEIREvaluator) -> Reading:
+    """Put the texts that the library has loaded into the form of Unicode that training texts have; what is said of it."""
+    reading = Reading()
+    for part in nano.evaluators:
+        part.queries = [reading.compose(text) for text in part.queries]
+        part.corpus = [reading.compose(text) for text in part.corpus]
+    return reading

@@ -78,10 +78,14 @@ def data_lines(config: Config, data: TrainingData, schedule: Schedule) -> Iterat
             yield f"            {mining_words(summary.mined)}"
         for reason, count in summary.left_out.items():
             yield f"            {count:,} rows not trained on: {reason}"
+        for note in summary.notes:
+            yield f"            {note}"
         if left := data.rows_left_over(config, summary.name):
             yield f"            {left:,} rows sit out each pass: they cannot be shared equally by {processes()} processes"
     for found in data.search:
         yield f"search    {found.name}: {len(found.queries):,} queries over {len(found.corpus):,} passages"
+        for note in found.reading.lines():
+            yield f"            {note}"
     datasets = config.datasets
     how = datasets.sampling_strategy.replace("_", " ")
     if datasets.sampling_strategy == "round_robin":

@@ -342,7 +342,7 @@ def _local(path: Path_, source: LocalSource) -> Iterator[Finding]:
     without_effect = {"revision": source.revision}
     if not (exists(source.source) and Path(source.source).is_dir()):
         without_effect |= {"subset": source.subset, "eval_split": source.eval_split}
-    elif exists(f"{source.source}/corpus.jsonl"):
+    elif exists(f"{source.source}/corpus.jsonl") or exists(f"{source.source}/corpus.jsonl.gz"):
         without_effect |= {"subset": source.subset, "columns": columns}
     for key, value in without_effect.items():
         if value is not None:

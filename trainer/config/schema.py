@@ -312,14 +312,15 @@ class ScandiQaConfig(Section):
 
 
 class ColumnMapping(Section):
-    """Which columns of a source are the texts. All others are left out."""
+    """Which columns of a source are the texts. All others are left out, and named in the plan."""
 
     anchor: str
     """Column with the query."""
     positive: str
     """Column with a passage that answers it."""
     negative: str | None = None
-    """Column with a passage that does not; rows where it is empty become pairs."""
+    """Column with a passage that does not; rows where it is empty become pairs. Columns of this name with a number
+    (negative_1, negative_2, …) are read too: a row becomes a triplet for each."""
 
 
 class LocalSource(Section):
@@ -328,13 +329,13 @@ class LocalSource(Section):
     enabled: bool = True
     """Use this set."""
     source: str
-    """Folder in BEIR layout, a file, a glob (*.jsonl, *.parquet), or a hub repository."""
+    """Folder in BEIR layout, a file, a glob (*.jsonl, *.jsonl.gz, *.parquet), or a hub repository."""
     revision: Revision | None = None
     """Commit, tag, branch or ref; needed when the source is a hub repository."""
     subset: str | None = None
     """Name of the hub repository's subset, if it has several."""
     split: str = "train"
-    """Split trained on: queries.<split>.jsonl and qrels.<split>.tsv of a BEIR folder, or a hub split."""
+    """Split trained on: qrels/<split>.tsv (or qrels.<split>.tsv) of a BEIR folder and its queries, or a hub split."""
     eval_split: str | None = None
     """Split for the evaluation loss and, in BEIR layout, the search score. BEIR folders with a dev split use `dev`."""
     columns: ColumnMapping | None = None

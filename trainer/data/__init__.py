@@ -1,6 +1,6 @@
 """Loads the data sets of a config: clean rows, triplets apart from pairs, held-out rows, and the batch order."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 
-from trainer.beir import SearchSet, has_split, is_beir, read_search_set
+from trainer.beir import SearchSet, files_beside, has_split, is_beir, read_search_set
 from trainer.config import Config, ConfigError
 from trainer.data.batches import MixedBatches, Mixture, NoDuplicateBatches, batch_sizes, text_ids
 from trainer.data.forward_passes import ForwardPasses, forward_passes_of, padding
@@ -57,6 +57,7 @@ class SetSummary:
     revisions: dict[str, str | None]
     fingerprint: str
     mined: dict[str, int | str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # what was not read, and what of the texts is not as it came
     rows_seen: int = 0
     rows_drawn: int = 0
 
@@ -226,7 +227,9 @@ def _search_folder(folder: str) -> SearchSet:
     path = Path(folder).expanduser()
     if not is_beir(path) or not has_split(path, "dev"):
         raise ConfigError(f"evaluation.search: {folder} is not a folder in BEIR layout with a dev split")
-    return read_search_set(path, "dev", path.name)
+    found = read_search_set(path, "dev", path.name)
+    found.reading.pass_over("files", files_beside(path, "dev"))
+    return found
 
 
 def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config) -> None:
@@ -255,6 +258,9 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
                 data.eval[half] = Dataset(table)
     if source.search:
         data.add_search(source.search)
+    reading = source.rows.reading
+    if source.eval_rows is not None:  # the counts of rows are those of the rows that are trained on
+        reading += replace(source.eval_rows.reading, spread=(0, 0))
     triplets = sum(table.num_rows for table in halves.values() if "negative" in table.column_names)
     data.summaries[name] = SetSummary(
         name=name,
@@ -267,6 +273,7 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
         revisions=source.revisions,
         fingerprint=fingerprint(rows.table),
         mined=mined,
+        notes=list(reading.lines()),
     )
 
 

@@ -75,7 +75,7 @@ def fill_negatives(
         "rows_filled": filled.num_rows - int((~missing).sum()) - filled["negative"].null_count,
         "near_duplicates_passed_over": passed_over,
     }
-    return Rows(filled, rows.left_out), counts
+    return Rows(filled, rows.left_out, rows.reading), counts
 
 
 def _search_of(rows: pa.Table, without: pa.Table, everything: list[pa.Table]) -> Search:

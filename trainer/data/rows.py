@@ -2,7 +2,9 @@
 
 import glob
 import hashlib
+import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from trainer.beir import read_json_lines, text_of
-from trainer.config import ConfigError
+from trainer.config import ConfigError, one_line
+from trainer.texts import Reading, as_strings, is_json_lines, read_json_lines, text_of
 
 ROLES = ["anchor", "positive", "negative"]
 # What a role's texts are to a search, and so which prompt stands in front of them.
@@ -22,7 +24,7 @@ LABEL = "label"  # a teacher's scores of a row; what the library takes for label
 MOST_LANGUAGES = 12
 # A text with a character that is neither blank nor invisible (zero-width, control, direction): others have no tokens.
 VISIBLE = r"[^\p{Z}\p{C}]"
-Columns = dict[str, str]  # role -> column name in the source
+Columns = dict[str, str]  # role -> column name in the source; `negative` stands for negative_1, negative_2, … too
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Rows:
 
     table: pa.Table
     left_out: Counter[str] = field(default_factory=Counter)
+    reading: Reading = field(default_factory=Reading)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -45,7 +48,7 @@ class Rows:
 
     def take(self, numbers: np.ndarray, **left_out: int) -> "Rows":
         """The rows with these numbers; `left_out` adds to the counts of what is not trained on."""
-        return Rows(self.table.take(pa.array(numbers)), self.left_out + Counter(left_out))
+        return Rows(self.table.take(pa.array(numbers)), self.left_out + Counter(left_out), self.reading)
 
 
 def read_files(pattern: str, columns: Columns | None, language: str | None, key: str) -> Rows:
@@ -56,12 +59,12 @@ def read_files(pattern: str, columns: Columns | None, language: str | None, key:
     columns = columns or {role: role for role in ROLES}
     parts = []
     for file in files:
-        if file.suffix in (".jsonl", ".json"):
+        if is_json_lines(file):
             table = _read_json_table(file, columns, language)
         elif file.suffix == ".parquet":
             table = read_parquet(file)
         else:
-            raise ConfigError(f"{key}: {file} is neither .jsonl nor .parquet, and not a folder in BEIR layout")
+            raise ConfigError(f"{key}: {file} is neither .jsonl[.gz] nor .parquet, and not a folder in BEIR layout")
         parts.append(rows_from_table(table, columns, language, where=str(file)))
     return join(parts)
 
@@ -71,60 +74,100 @@ def read_parquet(file: Path) -> pa.Table:
     try:
         return pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
-        raise ConfigError(f"{file}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{file}: cannot be read as parquet: {one_line(error)}") from None
+
+
+def negatives_in(names: Iterable[str], columns: Columns) -> list[str]:
+    """The columns that hold negatives: the one that is named, and those of its name with a number, in order.
+
+    sentence-transformers' mine_hard_negatives writes negative_1, negative_2, … as n-tuples.
+    """
+    if "negative" not in columns:
+        return []
+    numbered = re.compile(re.escape(columns["negative"]) + r"(?:_([0-9]+))?")
+    found = {name: int(match[1] or 0) for name in names if (match := numbered.fullmatch(name))}
+    return sorted(found.keys() - {columns["anchor"], columns["positive"]}, key=lambda name: (found[name], name))
 
 
 def _read_json_table(file: Path, columns: Columns, language: str | None) -> pa.Table:
-    values: dict[str, list] = {column: [] for column in columns.values()}
+    """The columns that are read; the others are there without what they hold."""
+    values: dict[str, list] = {columns[role]: [] for role in ("anchor", "positive")}
     tags: list[str | None] = []
-    seen: set[str] = set()
+    seen: dict[str, None] = {}
+    count = 0
     for number, row in read_json_lines(file):
-        seen.update(row)
-        for role, column in columns.items():
-            values[column].append(text_of(row, column, file, number, needed=role != "negative"))
+        if not row.keys() <= seen.keys():
+            seen |= dict.fromkeys(row)
+            for column in negatives_in(row, columns):
+                values.setdefault(column, [None] * count)
+        for column, texts in values.items():
+            is_needed = column in (columns["anchor"], columns["positive"])
+            texts.append(text_of(row, column, file, number, needed=is_needed))
         tag = row.get(language) if language else None
         tags.append(None if tag is None else str(tag))
+        count += 1
     if not seen:
         raise ConfigError(f"{file}: no rows")
-    missing = [column for column in columns.values() if column not in seen and column != "negative"]
-    if missing:
-        raise ConfigError(f"{file}: there is no column '{missing[0]}'. It has: {', '.join(sorted(seen))}")
-    table = {column: pa.array(texts, pa.string()) for column, texts in values.items()}
+    table = {column: pa.nulls(count) for column in seen}
+    table |= {column: pa.array(texts, pa.string()) for column, texts in values.items()}
     return pa.table(table | ({language: pa.array(tags, pa.string())} if language in seen else {}))
 
 
 def rows_from_table(table: pa.Table, columns: Columns, language: str | None, *, where: str) -> Rows:
     """Only the texts of a table, under the names anchor, positive[, negative], and their language.
 
-    Every other column goes: sentence-transformers would embed a stray column and train it as a negative. Rows without an
-    anchor or a positive are left out and counted. `language` is a language, or the name of a column that says it.
+    Every other column goes, and is noted: sentence-transformers would embed a stray column and train it as a negative.
+    Rows without an anchor or a positive are left out and counted; one with several negatives becomes several rows.
+    `language` is a language, or the name of a column that says it.
     """
-    picked: dict[str, pa.ChunkedArray | pa.Array] = {}
-    for role, column in columns.items():
+    reading = Reading()
+    found = negatives_in(table.column_names, columns)
+    needed = [columns["anchor"], columns["positive"]]
+    if "negative" in columns and columns["negative"] != "negative" and not found:  # a name of the user's own
+        needed.append(columns["negative"])
+    for column in needed:
         if column not in table.column_names:
-            if role == column == "negative":
-                continue
             raise ConfigError(f"{where}: there is no column '{column}'. It has: {', '.join(table.column_names)}")
-        values = table[column]
-        if pa.types.is_null(values.type) or pa.types.is_large_string(values.type):
-            values = values.cast(pa.string())
-        if not pa.types.is_string(values.type):
-            raise ConfigError(f"{where}: column '{column}' holds {values.type}, not text")
-        _require_utf8(values, f"{where}: column '{column}'")
-        # stops at the first such character, so a long text costs no more than a short one
-        is_text = pc.match_substring_regex(values, VISIBLE)
-        picked[role] = pc.if_else(is_text, pc.utf8_trim_whitespace(values), pa.scalar(None, pa.string()))
-    if "negative" in picked and picked["negative"].null_count == table.num_rows:
-        del picked["negative"]
+    read = {*needed, *found, language}
+    reading.pass_over("columns", (column for column in table.column_names if column not in read))
+    picked = {role: _texts_of(table, columns[role], reading, where) for role in ("anchor", "positive")}
+    negatives = [_texts_of(table, column, reading, where) for column in found]
     if language in table.column_names:
         picked["language"] = _language_tags(table[language], f"{where}: column '{language}'")
     else:
         picked["language"] = pa.repeat(pa.scalar(language or "?"), table.num_rows)
     usable = pc.and_(pc.is_valid(picked["anchor"]), pc.is_valid(picked["positive"]))
-    rows = Rows(pa.table(picked).filter(usable))
-    if len(rows) < table.num_rows:
-        rows.left_out["without text"] = table.num_rows - len(rows)
+    negatives = [column.filter(usable) for column in negatives if column.null_count < table.num_rows]
+    rows = Rows(_one_negative_a_row(pa.table(picked).filter(usable), negatives, reading), reading=reading)
+    if without := table.num_rows - pc.sum(usable).as_py() if table.num_rows else 0:
+        rows.left_out["without text"] = without
     return rows
+
+
+def _texts_of(table: pa.Table, column: str, reading: Reading, where: str) -> pa.ChunkedArray:
+    """A column's texts in NFC, without blanks at their ends; null where there is nothing to see."""
+    values = as_strings(table[column])
+    if values is None:
+        way = "Several negatives of a row go into columns negative_1, negative_2, …; other values are written as text"
+        raise ConfigError(f"{where}: column '{column}' holds {table[column].type}, not text. {way}")
+    _require_utf8(values, f"{where}: column '{column}'")
+    values = reading.compose_column(values)
+    # stops at the first such character, so a long text costs no more than a short one
+    is_text = pc.match_substring_regex(values, VISIBLE)
+    return pc.if_else(is_text, pc.utf8_trim_whitespace(values), pa.scalar(None, pa.string()))
+
+
+def _one_negative_a_row(rows: pa.Table, negatives: list[pa.ChunkedArray], reading: Reading) -> pa.Table:
+    """A row for each negative of each row, in their order. A row without any stays as it is."""
+    if len(negatives) < 2:
+        return rows.add_column(2, "negative", negatives[0]) if negatives else rows
+    there = np.stack([column.is_valid().to_numpy() for column in negatives], axis=1)
+    counts = there.sum(axis=1)
+    reading.spread = (int((counts > 1).sum()), int(counts[counts > 1].sum()))
+    there[counts == 0, 0] = True
+    numbers, places = there.nonzero()
+    every = pa.chunked_array([chunk for column in negatives for chunk in column.chunks], pa.string())
+    return rows.take(numbers).add_column(2, "negative", every.take(places * rows.num_rows + numbers))
 
 
 def _require_utf8(values: pa.ChunkedArray | pa.Array, column: str) -> None:
@@ -160,7 +203,8 @@ def _language_tags(values: pa.ChunkedArray, column: str) -> pa.ChunkedArray:
 def join(parts: list[Rows]) -> Rows:
     """The rows of several sources as one set."""
     table = pa.concat_tables([part.table for part in parts], promote_options="default")
-    return Rows(table, sum((part.left_out for part in parts), Counter()))
+    left_out = sum((part.left_out for part in parts), Counter())
+    return Rows(table, left_out, sum((part.reading for part in parts), Reading()))
 
 
 def fingerprint(table: pa.Table) -> str:

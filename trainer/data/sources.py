@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.beir import SearchSet, has_split, is_beir, read_search_set
+from trainer.beir import SearchSet, files_beside, has_split, is_beir, read_search_set
 from trainer.config import ConfigError, is_local, one_line
 from trainer.config.schema import (
     DatasetsConfig,
@@ -21,11 +21,13 @@ from trainer.config.schema import (
 )
 from trainer.data.rows import Columns, Rows, join, read_files, read_parquet, rows_from_table
 from trainer.hub import Snapshot, fetch
+from trainer.texts import Reading, listed
 
 QUICKSTART = Path(__file__).parent / "quickstart"
 QA: Columns = {"anchor": "question", "positive": "context"}
 TRIPLET: Columns = {"anchor": "anchor", "positive": "positive", "negative": "negative"}
 DDSC: Columns = TRIPLET | {"anchor": "query"}
+PAWS = {"sentence1", "sentence2", "label"}
 QUICKSTART_SETS = {"nli": TRIPLET, "scandi_qa": QA, "ddsc": DDSC}
 
 
@@ -41,14 +43,16 @@ class LoadedSource:
     revisions: dict[str, str | None] = field(default_factory=dict)
 
 
-def read_split(snapshot: Snapshot, subset: str | None, split: str, key: str) -> pa.Table:
-    """One split of a data set repository (or of a local copy), as a table."""
-    pattern = f"{subset or 'default'}/{split}/*.parquet"
-    files = sorted(snapshot.folder.glob(pattern)) if snapshot.folder.is_dir() else []
-    if files:  # the layout of the hub's refs/convert/parquet, which script-based data sets need
+def read_split(snapshot: Snapshot, subset: str | None, split: str, key: str) -> tuple[pa.Table, list[str]]:
+    """One split of a data set repository (or of a local copy), as a table, and the names of all its splits."""
+    parquet = sorted(snapshot.folder.glob("*/*/*.parquet")) if snapshot.folder.is_dir() else []
+    wanted = _split_name(subset, split)
+    # the layout of the hub's refs/convert/parquet, which script-based data sets need
+    splits = {file: _split_name(file.parts[-3], file.parts[-2]) for file in parquet}
+    if files := [file for file, name in splits.items() if name == wanted]:
         tables = [read_parquet(file) for file in files]
         try:
-            return pa.concat_tables(tables, promote_options="permissive")
+            return pa.concat_tables(tables, promote_options="permissive"), list(dict.fromkeys(splits.values()))
         except pa.ArrowException as error:
             raise ConfigError(f"{key}: the files of {snapshot.source} do not fit together: {error}") from None
     import datasets
@@ -60,29 +64,41 @@ def read_split(snapshot: Snapshot, subset: str | None, split: str, key: str) -> 
         raise ConfigError(
             f"{key}: {snapshot.source} has no readable split '{split}'{f' of {subset}' if subset else ''}: {reason}"
         ) from None
-    return rows.with_format("arrow")[:]
+    return rows.with_format("arrow")[:], [_split_name(subset, name) for name in rows.info.splits or ()]
+
+
+def _split_name(subset: str | None, split: str) -> str:
+    return split if subset in (None, "default") else f"{subset}/{split}"
 
 
 @dataclass(frozen=True)
 class _Opened:
     """A hub source whose files are here."""
 
-    source: HubSource
+    source: HubSource | LocalSource
     key: str
     snapshot: Snapshot
+    splits: dict[str, bool] = field(default_factory=dict)
+    """Those that are known of, and whether they were read."""
 
-    def rows(self, columns: Columns, split: str, language: str, subset: str | None = None) -> Rows:
+    def rows(self, columns: Columns, split: str, language: str | None, subset: str | None = None) -> Rows:
         return rows_from_table(self.table(split, subset), columns, language, where=self.source.source)
 
     def table(self, split: str, subset: str | None = None) -> pa.Table:
-        return read_split(self.snapshot, subset, split, self.key)
+        table, splits = read_split(self.snapshot, subset, split, self.key)
+        self.splits.update({name: self.splits.get(name, False) for name in splits} | {_split_name(subset, split): True})
+        return table
+
+    def note_splits(self, reading: Reading) -> None:
+        """Note the splits that were not read."""
+        reading.pass_over("splits", (name for name, is_read in self.splits.items() if not is_read))
 
     @property
     def revisions(self) -> dict[str, str | None]:
         return {self.source.source: self.snapshot.commit}
 
 
-def _open(source: HubSource, key: str, why: str) -> _Opened:
+def _open(source: HubSource | LocalSource, key: str, why: str) -> _Opened:
     return _Opened(source, key, fetch(source.source, source.revision, kind="dataset", why=why, key=key))
 
 
@@ -91,8 +107,9 @@ def load_nli(source: FamilySource) -> LoadedSource:
     """Fremtind/all-nli-norwegian: a sentence, one it entails, one it contradicts."""
     opened = _open(source, "datasets.nli.source", "the Norwegian NLI data")
     dev = opened.rows(TRIPLET, "dev", "no")
-    dev = Rows(dev.table.slice(0, source.eval_rows))
+    dev = Rows(dev.table.slice(0, source.eval_rows), reading=dev.reading)
     rows = opened.rows(TRIPLET, "train", "no")
+    opened.note_splits(rows.reading)
     return LoadedSource(rows, dev, max_samples=source.max_samples, revisions=opened.revisions)
 
 
@@ -100,6 +117,7 @@ def load_ddsc(source: FamilySource) -> LoadedSource:
     """DDSC/nordic-embedding-training-data: about 60 % of the rows have no negative, and are kept as pairs."""
     opened = _open(source, "datasets.ddsc.source", "the Nordic retrieval data")
     rows = opened.rows(DDSC, "train", "language")
+    opened.note_splits(rows.reading)
     return LoadedSource(rows, hold_out=source.eval_rows, max_samples=source.max_samples, revisions=opened.revisions)
 
 
@@ -113,6 +131,7 @@ def load_scandi_qa(config: ScandiQaConfig) -> LoadedSource:
             continue
         opened = _open(source, f"datasets.scandi_qa.{name}.source", f"scandi_qa's {name}")
         rows = load(opened)
+        opened.note_splits(rows.reading)
         parts.append(sample(rows, source.max_samples, seed=0) if source.max_samples else rows)
         revisions |= opened.revisions
     if not parts:
@@ -144,7 +163,7 @@ def _load_paws_x(opened: _Opened) -> Rows:
 def _paws_rows(opened: _Opened, subset: str) -> Rows:
     """Label 1 is a paraphrase, hence a pair; label 0 is a near miss, hence the negative of the same first sentence."""
     table = opened.table("train", subset)
-    if missing := {"sentence1", "sentence2", "label"} - set(table.column_names):
+    if missing := PAWS - set(table.column_names):
         raise ConfigError(
             f"{opened.key}: there is no column '{min(missing)}' in {subset}. It has: {', '.join(table.column_names)}"
         )
@@ -158,8 +177,12 @@ def _paws_rows(opened: _Opened, subset: str) -> Rows:
         "negative": pa.array([negatives.get(anchor) for anchor in anchors], pa.string()),
     }
     rows = rows_from_table(pa.table(triplets), TRIPLET, subset, where=opened.source.source)
-    unused = len(misses) - len(negatives.keys() & set(anchors))
-    rows.left_out["near misses without a paraphrase of the same sentence"] += unused
+    rows.reading.pass_over("columns", (name for name in table.column_names if name not in PAWS))
+    paraphrased = set(anchors)
+    with_paraphrase = sum(sentence in paraphrased for sentence in misses["sentence1"].to_pylist())
+    used = len(negatives.keys() & paraphrased)
+    rows.left_out["near misses without a paraphrase of the same sentence"] += len(misses) - with_paraphrase
+    rows.left_out["near misses beside another of the same sentence"] += with_paraphrase - used
     return rows
 
 
@@ -184,32 +207,33 @@ def load_local(name: str, source: LocalSource) -> LoadedSource:
         columns = {role: column for role, column in source.columns.model_dump().items() if column is not None}
     if is_local(source.source) and not folder.is_dir():
         return LoadedSource(read_files(source.source, columns, source.language, key), **common)
-    why = f"your data set '{name}'"
-    snapshot = fetch(source.source, source.revision, kind="dataset", why=why, key=key)
+    opened = _open(source, key, f"your data set '{name}'")
     if columns is None:
         raise ConfigError(
             f"{key}: {source.source} is not in BEIR layout (no corpus.jsonl). Name a file or glob (*.jsonl, *.parquet), "
             f"or give datasets.{name}.columns"
         )
-
-    def rows(split: str) -> Rows:
-        table = read_split(snapshot, source.subset, split, key)
-        return rows_from_table(table, columns, source.language, where=source.source)
-
-    dev = rows(source.eval_split) if source.eval_split else None
-    return LoadedSource(rows(source.split), dev, revisions={source.source: snapshot.commit}, **common)
+    dev = opened.rows(columns, source.eval_split, source.language, source.subset) if source.eval_split else None
+    rows = opened.rows(columns, source.split, source.language, source.subset)
+    opened.note_splits(rows.reading)
+    return LoadedSource(rows, dev, revisions=opened.revisions, **common)
 
 
 def _load_beir(name: str, source: LocalSource, folder: Path) -> LoadedSource:
-    key = f"datasets.{name}.split"
-    if not has_split(folder, source.split):
-        raise ConfigError(f"{key}: {folder} has no qrels.{source.split}.tsv")
     split = source.eval_split or ("dev" if has_split(folder, "dev") else None)
-    if split and not has_split(folder, split):
-        raise ConfigError(f"datasets.{name}.eval_split: {folder} has no qrels.{split}.tsv")
-    search = read_search_set(folder, split, name) if split else None
+    for key, wanted in (("split", source.split), ("eval_split", split)):
+        if wanted and not has_split(folder, wanted):
+            raise ConfigError(
+                f"datasets.{name}.{key}: {folder} has no qrels/{wanted}.tsv or qrels.{wanted}.tsv. "
+                f"It holds: {listed(files_beside(folder))}"
+            )
+    found = read_search_set(folder, source.split, name)
+    search = read_search_set(folder, split, name, found.corpus) if split else None
+    rows = pairs_of(found, source.language)
+    rows.reading = found.reading
+    rows.reading.pass_over("files", files_beside(folder, source.split, *([split] if split else [])))
     return LoadedSource(
-        pairs_of(read_search_set(folder, source.split, name), source.language),
+        rows,
         pairs_of(search, source.language) if search else None,
         hold_out=source.eval_rows,
         max_samples=source.max_samples,

@@ -8,13 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 
-from trainer.beir import passage_text, read_json_lines, text_of
+from trainer.beir import read_records, unique
 from trainer.config import ConfigError
+from trainer.texts import Reading
 
-IDS, TEXTS = ("_id", "id"), ("text", "contents")
 # OpenSearch and Elasticsearch take no longer ones.
 MAX_ID_BYTES = 512
 
@@ -47,34 +46,28 @@ class Shard:
         return islice(passages, self.number - 1, None, self.of)
 
 
-def read_passages(file: Path) -> Iterator[Passage]:
+def read_passages(file: Path, reading: Reading | None = None) -> Iterator[Passage]:
     """Passages of a .jsonl or .parquet file, one after the other: `_id` or `id`, `text` or `contents`, perhaps `title`."""
-    for number, row in _rows(file):
-        name = next((column for column in IDS if column in row), None)
-        if name is None or row[name] is None:
-            raise ConfigError(f"{file}:{number}: there is no '_id'. The row has: {', '.join(row)}")
-        column = next((column for column in TEXTS if column in row), TEXTS[0])
-        title = text_of(row, "title", file, number, needed=False)
-        found = Passage(str(row[name]), passage_text(title, text_of(row, column, file, number) or ""))
-        if not 0 < len(found.id.encode()) <= MAX_ID_BYTES:
-            raise ConfigError(f"{file}:{number}: '{name}' is empty or longer than {MAX_ID_BYTES} bytes")
-        yield found
+    for record in read_records(file, Reading() if reading is None else reading):
+        if len(record.id.encode()) > MAX_ID_BYTES:
+            raise ConfigError(
+                f"{file}:{record.number}: the id is longer than {MAX_ID_BYTES} bytes, which engines do not take"
+            )
+        yield Passage(record.id, record.passage)
 
 
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if file.suffix == ".parquet":
-        try:
-            number = 0
-            for batch in pq.ParquetFile(file).iter_batches(1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-        except (OSError, pa.ArrowException) as error:
-            raise ConfigError(f"{file}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
-    elif file.suffix in (".jsonl", ".json"):
-        yield from read_json_lines(file)
-    else:
-        raise ConfigError(f"{file} is neither .jsonl nor .parquet")
+def survey(file: Path) -> Reading:
+    """Read a corpus to its end, before hours of encoding. ConfigError for what is wrong, as an id that is there twice.
+
+    8 bytes are kept of each document, the hash of its id. Documents of equal hashes are looked at again.
+    """
+    reading = Reading()
+    hashes = np.sort(np.fromiter((hash(passage.id) for passage in read_passages(file, reading)), np.int64))
+    perhaps = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    if perhaps:
+        for _ in unique((record for record in read_records(file, Reading()) if hash(record.id) in perhaps), file):
+            pass
+    return reading
 
 
 def describe(file: Path) -> dict[str, Any]:

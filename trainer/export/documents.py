@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.config import ConfigError
 from trainer.export.check import write_figures
-from trainer.export.corpus import Passage, Shard, chunks, describe, read_passages
+from trainer.export.corpus import Passage, Shard, chunks, describe, read_passages, survey
 from trainer.export.formats import Format, Store
 from trainer.export.query_side import require_same_queries
 from trainer.export.request import Request
@@ -39,6 +39,9 @@ def export_documents(make_form: Callable[[int | None], Format], to: str, request
     if request.scale and not form.scales:
         raise ConfigError(f"--scale is for whole numbers; {to} takes weights as they are. Leave it out")
     made_with = {"to": to, "model": hash_of_model(run.final), "corpus": describe(corpus), "shards": part.of}
+    for file in [corpus, *([request.queries] if request.queries else [])]:
+        for line in survey(file).lines():
+            say(f"{file.name}: {line}")
     given = list(read_passages(request.queries)) if request.queries else []
     encoder = Encoder.open(run.final, request.device(), run.config().training.per_device_eval_batch_size)
     tokens, encoder = encoder.terms, replace(encoder, terms=form.terms(encoder.terms))
