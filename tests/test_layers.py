@@ -20,7 +20,7 @@ ROWS = [
         "trainer.stock",
         "trainer.upload",
     },
-    {"trainer.cache", "trainer.prompts"},
+    {"trainer.cache", "trainer.prompts", "trainer.weights"},
     {"trainer.data"},
     {
         "trainer.models",

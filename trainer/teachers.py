@@ -17,6 +17,7 @@ from trainer.data import LABEL, mining
 from trainer.distributed import processes_here, wait
 from trainer.hub import MODEL_FILES, Snapshot, fetch
 from trainer.prompts import prompts_of, quoted
+from trainer.weights import require_weights
 
 Pair = tuple[str, str]
 Score = Callable[[list[Pair]], np.ndarray]
@@ -145,6 +146,7 @@ def load_cross_encoder(snapshot: Snapshot, teacher: TeacherConfig, device: str, 
         model = CrossEncoder(str(snapshot.folder), device=device)
     except Exception as error:  # whatever a folder that is no such model raises
         raise ConfigError(f"{KEY}: {teacher.model} cannot be loaded as a cross-encoder: {one_line(error)}") from None
+    require_weights(model.model, KEY, teacher.model)
     if model.num_labels != 1:
         raise ConfigError(
             f"{KEY}: {teacher.model} gives {model.num_labels} numbers per pair; a teacher gives one score"

@@ -17,6 +17,7 @@ from trainer.config.schema import MiningConfig, ModelConfig
 from trainer.data.rows import Rows, fingerprint
 from trainer.hub import MODEL_FILES, Snapshot, fetch
 from trainer.prompts import prompts_of, quoted
+from trainer.weights import require_weights
 
 # Part of the cache's key: raised when other negatives come out of the same rows and settings.
 VERSION = "2"
@@ -270,9 +271,12 @@ def load_dense(snapshot: Snapshot, key: str, prompts: dict[str, str], device: st
     from sentence_transformers import SentenceTransformer
 
     try:
-        return SentenceTransformer(str(snapshot.folder), device=device, prompts=prompts)
+        model = SentenceTransformer(str(snapshot.folder), device=device, prompts=prompts)
     except Exception as error:  # whatever a folder that is no such model raises
         raise ConfigError(f"{key}: {snapshot.source} cannot be loaded as a dense model: {one_line(error)}") from None
+    if hasattr(model[0], "model"):  # not a table of static vectors
+        require_weights(model[0].model, key, snapshot.source)
+    return model
 
 
 def _mine_with_model(search: Search, settings: MiningConfig, load: Callable, of_model: str) -> pa.Table:

@@ -179,7 +179,7 @@ def build_csr(config: Config, source: Path, documents: list[str]) -> list[nn.Mod
         dense = SentenceTransformer(
             str(source), trust_remote_code=config.model.trust_remote_code, device="cpu", model_kwargs=_float32()
         )
-    check_weights(dense[0].model, source)
+    check_weights(dense[0].model, source, config.model.base_model)
     _require_what_the_config_needs(dense[0], config)
     dense.max_seq_length = config.training.max_seq_length
     autoencoder = SparseAutoEncoder(
@@ -208,7 +208,7 @@ def load_transformer(config: Config, source: Path) -> Transformer:
             processor_kwargs=trust,
             config_kwargs=trust,
         )
-    check_weights(transformer.model, source)
+    check_weights(transformer.model, source, config.model.base_model)
     _require_what_the_config_needs(transformer, config)
     decoder, words = decoder_of(transformer, config.model.base_model), len(transformer.tokenizer)
     # Vocabularies padded to a round number: the extra dimensions have no word, and query weights are saved one per token.

@@ -18,6 +18,7 @@ from trainer.cache import folder_of
 from trainer.config import Config, ConfigError
 from trainer.hub import Snapshot
 from trainer.models.norbert import FAMILIES, changes_in, convert_files
+from trainer.weights import require_weights
 
 
 @dataclass(frozen=True)
@@ -203,12 +204,13 @@ def materialise(snapshot: Snapshot, written: dict[str, str]) -> Path:
     return folder
 
 
-def check_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Raise ConfigError when a base model's own code has weights that its files lack: they would be random numbers.
+def check_weights(model: PreTrainedModel, folder: Path, name: str) -> None:
+    """Raise ConfigError when a base model's files lack weights: they would be random numbers.
 
-    Only for models with code of their own, whose weights are saved under the names they have in memory.
+    The weights of models with code of their own are saved under the names they have in memory.
     """
     if not code_references(folder):
+        require_weights(model, "model.base_model", name)
         return
     saved: set[str] = set()
     for file in folder.rglob("*.safetensors"):

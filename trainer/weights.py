@@ -1,0 +1,42 @@
+"""Stops at weights that a model's files lack: transformers starts them at random numbers, and only logs it."""
+
+from transformers import PreTrainedModel
+
+from trainer.config import ConfigError
+
+# Tensors named in a message; the others are counted.
+SHOWN = 4
+# sentence-transformers reads the last hidden states, so what BERT's pooler makes of them goes nowhere.
+UNREAD = "pooler."
+HEADS = ("ForMaskedLM", "LMHeadModel")
+
+
+def require_weights(model: PreTrainedModel, where: str, name: str) -> None:
+    """Raise ConfigError, with the tensors' names, when the files that a model was loaded from lack some of its weights.
+
+    transformers itself says which: it knows older names, tied weights, and what is made without a file. It is asked to
+    load the model once more without its numbers, which takes hundredths of a second. Only for models without code of
+    their own. where: the key that names the model; name: what the key says.
+    """
+    folder, kind = model.name_or_path, type(model)
+    _, info = kind.from_pretrained(folder, config=model.config, output_loading_info=True, device_map="meta")
+    missing = sorted(tensor for tensor in info["missing_keys"] if UNREAD not in tensor)
+    if not missing:
+        return
+    unread = sorted(tensor for tensor in info["unexpected_keys"] if UNREAD not in tensor)
+    only_head = kind.__name__.endswith(HEADS) and not any(
+        tensor.startswith(f"{model.base_model_prefix}.") for tensor in missing
+    )
+    remedy = (
+        "Name a model that was saved with its masked-language-model head" if only_head else "Its files are not whole"
+    )
+    raise ConfigError(
+        f"{where}: {name} lacks weights of {kind.__name__}, which would start as random numbers: {_shortened(missing)}"
+        + (f". It has others that are not read: {_shortened(unread)}" if unread else "")
+        + f". {remedy}"
+    )
+
+
+def _shortened(tensors: list[str]) -> str:
+    more = len(tensors) - SHOWN
+    return ", ".join(tensors[:SHOWN]) + (f" and {more} more" if more > 0 else "")
