@@ -107,6 +107,8 @@ def load(task: AbsTaskRetrieval) -> dict[str, dict[str, Any]]:
     for splits in task.dataset.values():
         for data in splits.values():
             data |= {side: _in_nfc(data[side], task.reading) for side in ("queries", "corpus")}
+            grades = [grade for judged in data["relevant_docs"].values() for grade in judged.values()]
+            task.reading.highest_grade = max(task.reading.highest_grade, max(grades, default=1))
     return task.dataset
 
 

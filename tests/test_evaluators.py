@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import pytest
+import pytrec_eval
 from datasets import Dataset
 from sentence_transformers.sparse_encoder.evaluation import SparseNanoBEIREvaluator
 
@@ -8,7 +9,7 @@ from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
 from tests.oracles import mean_ndcg
 from tests.test_models import config_of
 from trainer.beir import SearchSet
-from trainer.evaluators import SCORE, SearchEvaluator, _in_nfc, build_evaluator
+from trainer.evaluators import SCORE, GradedSearch, SearchEvaluator, _in_nfc, build_evaluator
 from trainer.models import build_model, fetch_base_model
 
 
@@ -34,6 +35,19 @@ def test_two_languages_of_one_benchmark_keep_their_own_scores():
     same = {"NanoBEIR-no": Part("NanoBEIR_mean", 0.4), "NanoBEIR-sv": Part("NanoBEIR_mean", 0.8)}
     results = SearchEvaluator(same)(None)
     assert (results["NanoBEIR-no_ndcg@10"], results["NanoBEIR-sv_ndcg@10"]) == (0.4, 0.8)
+
+
+def test_ndcg_in_training_weighs_grades_as_trec_eval_does_and_the_other_metrics_take_1_and_up():
+    grades = {"q": {"a": 1, "b": 3}, "r": {"a": 2, "c": 1, "e": 3}}
+    scores = {"q": {"a": 2.0, "b": 1.0, "c": 0.5}, "r": {"d": 9.0, "c": 4.0, "a": 3.0}}
+    evaluator = GradedSearch(SearchSet("mine", dict.fromkeys(grades, "x"), dict.fromkeys("abcde", "y"), grades), 2)
+    hits = [[{"corpus_id": passage, "score": score} for passage, score in scores[q].items()] for q in grades]
+    metrics = evaluator.compute_metrics(hits)
+    judged = pytrec_eval.RelevanceEvaluator(grades, {"ndcg_cut.10", "recall.10", "recip_rank"}).evaluate(scores)
+    # of the first query by hand: (1 + 3 / log2(3)) / (3 + 1 / log2(3)); the library's own nDCG is 1
+    assert judged["q"]["ndcg_cut_10"] == pytest.approx(0.7967, abs=1e-4)
+    for ours, theirs in (("ndcg@k", "ndcg_cut_10"), ("recall@k", "recall_10"), ("mrr@k", "recip_rank")):
+        assert metrics[ours][10] == pytest.approx((judged["q"][theirs] + judged["r"][theirs]) / 2)
 
 
 def test_without_the_hub_nanobeir_is_left_out_with_the_reason_and_local_searches_stay(tmp_path):

@@ -55,6 +55,16 @@ def folder(tmp_path):
     return EvalFolder(tmp_path)
 
 
+def test_grades_choose_the_weight():
+    """The first puts a in front of b, the second b in front of a. Where both are as relevant, no weight is better."""
+    found = {"a": 2.0, "b": 1.0}, {"a": 1.0, "b": 2.0}
+    for grades, weight in (({"a": 1, "b": 1}, 0.5), ({"a": 3, "b": 1}, 0.55), ({"a": 1, "b": 3}, 0.5)):
+        first, second = ({"test/default": Ranking({"q": passages}, {"q": grades})} for passages in found)
+        assert choose_weight(first, second) == weight
+    # at 0.5 both have the same score, and trec_eval puts b first
+    assert mean_ndcg(first) == pytest.approx(0.7967, abs=1e-4) and mean_ndcg(second) == 1
+
+
 # ---------------------------------------------------------------------------------- fusion
 def test_reciprocal_rank_fusion_of_six_passages_is_that_worked_out_by_hand():
     """Half of 1 / (60 + rank) from each; b is second twice and beats a, which is first once. f was never found."""

@@ -156,6 +156,7 @@ def read_search_set(folder: Path, split: str, name: str, corpus: dict[str, str] 
     relevant = {query: grades for query, grades in relevant.items() if grades}
     if not relevant:
         raise ConfigError(f"{judgements_file}: no relevant passage for any query. Grades of 1 or more say relevant")
+    reading.highest_grade = max(max(grades.values()) for grades in relevant.values())
     # in a file that splits share, the other queries are theirs
     own = judged if queries_file.name.startswith("queries.jsonl") else queries
     reading.counts["queries without a relevant passage"] = len(own) - len(relevant)

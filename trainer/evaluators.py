@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from statistics import fmean
+from typing import Any
 
 from sentence_transformers import SparseEncoder
 from sentence_transformers.evaluation import SentenceEvaluator
@@ -25,6 +26,43 @@ METRICS = {
 }
 # The mean nDCG@10 over all searches; it picks the best checkpoint.
 SCORE = "search_ndcg@10"
+
+
+class GradedSearch(SparseInformationRetrievalEvaluator):
+    """The library's evaluator with an nDCG that weighs grades, as trec_eval's does; the library's takes all for 1.
+
+    Its other metrics need a yes or no: passages of grade 1 and up are relevant.
+    """
+
+    def __init__(self, found: SearchSet, batch_size: int):
+        super().__init__(
+            queries=found.queries,
+            corpus=found.corpus,
+            relevant_docs={query: set(grades) for query, grades in found.relevant.items()},
+            name=found.name,
+            batch_size=batch_size,
+            ndcg_at_k=[10],
+            mrr_at_k=[10],
+            accuracy_at_k=[1],
+            precision_recall_at_k=[10],
+            map_at_k=[100],
+            write_csv=False,
+        )
+        self.grades = found.relevant
+
+    def compute_metrics(self, queries_result_list: list[list[dict[str, Any]]]) -> dict[str, dict[int, float]]:
+        """The library's metrics, with our nDCG in the place of its own."""
+        metrics = super().compute_metrics(queries_result_list)
+        found = list(zip(self.queries_ids, queries_result_list, strict=True))
+        metrics["ndcg@k"] = {k: fmean(self._ndcg(query, hits, k) for query, hits in found) for k in self.ndcg_at_k}
+        return metrics
+
+    def _ndcg(self, query: str, hits: list[dict[str, Any]], k: int) -> float:
+        grades = self.grades[query]
+        ranked = sorted(hits, key=lambda hit: (-hit["score"], hit["corpus_id"]))  # equal scores as the library has them
+        gains = [grades.get(hit["corpus_id"], 0) for hit in ranked[:k]]
+        best = sorted(grades.values(), reverse=True)
+        return float(self.compute_dcg_at_k(gains, k) / self.compute_dcg_at_k(best, k))
 
 
 class SearchEvaluator(SentenceEvaluator):
@@ -58,22 +96,7 @@ class SearchEvaluator(SentenceEvaluator):
 def build_evaluator(config: Config, search: list[SearchSet], say: Callable[[str], None]) -> SearchEvaluator | None:
     """One evaluator over every search; None where there is nothing to search."""
     batch_size = config.training.per_device_eval_batch_size
-    parts: dict[str, SentenceEvaluator] = {
-        found.name: SparseInformationRetrievalEvaluator(
-            queries=found.queries,
-            corpus=found.corpus,
-            relevant_docs={query: set(grades) for query, grades in found.relevant.items()},  # it knows no grades
-            name=found.name,
-            batch_size=batch_size,
-            ndcg_at_k=[10],
-            mrr_at_k=[10],
-            accuracy_at_k=[1],
-            precision_recall_at_k=[10],
-            map_at_k=[100],
-            write_csv=False,
-        )
-        for found in search
-    }
+    parts: dict[str, SentenceEvaluator] = {found.name: GradedSearch(found, batch_size) for found in search}
     wanted = config.evaluation.nanobeir_datasets
     for language in config.evaluation.nanobeir_languages if wanted != [] else []:
         repository = NANOBEIR.format(language)

@@ -39,6 +39,8 @@ class Reading:
     """Texts that were not in NFC."""
     spread: tuple[int, int] = (0, 0)
     """Rows with several negatives, and the triplets that they became."""
+    highest_grade: int = 1
+    """Of the judgements; 1 where they say no more than relevant."""
 
     def __add__(self, other: "Reading") -> "Reading":
         kinds = dict.fromkeys((*self.names, *other.names))
@@ -47,6 +49,7 @@ class Reading:
             self.counts + other.counts,
             self.composed + other.composed,
             (self.spread[0] + other.spread[0], self.spread[1] + other.spread[1]),
+            max(self.highest_grade, other.highest_grade),
         )
 
     def pass_over(self, kind: str, names: Iterable[str]) -> None:
@@ -82,6 +85,11 @@ class Reading:
             yield f"{self.spread[0]:,} rows with several negatives became {self.spread[1]:,} triplets, one for each"
         if self.composed:
             yield f"{self.composed:,} texts were not in Unicode's form NFC, and are now"
+        if self.highest_grade > 1:
+            yield (
+                f"grades up to {self.highest_grade}: nDCG weighs them; MRR, recall and training pairs take 1 and up for "
+                "relevant"
+            )
 
 
 def listed(names: Iterable[str]) -> str:
