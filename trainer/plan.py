@@ -99,6 +99,38 @@ def data_lines(config: Config, data: TrainingData, schedule: Schedule) -> Iterat
     yield f"steps     {schedule.steps:,} of {batch} ({schedule.epochs:.3g} epochs; {how})"
 
 
+def comparison_lines(config: Config, data: TrainingData) -> Iterator[str]:
+    """Warnings of pairs that are alone in their batch: their contrastive loss is 0, whatever the model.
+
+    Raises ConfigError where there is nothing else to train on.
+    """
+    if not (config.loss.type == "splade" or config.loss.gamma):
+        return  # no contrastive loss
+    found = {half: data.batches_of_one(half, config) for half in data.train}
+    alone, batches = (sum(counts) for counts in zip(*found.values(), strict=True))
+    why = "a pair that is alone in its batch is told from nothing, and its contrastive loss is 0"
+    if config.training.per_device_train_batch_size * processes() == 1:
+        advice = (
+            "Set training.per_device_train_batch_size to 2 or more (rows of accumulated batches are not compared; "
+            "loss.cached compares many in little memory), or find negatives: datasets.<name>.mine"
+        )
+    else:
+        advice = "Add negatives, or rows that share neither query nor passage with most others"
+    if alone == batches and config.loss.type == "splade":
+        raise ConfigError(f"there is nothing to learn from: {why}, which is so in every batch. {advice}")
+    for half, (alone, batches) in found.items():
+        if alone:
+            yield f"Warning: {half}: {why}, as in {alone:,} of {batches:,} batches ({alone / batches:.1%}). {advice}"
+    for half in data.eval:
+        alone, batches = data.eval_batches_of_one(half, config)
+        if alone:
+            yield (
+                f"Warning: {half}: the evaluation loss is 0 in {alone:,} of {batches:,} batches ({alone / batches:.1%}), "
+                "whatever the model: a held-out pair is alone in its batch. Set training.per_device_eval_batch_size to 2 "
+                "or more, and hold out more rows"
+            )
+
+
 def token_line(tokeniser: Tokeniser) -> str:
     """How many tokens there are, and where their ids are kept."""
     made = tokeniser.texts - tokeniser.texts_found
@@ -196,6 +228,7 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
         yield f"data      {name}: needs the hub"
     if not missing:
         yield from data_lines(config, data, schedule_of(config, data))
+        yield from comparison_lines(config, data)
     else:
         yield "steps     needs the hub: the number of rows is not known"
     try:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -53,6 +54,7 @@ from trainer.models import (
     save_model,
 )
 from trainer.plan import (
+    comparison_lines,
     data_lines,
     head_line,
     model_lines,
@@ -99,7 +101,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             data = load_data(config)
         check_same_data(data, run)
         schedule = schedule_of(config, data)
-        for line in data_lines(config, data, schedule):
+        for line in chain(data_lines(config, data, schedule), comparison_lines(config, data)):
             say(line)
 
         # 2. Device and model

@@ -135,6 +135,16 @@ class TrainingData:
         samplers = [self.batches(half, config) for half in self.halves[name]]
         return sum(int(sampler.sizes.sum()) - sum(map(len, sampler.batches(0))) for sampler in samplers)
 
+    def batches_of_one(self, half: str, config: Config) -> tuple[int, int]:
+        """Batches of a half's first pass whose one row is compared with no other passage, and the batches of that pass."""
+        return _batches_of_one(self.train[half], self.batches(half, config))
+
+    def eval_batches_of_one(self, half: str, config: Config) -> tuple[int, int]:
+        """The same of held-out rows."""
+        training, rows = config.training, self.eval[half]
+        batches = NoDuplicateBatches(rows, training.per_device_eval_batch_size, training.seed, processes())
+        return _batches_of_one(rows, batches)
+
     def padding(self, config: Config, device: str) -> tuple[float, float]:
         """The share of padding in what the network will compute: in our batches, and in batches of any lengths.
 
@@ -203,6 +213,12 @@ class TrainingData:
                 if role in dataset.column_names:
                     found.update(dict.fromkeys(dataset.with_format("arrow")[:][role].to_pylist()))
         return list(found)
+
+
+def _batches_of_one(rows: Dataset, batches: NoDuplicateBatches) -> tuple[int, int]:
+    """Those in which a query has one passage alone to choose from. A row's own negative is one more."""
+    sizes = [len(batch) for batch in batches.batches(0)]
+    return 0 if "negative" in rows.column_names else sizes.count(1), len(sizes)
 
 
 def load_data(config: Config, missing: dict[str, HubUnreachable] | None = None) -> TrainingData:
