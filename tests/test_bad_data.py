@@ -81,7 +81,7 @@ def test_ten_thousand_identical_rows_among_others_are_trained_on_and_counted(tin
     config_with(folder, [{"anchor": "hva er det", "positive": "det er dette"}] * 10_000 + GOOD)
     said = trained(tiny)
     # 10,028 rows in 1,254 batches: one of each stays
-    assert "8,744 rows sit out each pass: too many share a text" in said
+    assert "8,746 rows sit out each pass: too many share a text" in said
     assert re.search(r"Warning: mine: a pair that is alone .* as in 1,2\d\d of 1,254 batches \(9\d\.\d%\)", said)
     assert "nan" not in said
 

@@ -146,11 +146,11 @@ QUERIES = [{"_id": "q1", "text": "hvilken innsjø"}, {"_id": "q2", "text": "hvil
 
 def test_a_beir_folder_trains_on_its_train_split_and_is_searched_on_its_dev_split(tmp_path):
     folder = beir(tmp_path / "set", CORPUS, QUERIES, ["q1\td1\t1", "q2\td2\t0", "q2\td1\t2"])
-    beir(folder, CORPUS, QUERIES, ["q2\td2\t1"], split="dev")
+    beir(folder, CORPUS, [{"_id": "q3", "text": "hvilken bekk"}], ["q3\td2\t1"], split="dev")
     data = load(tmp_path, f"  mine: {{source: {folder}}}")
     assert rows_of(data.train["mine"]) == [("hvilken innsjø", "Mjøsa En innsjø."), ("hvilken elv", "Mjøsa En innsjø.")]
-    assert rows_of(data.eval["mine"]) == [("hvilken elv", "En elv.")]
-    assert data.search[0].relevant == {"q2": {"d2": 1}}
+    assert rows_of(data.eval["mine"]) == [("hvilken bekk", "En elv.")]
+    assert data.search[0].relevant == {"q3": {"d2": 1}}
 
 
 def test_what_of_a_beir_folder_is_not_read_is_named(tmp_path):
@@ -391,8 +391,9 @@ def test_a_hub_repository_with_columns_reads_like_a_file(tmp_path, copies):
 
 
 def test_rows_of_the_evaluation_split_are_not_counted_among_those_trained_on(tmp_path):
-    rows = [{"anchor": f"q{n}", "positive": f"d{n}", "negative_1": "x", "negative_2": f"n{n}"} for n in range(10)]
+    row = {"anchor": "q", "positive": "d", "negative_1": "x", "negative_2": "n"}
     for split in ("train", "dev"):
+        rows = [{column: f"{split} {text}{n}" for column, text in row.items()} for n in range(10)]
         write_parquet(tmp_path / f"copy/default/{split}/0.parquet", rows)
     columns = "{anchor: anchor, positive: positive, negative: negative}"
     summary = load(tmp_path, f"  mine: {{source: {tmp_path}/copy, columns: {columns}, eval_split: dev}}").summaries[

@@ -78,6 +78,8 @@ def data_lines(config: Config, data: TrainingData, schedule: Schedule) -> Iterat
             yield f"            {mining_words(summary.mined)}"
         for reason, count in summary.left_out.items():
             yield f"            {count:,} rows not trained on: {reason}"
+        for reason, count in summary.eval_left_out.items():
+            yield f"            {count:,} rows not evaluated on: {reason}"
         for note in summary.notes:
             yield f"            {note}"
         if left := data.rows_left_over(config, summary.name):

@@ -285,7 +285,7 @@ class FamilySource(HubSource):
     """A data set that trains as a set of its own."""
 
     eval_rows: Count = 500
-    """Rows held out for the evaluation loss, where the source has no split for it."""
+    """Rows held out for the evaluation loss, where the source has no split for it; none shares a text with training."""
     mine: MiningConfig | None = None
     """Find negatives for the rows that have none."""
 
@@ -296,7 +296,7 @@ class ScandiQaConfig(Section):
     enabled: bool = True
     """Use this family."""
     eval_rows: Count = 500
-    """Rows held out for the evaluation loss."""
+    """Rows held out for the evaluation loss; none shares a text with rows that are trained on."""
     mine: MiningConfig | None = None
     """Find negatives for the rows that have none."""
     norquad: HubSource | None = None
@@ -345,7 +345,7 @@ class LocalSource(Section):
     max_samples: Positive | None = None
     """Use a random sample of this many rows."""
     eval_rows: Count = 200
-    """Rows held out for the evaluation loss, where there is no eval_split."""
+    """Rows held out for the evaluation loss, where there is no eval_split; none shares a text with training."""
     mine: MiningConfig | None = None
     """Find negatives for the rows that have none."""
 

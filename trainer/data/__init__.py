@@ -1,5 +1,7 @@
 """Loads the data sets of a config: clean rows, triplets apart from pairs, held-out rows, and the batch order."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -13,8 +15,9 @@ from trainer.beir import SearchSet, files_beside, has_split, is_beir, read_searc
 from trainer.config import Config, ConfigError
 from trainer.data.batches import MixedBatches, Mixture, NoDuplicateBatches, batch_sizes, text_ids
 from trainer.data.forward_passes import ForwardPasses, forward_passes_of, padding
+from trainer.data.held_out import hold_out
 from trainer.data.mining import fill_negatives
-from trainer.data.rows import LABEL, ROLES, Rows, fingerprint
+from trainer.data.rows import LABEL, ROLES, fingerprint
 from trainer.data.sources import LoadedSource, mining_of, sample, sources_of
 from trainer.data.tokens import PLACE, TokenCollator, Tokeniser, TokenRows, folder_of_tokens, static_routes
 from trainer.distributed import processes
@@ -54,6 +57,7 @@ class SetSummary:
     eval_rows: int
     languages: dict[str, int]
     left_out: dict[str, int]
+    eval_left_out: dict[str, int]
     revisions: dict[str, str | None]
     fingerprint: str
     mined: dict[str, int | str] = field(default_factory=dict)
@@ -227,16 +231,29 @@ def load_data(config: Config, missing: dict[str, HubUnreachable] | None = None) 
     With `missing`, sets that need the hub are noted there and left out: for the plan, never for training.
     """
     data = TrainingData(DatasetDict(), DatasetDict(), {}, {})
+    sources: dict[str, LoadedSource] = {}
     for name, load in sources_of(config.datasets).items():
-        try:
-            _add_set(data, name, load(), config)
-        except HubUnreachable as error:
-            if missing is None:
-                raise
-            missing[name] = error
+        with _noting(name, missing):
+            sources[name] = _usable(name, load(), config)
+    if sources:
+        hold_out(list(sources.values()), config.training.seed)
+    for name, source in sources.items():
+        with _noting(name, missing):
+            _add_set(data, name, source, config)
     for folder in config.evaluation.search:
         data.add_search(_search_folder(folder))
     return data
+
+
+@contextlib.contextmanager
+def _noting(name: str, missing: dict[str, HubUnreachable] | None) -> Iterator[None]:
+    """Note a set that needs the hub, where there is a place for it."""
+    try:
+        yield
+    except HubUnreachable as error:
+        if missing is None:
+            raise
+        missing[name] = error
 
 
 def _search_folder(folder: str) -> SearchSet:
@@ -248,21 +265,23 @@ def _search_folder(folder: str) -> SearchSet:
     return found
 
 
-def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config) -> None:
-    """Split one source into training and held-out rows, and both into triplets and pairs."""
-    seed = config.training.seed
-    rows, held_out = source.rows, source.eval_rows
-    if not len(rows):
+def _usable(name: str, source: LoadedSource, config: Config) -> LoadedSource:
+    """A source with as many rows as are asked for. Raises ConfigError when it has none."""
+    if not len(source.rows):
         reasons = ", ".join(f"{count} {reason}" for reason, count in source.rows.left_out.items())
         raise ConfigError(f"datasets.{name}: no rows to train on{f' ({reasons})' if reasons else ''}")
+    if mining_of(config.datasets, name):
+        source.everything = [part.table for part in (source.rows, source.eval_rows) if part is not None]
     if source.max_samples:
-        rows = sample(rows, source.max_samples, seed)
-    if held_out is None:
-        rows, held_out = _hold_out(rows, source.hold_out, seed)
-    mined = {}
+        source.rows = sample(source.rows, source.max_samples, config.training.seed)
+    return source
+
+
+def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config) -> None:
+    """Mine a source's missing negatives, and split its rows, those held out too, into triplets and pairs."""
+    rows, held_out, mined = source.rows, source.eval_rows, {}
     if mining := mining_of(config.datasets, name):
-        everything = [part.table for part in (source.rows, source.eval_rows) if part is not None]
-        rows, mined = fill_negatives(name, rows, everything, mining, config.model)
+        rows, mined = fill_negatives(name, rows, source.everything, mining, config.model)
     halves = _split(name, rows.table)
     data.halves[name] = list(halves)
     data.train.update({half: Dataset(table) for half, table in halves.items()})
@@ -284,6 +303,7 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
         triplets=triplets,
         pairs=len(rows) - triplets,
         eval_rows=len(held_out) if held_out is not None else 0,
+        eval_left_out=dict(+held_out.left_out) if held_out is not None else {},
         languages=rows.languages,
         left_out=dict(rows.left_out),
         revisions=source.revisions,
@@ -291,16 +311,6 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
         mined=mined,
         notes=list(reading.lines()),
     )
-
-
-def _hold_out(rows: Rows, size: int, seed: int) -> tuple[Rows, Rows | None]:
-    """A random tenth of the rows, at most `size`, for the evaluation loss."""
-    size = min(size, len(rows) // 10)
-    if size == 0:
-        return rows, None
-    order = np.random.default_rng([seed, 1]).permutation(len(rows))
-    held_out = rows.take(np.sort(order[:size]))
-    return rows.take(np.sort(order[size:]), **{"held out for the evaluation loss": size}), held_out
 
 
 def _split(name: str, table: pa.Table) -> dict[str, pa.Table]:

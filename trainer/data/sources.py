@@ -33,10 +33,12 @@ QUICKSTART_SETS = {"nli": TRIPLET, "scandi_qa": QA, "ddsc": DDSC}
 
 @dataclass
 class LoadedSource:
-    """One data set as it came: rows to train on, rows for the evaluation loss (None: hold some out), and searches."""
+    """One data set: rows to train on, rows for the evaluation loss (None: hold some out), and searches."""
 
     rows: Rows
     eval_rows: Rows | None = None
+    everything: list[pa.Table] = field(default_factory=list)
+    """All of its rows, where negatives are mined: they say what answers a query."""
     hold_out: int = 0
     max_samples: int | None = None
     search: SearchSet | None = None
