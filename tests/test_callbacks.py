@@ -131,6 +131,7 @@ def column(lengths, **task):
 
 def test_padding_is_counted_where_it_costs_something():
     throughput = Throughput(static_routes={"query"})
+    throughput.restart()
     throughput.add([column([1, 5], task="query"), column([2, 8], task="document"), column([3, 4], task="document")])
     # 16 and 8 positions for 10 and 7 tokens of documents
     assert throughput.read()["padding_share"] == pytest.approx(7 / 24)
@@ -140,5 +141,45 @@ def test_padding_is_counted_where_it_costs_something():
     throughput.add([column([3, 3])])
     assert throughput.read()["padding_share"] == 0  # of this interval
     everything = Throughput()
+    everything.restart()
     everything.add([column([1, 5]), column([2, 8])])
     assert everything.read()["padding_share"] == pytest.approx(10 / 26)
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_the_time_of_evaluating_and_saving_is_none_of_the_steps():
+    clock = Clock()
+    throughput = Throughput(clock=clock)
+    throughput.restart()
+    for _ in range(2):
+        throughput.add([column([3, 5])])
+        clock.now += 2
+        with throughput.paused():
+            clock.now += 1000
+    assert throughput.read()["samples_per_second"] == 4 / 4
+    throughput.restart()
+    throughput.add([column([3, 5])])
+    clock.now += 1
+    with pytest.raises(KeyboardInterrupt), throughput.paused():
+        clock.now += 1000
+        raise KeyboardInterrupt
+    throughput.settle()
+    assert (throughput.total_seconds, throughput.total_rows) == (5, 6)
+
+
+def test_before_the_first_step_no_time_is_counted():
+    clock = Clock()
+    throughput = Throughput(clock=clock)
+    with throughput.paused():
+        clock.now += 10
+    clock.now += 10
+    throughput.settle()
+    assert throughput.total_seconds == 0

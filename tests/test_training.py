@@ -444,11 +444,38 @@ def test_a_device_that_is_not_here_is_named():
         choose_device(config)
 
 
+def test_neither_evaluating_nor_saving_takes_time_of_the_steps(tiny, monkeypatch):
+    from trainer import evaluators, loop
+
+    slept = []
+
+    def slow(function):
+        def slower(*args, **kwargs):
+            slept.append(0.5)
+            time.sleep(slept[-1])
+            return function(*args, **kwargs)
+
+        return slower
+
+    monkeypatch.setattr(evaluators.SearchEvaluator, "__call__", slow(evaluators.SearchEvaluator.__call__))
+    monkeypatch.setattr(loop, "seal", slow(loop.seal))
+    loaded = load_config(tiny, ("training.max_steps=2", "training.eval_steps=1", "training.save_steps=1"))
+    start = time.perf_counter()
+    train(loaded, Run.create(loaded), say=lambda line: None)
+    seconds, found = time.perf_counter() - start, manifest(tiny.parent)
+    assert len(slept) == 4 + 2  # scored before, twice between, and after; two checkpoints
+    assert 0 < found["train_seconds"] < found["total_seconds"] - sum(slept)
+    assert found["total_seconds"] == pytest.approx(seconds, abs=0.5)
+    assert found["rows_trained"] / found["samples_per_second"] == pytest.approx(found["train_seconds"], abs=0.01)
+
+
 def test_the_verdict_names_no_score_where_nothing_was_searched():
     from trainer.train import verdict
 
-    manifest = {"train_seconds": 125.4, "samples_per_second": 12.34, "padding_share": 0.082, "peak_memory_gib": 1.25}
-    assert verdict({}, {}, None, manifest) == "verdict   2 min 5 s, 12.3 samples/s, 8% padding, peak memory 1.2 GiB"
+    manifest = {"train_seconds": 125.4, "total_seconds": 190.0, "samples_per_second": 12.34, "padding_share": 0.082}
+    assert verdict({}, {}, None, manifest | {"peak_memory_gib": 1.25}) == (
+        "verdict   2 min 5 s of steps (3 min 10 s in all), 12.3 samples/s, 8% padding, peak memory 1.2 GiB"
+    )
 
 
 def write_rows(folder, text="hva er"):

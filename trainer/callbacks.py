@@ -30,31 +30,49 @@ PROBES = (
 
 
 class Throughput:
-    """Rows and tokens that went through the model in all processes, and padding with them: in the current interval, and in
-    all.
+    """Rows and tokens that went through the model in all processes, padding with them, and the seconds it took: in the
+    current interval, and in all.
 
     `restart` and `read` are called by every process at the same steps.
     """
 
-    def __init__(self, static_routes: Collection[str] = ()):
+    def __init__(self, static_routes: Collection[str] = (), clock: Callable[[], float] = time.perf_counter):
         """static_routes: tasks whose texts do not go through the network, where padding costs nothing."""
-        self.static_routes = static_routes
+        self.static_routes, self.clock = static_routes, clock
         self.total_rows = self.total_tokens = self.total_encoded = self.total_padding = 0
-        self.restart()
+        self.total_seconds = self.seconds = 0.0
+        self.since: float | None = None  # the clock stands still until `restart`
+        self.rows, self.positions, self.tokens, self.encoded = 0, 0, [], []
 
     def restart(self) -> None:
         """Count what was seen towards the totals, and start a new interval."""
         self.settle()
-        self.start = time.perf_counter()
+        self.since = self.clock()
 
     def settle(self) -> None:
         """Count what was seen towards the totals."""
-        rows, tokens, encoded, positions = self._seen() if hasattr(self, "rows") else (0, 0, 0, 0)
+        rows, tokens, encoded, positions = self._seen()
         self.total_rows += rows
         self.total_tokens += tokens
         self.total_encoded += encoded
         self.total_padding += positions - encoded
         self.rows, self.positions, self.tokens, self.encoded = 0, 0, [], []
+        self.total_seconds += self.elapsed()
+        self.seconds, self.since = 0.0, None if self.since is None else self.clock()
+
+    def elapsed(self) -> float:
+        """Seconds of the current interval."""
+        return self.seconds + (0.0 if self.since is None else self.clock() - self.since)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done in here, evaluating or saving, takes no time of the steps."""
+        was_running = self.since is not None
+        self.seconds, self.since = self.elapsed(), None
+        try:
+            yield
+        finally:
+            self.since = self.clock() if was_running else None
 
     def _seen(self) -> tuple[int, int, int, int]:
         tokens, encoded = (int(sum(counts)) for counts in (self.tokens, self.encoded))
@@ -75,7 +93,7 @@ class Throughput:
 
     def read(self) -> dict[str, float]:
         """Rows (samples) and tokens per second of the current interval, and which share of the positions was padding."""
-        seconds = time.perf_counter() - self.start
+        seconds = self.elapsed()
         rows, tokens, encoded, positions = self._seen()
         return {
             "samples_per_second": rows / seconds,
@@ -152,13 +170,12 @@ class TensorBoardLog(TrainerCallback):
                 self.writer.add_scalar(f"{group}/{key}", value, state.global_step)
 
     def on_evaluate(self, args, state: TrainerState, control, model: SparseEncoder | None = None, **kwargs) -> None:
-        """Top terms of the probe sentences; time spent evaluating does not count as training time."""
+        """Top terms of the probe sentences."""
         writer = self._open(state)
         if writer and self.probes and self.last_panel != state.global_step:  # called once for every set
             self.last_panel = state.global_step
             if (text := top_terms(model, self.probes)) is not None:
                 writer.add_text("top terms", text, state.global_step)
-        self.throughput.restart()
 
     def on_train_end(self, args, state: TrainerState, control, **kwargs) -> None:
         """Close the file."""

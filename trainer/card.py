@@ -223,12 +223,18 @@ def settings_of(config: Config, manifest: dict[str, Any]) -> dict[str, str]:
         "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "float32",
         "seed": str(manifest.get("seed")),
         "hardware": manifest.get("device", "unknown"),
-        "time": duration(manifest["train_seconds"]) if "train_seconds" in manifest else "",
+        "time": times_of(manifest),
         "speed": f"{manifest['samples_per_second']:.1f} rows/s" if "samples_per_second" in manifest else "",
         "peak memory": f"{manifest['peak_memory_gib']:.1f} GiB" if "peak_memory_gib" in manifest else "",
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.get("packages", {}).items()),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def times_of(manifest: dict[str, Any]) -> str:
+    """How long the steps took, and all of the training."""
+    total = f" of steps, {duration(manifest['total_seconds'])} in all" if "total_seconds" in manifest else ""
+    return duration(manifest["train_seconds"]) + total if "train_seconds" in manifest else ""
 
 
 def evaluation_table(name: str, measured: Measured) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """SparseEncoderTrainer with our batches, a stop on a non-finite loss, and a best checkpoint that is really loaded."""
 
+import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import DatasetDict
@@ -19,6 +22,17 @@ from trainer.data import MixedBatches, NoDuplicateBatches, TokenCollator, Traini
 from trainer.device import give_back_unused_memory
 from trainer.distributed import from_all, from_first, is_first, keep_smallest, processes
 from trainer.models import keep_code
+
+
+def between_steps(method: Callable) -> Callable:
+    """A method of SparseTrainer whose time is none of the steps'."""
+
+    @functools.wraps(method)
+    def untimed(self: "SparseTrainer", *args, **kwargs) -> Any:
+        with self.throughput.paused():
+            return method(self, *args, **kwargs)
+
+    return untimed
 
 
 class SparseTrainer(SparseEncoderTrainer):
@@ -116,6 +130,7 @@ class SparseTrainer(SparseEncoderTrainer):
             metrics["eval_loss"] = sum(losses) / sum(rows.values())
         return metrics
 
+    @between_steps
     def _evaluate(self, *args, **kwargs) -> dict[str, float]:
         """An evaluation that a signal ends gives no scores, and a checkpoint is saved at once."""
         try:
@@ -141,6 +156,7 @@ class SparseTrainer(SparseEncoderTrainer):
         """Where the library writes its checkpoint-N: aside, under the checkpoints, never under the name they have."""
         return str(Path(self.args.output_dir) / ASIDE)
 
+    @between_steps
     def _save_checkpoint(self, model, trial) -> None:
         """A checkpoint appears whole: written aside, sealed, flushed, renamed. Then the oldest go. One process writes."""
         place = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
@@ -179,6 +195,7 @@ class SparseTrainer(SparseEncoderTrainer):
         if self.schedule is not None:
             self.schedule.save(Path(output_dir or self.args.output_dir))
 
+    @between_steps
     def _load_best_model(self) -> None:
         if self.state.global_step < self.state.max_steps:
             return  # asked to stop: what matters is the checkpoint just written

@@ -46,6 +46,7 @@ PUBLIC = (
     "before",
     "after",
     "train_seconds",
+    "total_seconds",
     "rows_trained",
     "tokens_trained",
     "samples_per_second",

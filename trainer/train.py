@@ -85,7 +85,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
 
     Raises ConfigError for what the user can mend, NonFiniteLoss, and Stopped after Ctrl-C or SIGTERM.
     """
-    config = loaded.config
+    config, start = loaded.config, time.perf_counter()
     if not is_first():
         say = silent
     with StopOnSignal() as stop:
@@ -175,7 +175,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
                 stop,
             ],
         )
-        ledger = Ledger(run, throughput, watchdog, device)
+        ledger = Ledger(run, throughput, watchdog, device, start)
         with ledger.counting(trainer, config, data):
             if checkpoint and step_of(checkpoint) >= schedule.steps:  # the library would train one step more
                 trainer.finish_from(checkpoint)
@@ -192,6 +192,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         after = _score(model, evaluator, run, "after", say)
         run.update(
             status="finished",
+            total_seconds=ledger.total_seconds(),
             best_checkpoint=trainer.state.best_model_checkpoint,
             best_metric={"name": best_metric, "value": trainer.state.best_metric},
             **({"sparsity": weights.summary()} if weights and weights.controllers else {}),
@@ -293,9 +294,14 @@ def check_same_batches(config: Config, run: Run, say: Say) -> None:
 class Ledger:
     """Adds what this process trained to what earlier ones did before a resume, in the manifest."""
 
-    def __init__(self, run: Run, throughput: Throughput, watchdog: Watchdog, device: str):
+    def __init__(self, run: Run, throughput: Throughput, watchdog: Watchdog, device: str, start: float):
+        """start: when this process began with the run."""
         self.run, self.throughput, self.watchdog, self.device = run, throughput, watchdog, device
-        self.start = time.perf_counter()
+        self.start, self.seconds_before = start, run.manifest.get("total_seconds", 0.0)
+
+    def total_seconds(self) -> float:
+        """How long the run took until now: data, scoring, evaluation and saving included."""
+        return round(self.seconds_before + time.perf_counter() - self.start, 2)
 
     @contextlib.contextmanager
     def counting(self, trainer: SparseTrainer, config: Config, data: TrainingData) -> Iterator[None]:
@@ -309,27 +315,28 @@ class Ledger:
             self._close(came_to_an_end, steps_done=trainer.state.global_step, datasets=data.manifest())
 
     def _close(self, came_to_an_end: bool, **values: Any) -> None:
-        """Write the totals: seconds (evaluation included), rows, tokens, their rates, peak memory, warnings.
+        """Write the totals: seconds of the steps and of all, rows, tokens, their rates, peak memory, warnings.
 
         After a failure the other processes are gone, so what was trained since the last log line is not counted.
         """
         if came_to_an_end or processes() == 1:
             self.throughput.settle()
         known = self.run.manifest
-        seconds = known.get("train_seconds", 0.0) + time.perf_counter() - self.start
+        seconds = known.get("train_seconds", 0.0) + self.throughput.total_seconds
         rows = known.get("rows_trained", 0) + self.throughput.total_rows
         tokens = known.get("tokens_trained", 0) + self.throughput.total_tokens
         encoded = known.get("tokens_encoded", 0) + self.throughput.total_encoded
         padding = known.get("padding_encoded", 0) + self.throughput.total_padding
         self.run.update(
             train_seconds=round(seconds, 2),
+            total_seconds=self.total_seconds(),
             rows_trained=rows,
             tokens_trained=tokens,
             tokens_encoded=encoded,
             padding_encoded=padding,
             padding_share=round(padding / max(encoded + padding, 1), 4),
-            samples_per_second=round(rows / seconds, 2),
-            tokens_per_second=round(tokens / seconds, 1),
+            samples_per_second=round(rows / seconds, 2) if seconds else 0.0,
+            tokens_per_second=round(tokens / seconds, 1) if seconds else 0.0,
             peak_memory_gib=round(max(known.get("peak_memory_gib", 0.0), peak_memory_gib(self.device)), 3),
             warnings=known.get("warnings", []) + self.watchdog.warnings,
             **values,
@@ -383,7 +390,8 @@ def verdict(before: dict, after: dict, evaluator: SearchEvaluator | None, manife
         documents = fmean(after[f"{name}_document_active_dims"] for name in evaluator.parts)
         parts.append(f"active dims {queries:.0f} per query and {documents:.0f} per document")
     parts.append(
-        f"{duration(manifest['train_seconds'])}, {manifest['samples_per_second']:.1f} samples/s, "
+        f"{duration(manifest['train_seconds'])} of steps ({duration(manifest['total_seconds'])} in all), "
+        f"{manifest['samples_per_second']:.1f} samples/s, "
         f"{manifest['padding_share']:.0%} padding, "
         f"peak memory {manifest['peak_memory_gib']:.1f} GiB"
     )
