@@ -275,6 +275,11 @@ def test_a_run_goes_on_with_packed_or_padded_texts_as_it_began(tmp_path, flash, 
     says = "this run packed its texts, and cannot here: training is on cpu. Go on where it began: on CUDA"
     with pytest.raises(ConfigError, match=says):
         choose_attention(model, config, "cpu", packed=True)
+    in_32_bits = config.model_copy(update={"training": config.training.model_copy(update={"bf16": False})})
+    with pytest.raises(
+        ConfigError, match=r"and cannot here: training.bf16 is off. Go on where it began: on CUDA, in 16 bits"
+    ):
+        choose_attention(model, in_32_bits, "cuda", packed=True)
     # nothing is compared: weights change in training, and with them how much rounding matters
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", seen_by_all)
     assert choose_attention(model, config, "cuda", packed=True)[0].model.packs_texts

@@ -22,8 +22,8 @@ from trainer.data import NoDuplicateBatches, batch_sizes, load_data
 from trainer.device import choose_device
 from trainer.launch import exit_status
 from trainer.plan import data_lines, schedule_of
+from trainer.resume import check_same_batches
 from trainer.run import Run
-from trainer.train import check_same_batches
 
 QUICKSTART = ROOT / "trainer" / "data" / "quickstart"
 

@@ -388,7 +388,10 @@ SparseEncoderTrainer.compute_loss = poisoned
 def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tiny):
     result = run_python(tiny.parent, NAN_AT_STEP_4)
     assert result.returncode == 2
-    assert "Error: the loss became NaN at step 4. The last checkpoint is as good as it was." in result.stderr
+    assert result.stderr.endswith(
+        "Error: the loss became NaN at step 4. The last checkpoint is as good as it was. Go on from it with a rate lower "
+        "than 0.001: make resume CONFIG=tiny.yaml SET=training.learning_rate=0.0001\n"
+    )
     run = tiny.parent / RUN
     found = manifest(tiny.parent)
     assert found["status"] == "failed"
@@ -529,7 +532,8 @@ def test_resume_remembers_overrides_takes_over_changed_keys_and_says_so(trained)
     resumed = run_trainer(trained, "train", "tiny.yaml", "--name", "b", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert "changed   training.logging_steps: 1 → 2" in resumed.stdout
-    assert "max_steps" not in resumed.stdout
+    assert "changed   training.max_steps" not in resumed.stdout
+    assert "overrides training.max_steps=2 (given before; they go before the file)" in resumed.stdout
     found = manifest(trained, "models/b")
     assert (found["steps"], found["status"]) == (2, "finished")
 

@@ -219,6 +219,7 @@ def settings_of(config: Config, manifest: dict[str, Any]) -> dict[str, str]:
         ),
         "penalty": loss.penalty if loss.type == "splade" and loss.penalty != "flops" else "",
         "regulariser weights": ", ".join(f"{side} {value:g}" for side, value in weights.items() if value is not None),
+        "changed on the way": changes_on_the_way(manifest),
         "data order": config.datasets.sampling_strategy.replace("_", " "),
         "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "float32",
         "seed": str(manifest.get("seed")),
@@ -235,6 +236,21 @@ def times_of(manifest: dict[str, Any]) -> str:
     """How long the steps took, and all of the training."""
     total = f" of steps, {duration(manifest['total_seconds'])} in all" if "total_seconds" in manifest else ""
     return duration(manifest["train_seconds"]) + total if "train_seconds" in manifest else ""
+
+
+def changes_on_the_way(manifest: dict[str, Any]) -> str:
+    """What resumes changed of how the run trained, and after which step: the other settings are those of its end."""
+    found = [
+        (change["step"], change["key"], [_public(change[end]) for end in ("from", "to")])
+        for change in manifest.get("changes", [])
+        if change["key"].startswith(("training.", "loss.", "processes"))
+    ]
+    return "; ".join(f"after step {step}: {key} {old} → {new}" for step, key, (old, new) in found)
+
+
+def _public(value: Any) -> str:
+    """A changed key's value, without the path of a file; a section only as being there."""
+    return "given" if isinstance(value, dict) else _cell(public_name(value) if isinstance(value, str) else value)
 
 
 def evaluation_table(name: str, measured: Measured) -> dict[str, Any]:

@@ -168,7 +168,9 @@ def _open_run(
     run = None
     if is_first() and resume:
         run = Run.open(loaded, name)
-        overrides = (*run.manifest.get("overrides", ()), *overrides)
+        if earlier := run.manifest.get("overrides"):
+            click.echo(f"overrides {' '.join(earlier)} (given before; they go before the file)")
+            overrides = (*earlier, *overrides)
         loaded = load_config(file, overrides)
         run.go_on_with(loaded, overrides, click.echo)
     elif is_first():
@@ -208,9 +210,11 @@ def _train(loaded: LoadedConfig, run: "Run", resume: bool, again: str) -> None:
         interrupt(interrupted)
     except NonFiniteLoss as error:
         ended("failed", error)
+        rate = loaded.config.training.learning_rate
+        option = "SET=" if again.startswith("make") else "--set "
         raise ConfigError(
-            f"{error}. The last checkpoint is as good as it was. "
-            f"Set a lower training.learning_rate in {loaded.file}, then go on: {again}"
+            f"{error}. The last checkpoint is as good as it was. Go on from it with a rate lower than {rate:g}: "
+            f"{again} {option}training.learning_rate={rate / 10:g}"
         ) from None
     except Exception as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # what broke while the interrupt was on its way out

@@ -1,6 +1,7 @@
 """SparseEncoderTrainer with our batches, a stop on a non-finite loss, and a best checkpoint that is really loaded."""
 
 import functools
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,23 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from trainer.callbacks import EvaluationCut, NonFiniteLoss, StopOnSignal, Throughput
-from trainer.checkpoints import ASIDE, PREFIX, put_in_place, remove_oldest, require_unchanged, seal, written_aside
+from trainer.checkpoints import (
+    ASIDE,
+    PREFIX,
+    put_in_place,
+    remove_oldest,
+    require_unchanged,
+    seal,
+    step_of,
+    written_aside,
+)
 from trainer.config import Config
 from trainer.control import WeightSchedule
 from trainer.data import MixedBatches, NoDuplicateBatches, TokenCollator, TrainingData, forward_passes_of
 from trainer.device import give_back_unused_memory
 from trainer.distributed import from_all, from_first, is_first, keep_smallest, processes
 from trainer.models import keep_code
+from trainer.progress import Progress
 
 
 def between_steps(method: Callable) -> Callable:
@@ -46,12 +57,16 @@ class SparseTrainer(SparseEncoderTrainer):
         throughput: Throughput,
         stop: StopOnSignal,
         run_id: str,
+        progress: Progress,
+        chosen_by: dict[str, Any],
         schedule: WeightSchedule | None = None,
         **kwargs,
     ):
-        """data: what train_dataset and eval_dataset are the texts of; schedule: the penalties' weights, if any."""
+        """data: what train_dataset and eval_dataset are the texts of; progress: where training begins; chosen_by: what the
+        best checkpoint is chosen by; schedule: the penalties' weights, if any."""
         self.data, self.config, self.throughput = data, config, throughput
         self.stop, self.run_id, self.schedule = stop, run_id, schedule
+        self.progress, self.chosen_by = progress, chosen_by
         if schedule is not None:
             kwargs["callbacks"] = [schedule, *kwargs.get("callbacks", ())]
         super().__init__(*args, **kwargs)
@@ -91,6 +106,48 @@ class SparseTrainer(SparseEncoderTrainer):
             persistent_workers=loader.persistent_workers,
             prefetch_factor=loader.prefetch_factor,
         )
+
+    def set_initial_training_values(self, args, dataloader: DataLoader) -> tuple[int, ...]:
+        """The library's, but for epochs and steps, of which it knows only those of a run that never changed its batches."""
+        _, *others, _ = super().set_initial_training_values(args, dataloader)
+        steps = self.progress.steps
+        return (math.ceil(self.progress.place_at(steps) / self.progress.steps_per_epoch), *others, steps)
+
+    def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, checkpoint, trial) -> tuple[int, int]:
+        """The library takes eval_steps, save_steps and logging_steps from the checkpoint, and its step for its place."""
+        found = super()._init_training_state(max_steps, per_epoch, epochs, checkpoint, trial)
+        if checkpoint is None:
+            return found
+        self.state.compute_steps(self.args, max_steps)
+        self._forget_best_that_cannot_be_compared()
+        epoch, steps = divmod(self.progress.place_at(self.state.global_step), per_epoch)
+        return epoch, steps * self.args.gradient_accumulation_steps
+
+    def _forget_best_that_cannot_be_compared(self) -> None:
+        """Choose anew from here on where the best so far was chosen by something else, or has no checkpoint."""
+        state, best = self.state, self.state.best_model_checkpoint
+        has_checkpoint = best is not None and step_of(Path(best)) == state.best_global_step
+        if not has_checkpoint or not self.progress.is_comparable(self.chosen_by):
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Moments and the step come from the checkpoint; rates, weight decay and the rest of the settings do not."""
+        settings = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        scheduler = self.lr_scheduler
+        for group, own, share in zip(self.optimizer.param_groups, settings, scheduler.lr_lambdas, strict=True):
+            group.update(own, lr=own["initial_lr"] * share(scheduler.last_epoch))
+        scheduler.base_lrs = [own["initial_lr"] for own in settings]
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """The library loads it even where the run goes on without fp16."""
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
 
     def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
         """With several processes and a resumed epoch, the library's wrappers do not pass the epoch on to our order."""
@@ -144,11 +201,14 @@ class SparseTrainer(SparseEncoderTrainer):
                 empty.rmdir()
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
-        return super()._determine_best_metric(metrics, trial) if metrics else False
+        """The best is the best of those that are saved; the library remembers scores of steps without a checkpoint."""
+        return super()._determine_best_metric(metrics, trial) if metrics and self.control.should_save else False
 
     def finish_from(self, checkpoint: Path) -> None:
         """Take over a checkpoint at the last step, where nothing is left to train."""
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.state.max_steps = self.progress.steps
+        self._forget_best_that_cannot_be_compared()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
 
@@ -191,9 +251,12 @@ class SparseTrainer(SparseEncoderTrainer):
         if not is_first():
             return
         super()._save(output_dir, state_dict)
-        keep_code(Path(output_dir or self.args.output_dir))
+        folder = Path(output_dir or self.args.output_dir)
+        keep_code(folder)
+        self.progress.count(self.state.global_step)
+        self.progress.save(folder, self.chosen_by)
         if self.schedule is not None:
-            self.schedule.save(Path(output_dir or self.args.output_dir))
+            self.schedule.save(folder)
 
     @between_steps
     def _load_best_model(self) -> None:

@@ -1,6 +1,5 @@
 """The plan of a run, in words: what will be trained on what, for how long, with how much memory, and where it goes."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,6 +25,7 @@ from trainer.models import (
     plan_attention,
     vocabulary_of,
 )
+from trainer.progress import Progress
 from trainer.prompts import prompt_lines
 from trainer.run import MODELS
 from trainer.sparsity import BatchStatistics
@@ -43,20 +43,14 @@ class Schedule:
     epochs: float
 
 
-def schedule_of(config: Config, data: TrainingData, stopped_at: int | None = None) -> Schedule:
+def schedule_of(config: Config, data: TrainingData, progress: Progress | None = None) -> Schedule:
     """Steps as transformers' Trainer counts them; notes in the data's summaries how many rows they draw.
 
-    stopped_at: count the rows up to this step instead.
+    progress: of a run that goes on.
     """
-    training = config.training
-    mixture = data.mixture(config)
-    per_epoch = max(math.ceil(len(mixture) / training.gradient_accumulation_steps), 1)
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
-    full, rest = divmod(steps if stopped_at is None else stopped_at, per_epoch)
-    data.count_rows(
-        config, mixture, full * len(mixture) + min(rest * training.gradient_accumulation_steps, len(mixture))
-    )
-    return Schedule(steps, steps / per_epoch)
+    progress = progress or Progress(config, data)
+    progress.plan()
+    return Schedule(progress.steps, progress.place_at(progress.steps) / progress.steps_per_epoch)
 
 
 def data_lines(config: Config, data: TrainingData, schedule: Schedule) -> Iterator[str]:

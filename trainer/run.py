@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config, ConfigError, LoadedConfig, load_config, render
+from trainer.config import Config, ConfigError, LoadedConfig, load_config, render, why_refused
 from trainer.files import write_atomically
 
 MODELS = Path("models")
@@ -175,23 +175,34 @@ class Run:
     def go_on_with(self, loaded: LoadedConfig, overrides: Sequence[str], say: Callable[[str], None]) -> None:
         """Take over what was changed in the config (read with these overrides) since the run started, and say it.
 
-        Raises ConfigError when the model or the data changed: that would be another run.
+        Raises ConfigError when a key changed that keeps its value for the whole run: trainer/config/resume.py.
         """
         started = load_config(self.folder / "config.yaml").config
-        for path, old, new in differences(started.model_dump(), loaded.config.model_dump()):
-            dotted = ".".join(path)
-            if path[0] in ("model", "datasets"):
+        changed = list(differences(started.model_dump(), loaded.config.model_dump()))
+        for path, old, new in changed:
+            if reason := why_refused(path, old, new):
                 raise ConfigError(
-                    f"{loaded.where(*path)}: '{dotted}' was {old} when {self.folder} was started, and is {new} now. "
-                    "That is another run: copy the config under a new name"
+                    f"{loaded.where(*path)}: '{'.'.join(path)}' was {old} when {self.folder} was started, and is {new} "
+                    f"now. A resume cannot change it: {reason}. Put it back, or copy the config under a new name"
                 )
-            say(f"changed   {dotted}: {old} → {new}")
+        changes = [{"key": ".".join(path), "from": old, "to": new} for path, old, new in changed]
+        for change in changes:
+            say(f"changed   {change['key']}: {change['from']} → {change['to']}")
         self.manifest.pop("error", None)
+        self.manifest.setdefault("changes", []).extend(changes)
         try:
             self.update(status="starting", overrides=list(overrides))
             write_atomically(self.folder / "config.yaml", render(loaded))
         except OSError as error:
             raise cannot_be_written(self.folder, error) from None
+
+    def changes_from(self, step: int) -> list[dict[str, Any]]:
+        """The changes of keys so far with the step after which each holds, when training goes on from this one.
+
+        One that an earlier resume made later in the run holds from here, too; from step 0 on the run is another.
+        """
+        changes = self.manifest.get("changes", []) if step else []
+        return [change | {"step": min(change.get("step", step), step)} for change in changes]
 
     def is_empty(self) -> bool:
         """Whether the run ended before its first step, so that a new one loses nothing."""

@@ -25,7 +25,7 @@ from trainer.callbacks import (
     Throughput,
     Watchdog,
 )
-from trainer.checkpoints import best_of, newest_complete, put_in_place, remove_leftovers, require_unchanged, step_of
+from trainer.checkpoints import put_in_place, step_of
 from trainer.config import Config, ConfigError, LoadedConfig
 from trainer.control import WeightSchedule
 from trainer.csr import AutoencoderCare
@@ -64,7 +64,16 @@ from trainer.plan import (
     token_line,
     training_lines,
 )
+from trainer.progress import Progress
 from trainer.prompts import prompt_lines
+from trainer.resume import (
+    check_same_batches,
+    check_same_data,
+    check_steps_left,
+    what_best_is_chosen_by,
+    what_differs,
+    where_to_go_on,
+)
 from trainer.run import Run, duration
 from trainer.sparsity import BatchStatistics
 from trainer.teachers import teach
@@ -100,7 +109,11 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             base = None if checkpoint else fetch_base_model(config)  # first: it may not be trusted, and data is larger
             data = load_data(config)
         check_same_data(data, run)
-        schedule = schedule_of(config, data)
+        progress, step = Progress(config, data), step_of(checkpoint) if checkpoint else 0
+        if checkpoint:
+            progress.load(checkpoint, step, say)
+        schedule = schedule_of(config, data, progress)
+        check_steps_left(loaded, step, schedule.steps, say)
         for line in chain(data_lines(config, data, schedule), comparison_lines(config, data)):
             say(line)
 
@@ -123,6 +136,10 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
         evaluator = shared_evaluator(config, data, say)
         best_metric = f"eval_{SCORE}" if evaluator else "eval_loss" if data.eval else None
         say(f"result    {_which_checkpoint(config, best_metric)}")
+        chosen_by = what_best_is_chosen_by(config, evaluator, best_metric)
+        is_comparable = progress.is_comparable(chosen_by)
+        if not is_comparable and config.training.load_best_model_at_end:
+            say(f"          checkpoints up to step {step} do not count: {what_differs(progress.chosen_by, chosen_by)}")
         arguments = build_arguments(config, run, model, loss, device, best_metric=best_metric)
         run.update(
             status="running",
@@ -136,6 +153,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             packed_texts=config.model.packs_texts,
             rows_per_batch=config.training.per_device_train_batch_size * processes(),
             steps=schedule.steps,
+            changes=run.changes_from(step),
             **taught,
         )
 
@@ -143,8 +161,11 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             data.write_texts(run.training_texts)
 
         # 5. Score before training
-        before = run.manifest.get("before") if checkpoint else None  # all processes hold the same manifest
-        before = before or _score(model, evaluator, run, "before", say)
+        if checkpoint:  # the model before training is not here any more
+            before = run.manifest.get("before", {}) if is_comparable else {}  # all processes hold the same manifest
+            run.update(before=before)
+        else:
+            before = _score(model, evaluator, run, "before", say)
 
         # 6. Train
         throughput, watchdog = Throughput(static_routes(model)), Watchdog(statistics, say)
@@ -166,6 +187,8 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             throughput=throughput,
             stop=stop,
             run_id=run.id,
+            progress=progress,
+            chosen_by=chosen_by,
             schedule=weights,
             callbacks=[
                 *([care] if care else []),
@@ -176,8 +199,8 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
             ],
         )
         ledger = Ledger(run, throughput, watchdog, device, start)
-        with ledger.counting(trainer, config, data):
-            if checkpoint and step_of(checkpoint) >= schedule.steps:  # the library would train one step more
+        with ledger.counting(trainer):
+            if checkpoint and step == schedule.steps:  # the library would train one step more
                 trainer.finish_from(checkpoint)
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -245,16 +268,6 @@ def ready_model(
     return model, config
 
 
-def where_to_go_on(config: Config, run: Run, say: Say) -> Path | None:
-    """The checkpoint to resume from. Raises ConfigError now, not at the last step, when the best one is damaged."""
-    remove_leftovers(run.folder, run.checkpoints)
-    checkpoint = newest_complete(run.checkpoints, run.id, say)
-    best = best_of(checkpoint) if checkpoint and config.training.load_best_model_at_end else None
-    if best is not None:
-        require_unchanged(best, run.id)
-    return checkpoint
-
-
 def silent(line: str) -> None:
     """Say nothing: the first of several processes speaks for all."""
 
@@ -264,31 +277,6 @@ def shared_evaluator(config: Config, data: TrainingData, say: Say) -> SearchEval
     evaluator = build_evaluator(config, data.search, say) if is_first() else None
     is_there = from_first(evaluator is not None)
     return evaluator if is_first() else SearchEvaluator({}) if is_there else None
-
-
-def check_same_data(data: TrainingData, run: Run) -> None:
-    """Raise ConfigError when a resumed run would go on with other rows than it started with."""
-    for name, known in run.manifest.get("datasets", {}).items():
-        if name in data.summaries and data.summaries[name].fingerprint != known["fingerprint"]:
-            raise ConfigError(
-                f"the rows of data set '{name}' have changed since {run.folder} was started. "
-                "Put them back, or train anew under a new name"
-            )
-
-
-def check_same_batches(config: Config, run: Run, say: Say) -> None:
-    """Raise ConfigError when another number of processes would make a resumed run's batches larger or smaller."""
-    known, size = run.manifest, config.training.per_device_train_batch_size
-    earlier, rows = known.get("processes", processes()), known.get("rows_per_batch", size * processes())
-    if earlier == processes():
-        return
-    if rows != size * processes():
-        raise ConfigError(
-            f"{run.folder} was started with batches of {rows} rows in {earlier} process{'es' * (earlier > 1)}, and would "
-            f"go on with {processes()} × {size}. Start {earlier} again (PROCS, --processes), or set "
-            f'SET="training.per_device_train_batch_size={rows // processes()}"'
-        )
-    say(f"changed   processes: {earlier} → {processes()}, with the same batches")
 
 
 class Ledger:
@@ -304,15 +292,16 @@ class Ledger:
         return round(self.seconds_before + time.perf_counter() - self.start, 2)
 
     @contextlib.contextmanager
-    def counting(self, trainer: SparseTrainer, config: Config, data: TrainingData) -> Iterator[None]:
+    def counting(self, trainer: SparseTrainer) -> Iterator[None]:
         """Count the steps of the block, however it ends."""
         came_to_an_end = False
         try:
             yield
             came_to_an_end = True
         finally:
-            schedule_of(config, data, stopped_at=trainer.state.global_step)
-            self._close(came_to_an_end, steps_done=trainer.state.global_step, datasets=data.manifest())
+            if is_first():
+                trainer.progress.count(trainer.state.global_step)
+            self._close(came_to_an_end, steps_done=trainer.state.global_step, datasets=trainer.data.manifest())
 
     def _close(self, came_to_an_end: bool, **values: Any) -> None:
         """Write the totals: seconds of the steps and of all, rows, tokens, their rates, peak memory, warnings.
@@ -385,7 +374,8 @@ def verdict(before: dict, after: dict, evaluator: SearchEvaluator | None, manife
     """The one line a user waits for."""
     parts = []
     if evaluator is not None:
-        parts.append(f"nDCG@10 {before[SCORE]:.3f} → {after[SCORE]:.3f}")
+        start = f"{before[SCORE]:.3f} → " if before else ""  # not where a resume changed the searches
+        parts.append(f"nDCG@10 {start}{after[SCORE]:.3f}")
         queries = fmean(after[f"{name}_query_active_dims"] for name in evaluator.parts)
         documents = fmean(after[f"{name}_document_active_dims"] for name in evaluator.parts)
         parts.append(f"active dims {queries:.0f} per query and {documents:.0f} per document")

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from trainer.config.checks import find_contradictions, is_commit, is_local
 from trainer.config.errors import ConfigError, did_you_mean, one_line
-from trainer.config.schema import FROM_SCRATCH, Config, LocalSource, is_revision
+from trainer.config.resume import why_refused
+from trainer.config.schema import FROM_SCRATCH, Config, is_revision, section_at
 from trainer.config.tree import MAX_DEPTH, Origin, Origins, Path_, is_file, merge, parse_value, read_file
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "load_config",
     "one_line",
     "render",
+    "why_refused",
 ]
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -194,29 +196,14 @@ def _quote(value: Any) -> str:
     return f"the text {text[:60]}" if isinstance(value, str) else text[:60]
 
 
-def _model_at(path: Path_) -> type[BaseModel] | None:
-    """The section's class that lives at a path of the config."""
-    model: type[BaseModel] = Config
-    for key in path:
-        field = model.model_fields.get(str(key))
-        if field is None:
-            return LocalSource if path[:1] == ("datasets",) and len(path) == 2 else None
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        found = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-        if not found:
-            return None
-        model = found[0]
-    return model
-
-
 def _keys_at(path: Path_) -> list[str]:
-    model = _model_at(path)
-    return list(model.model_fields) if model else []
+    section = section_at(path)
+    return list(section.model_fields) if section else []
 
 
 def _describe(path: Path_) -> str:
-    model = _model_at(path[:-1])
-    field = model.model_fields.get(str(path[-1])) if model else None
+    section = section_at(path[:-1])
+    field = section.model_fields.get(str(path[-1])) if section else None
     return " ".join((field.description or "a required section").split()) if field else "required"
 
 

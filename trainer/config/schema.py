@@ -1,6 +1,7 @@
 """Every key a config may hold, with its type, its default and what it means. Nothing else is accepted."""
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -453,3 +454,16 @@ class Config(Section):
     model_card: ModelCardConfig = ModelCardConfig()
     hardware: HardwareConfig = HardwareConfig()
     hub: HubConfig = HubConfig()
+
+
+def section_at(path: Sequence[str | int]) -> type[BaseModel] | None:
+    """The section's class that lives at a path of the config."""
+    section: type[BaseModel] = Config
+    for key in path:
+        field = section.model_fields.get(str(key))
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        found = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        if not found and (field or section is not DatasetsConfig):
+            return None
+        section = found[0] if found else LocalSource  # a data set of the user's own
+    return section

@@ -179,15 +179,24 @@ class TrainingData:
         }
         return TrainingData(DatasetDict(picked), DatasetDict(), self.halves, self.summaries, self.search)
 
-    def count_rows(self, config: Config, mixture: Mixture, batches: int) -> None:
-        """Note in the summaries how many rows the first batches of a run draw, and how many different ones."""
-        for (name, halves), counts in zip(self.halves.items(), mixture.drawn(batches), strict=True):
-            summary = self.summaries[name]
-            summary.rows_drawn = summary.rows_seen = 0
-            for number, half in enumerate(halves):
-                for batch, in_batch in enumerate(self._sizes(half, config)):
-                    summary.rows_drawn += in_batch * counts[number, batch]
-                    summary.rows_seen += in_batch * (counts[number, batch] > 0)
+    def rows_of(self, config: Config, mixture: Mixture, first: int, last: int) -> dict[str, tuple[int, int]]:
+        """How many rows of each set the batches of a run from number `first` up to `last` hold, and in how many different
+        batches' worth of rows."""
+        found = {}
+        for (name, halves), before, after in zip(
+            self.halves.items(), mixture.drawn(first), mixture.drawn(last), strict=True
+        ):
+            sizes = {
+                (number, batch): size
+                for number, half in enumerate(halves)
+                for batch, size in enumerate(self._sizes(half, config))
+            }
+            times = {batch: after[batch] - before[batch] for batch in sizes}
+            found[name] = (
+                sum(size * times[batch] for batch, size in sizes.items()),
+                sum(size for batch, size in sizes.items() if times[batch]),
+            )
+        return found
 
     def manifest(self) -> dict[str, dict]:
         """What the manifest keeps of every set."""

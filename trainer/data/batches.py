@@ -78,7 +78,7 @@ class NoDuplicateBatches(DefaultBatchSampler):
         self.ids = text_ids(dataset) if ids is None else ids
         self.lengths, self.window = lengths, window
         self.sizes = np.array(batch_sizes(self.rows, batch_size * processes, processes), dtype=int)
-        self._pass: tuple[int, list[np.ndarray]] | None = None
+        self._passes: dict[int, list[np.ndarray]] = {}
         # accelerate leaves out batches of another size than this, and ours differ by one
         self.batch_size = None
         if self.rows and not len(self.sizes):
@@ -94,10 +94,10 @@ class NoDuplicateBatches(DefaultBatchSampler):
             yield from slices(batch, self.processes)
 
     def batches(self, pass_number: int) -> list[np.ndarray]:
-        """Row numbers of every batch of a pass; the last pass asked for is remembered."""
-        if self._pass is None or self._pass[0] != pass_number:
-            self._pass = pass_number, self._batches(pass_number)
-        return self._pass[1]
+        """Row numbers of every batch of a pass; two passes are remembered, for loaders read ahead of what is counted."""
+        if pass_number not in self._passes:
+            self._passes = dict([*self._passes.items()][-1:]) | {pass_number: self._batches(pass_number)}
+        return self._passes[pass_number]
 
     def _batches(self, pass_number: int) -> list[np.ndarray]:
         rng = np.random.default_rng([self.seed, pass_number])
@@ -236,8 +236,8 @@ class Mixture:
         """Batches of one epoch."""
         return sum(self.sizes) if self.strategy == "proportional" else self.turns * len(self.groups)
 
-    def draws(self, epoch: int) -> Iterator[tuple[int, int, int, int]]:
-        """(group, half, pass, batch within the pass) of each batch of an epoch."""
+    def draws(self, epoch: int, first: int = 0) -> Iterator[tuple[int, int, int, int]]:
+        """(group, half, pass, batch within the pass) of each batch of an epoch, from number `first` on."""
         if self.strategy == "proportional":
             order = np.repeat(np.arange(len(self.groups)), self.sizes)
             np.random.default_rng([self.seed, epoch]).shuffle(order)
@@ -245,9 +245,18 @@ class Mixture:
         else:
             order = np.tile(np.arange(len(self.groups)), self.turns)
             taken = [epoch * self.turns] * len(self.groups)
-        for group in order.tolist():
+        taken = (taken + np.bincount(order[:first], minlength=len(taken))).tolist()
+        for group in order[first:].tolist():
             yield (group, *self._locate(group, taken[group]))
             taken[group] += 1
+
+    def between(self, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
+        """The draws of a run from batch number `first` up to `last`, which may be epochs later."""
+        while first < last:
+            epoch, place = divmod(first, len(self))
+            found = itertools.islice(self.draws(epoch, place), last - first)
+            yield from found
+            first += len(self) - place
 
     def _locate(self, group: int, number: int) -> tuple[int, int, int]:
         """(half, pass, batch within the half's pass) of batch `number` of a group."""

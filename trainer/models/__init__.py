@@ -91,11 +91,18 @@ def build_model(
 
 
 def load_model(folder: Path, config: Config, device: str) -> SparseEncoder:
-    """The encoder saved in a checkpoint, ready to go on training. Raises ConfigError when its code is missing or edited."""
+    """The encoder saved in a checkpoint, ready to go on training. Raises ConfigError when its code is missing or edited,
+    or when it cannot do what the config has asked of it since."""
     check_code(folder)
     trust = config.model.trust_remote_code
     with _loading(config):
         model = SparseEncoder(str(folder), trust_remote_code=trust, device=device, model_card_data=build_card(config))
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            _require_what_the_config_needs(module, config)
+        if isinstance(module, (Transformer, SparseStaticEmbedding)):
+            module.tokenizer.model_max_length = module.max_seq_length = config.training.max_seq_length
+    _require_room_behind_prompts(model, config)
     train_only_what_the_config_says(model, config)
     return model
 

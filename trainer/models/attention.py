@@ -120,7 +120,7 @@ def choose_attention(
         if reason is None:
             return chosen, _line(name)
     elif by_auto:
-        reason = f"training is on {device}"
+        reason = _why_padded(transformers, config) if device == "cuda" else f"training is on {device}"
     else:
         reason = _try_to_set(transformers, name)
         if reason is None:
@@ -129,7 +129,8 @@ def choose_attention(
         raise ConfigError(f"model.attention: {name} cannot be used: {reason}. Leave it at auto")
     if packed:
         raise ConfigError(
-            f"model.attention: this run packed its texts, and cannot here: {reason}. Go on where it began: on CUDA"
+            f"model.attention: this run packed its texts, and cannot here: {reason}. Go on where it began: on CUDA, in "
+            "16 bits"
         )
     return config, _own_line(transformers, reason) if chosen.model.packs_texts else line
 
