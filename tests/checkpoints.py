@@ -1,5 +1,6 @@
 """Small base models with random weights, written to a folder as from_pretrained expects them."""
 
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -43,6 +44,11 @@ SIZE = FromScratchConfig(
     intermediate_size=64,
     max_position_embeddings=64,
 )
+
+
+def nfd(texts: list[str]) -> list[str]:
+    """The texts as macOS and PDFs give them: a letter and its mark are two characters."""
+    return [unicodedata.normalize("NFD", text) for text in texts]
 
 
 def write_bert(folder: Path, bias: float = -1.0, pad_token: bool = True) -> Path:

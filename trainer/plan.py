@@ -20,6 +20,7 @@ from trainer.memory import memory_lines
 from trainer.models import (
     BaseModel,
     build_model,
+    composes_first,
     document_idf,
     fetch_base_model,
     plan_attention,
@@ -199,6 +200,18 @@ def model_lines(config: Config, base: BaseModel | None) -> Iterator[str]:
         yield f"code      {file}: {what}"
 
 
+def tokenizer_lines(model: SparseEncoder) -> Iterator[str]:
+    """A warning where texts come in one form of Unicode here, and users of the model may encode another."""
+    if composes_first(model.tokenizer):
+        return
+    fast = model.tokenizer.is_fast
+    why = "it was saved before tokenizers did so" if fast else "it is Python code, to which nothing can be added"
+    yield (
+        f"tokenizer does not bring texts into Unicode's form NFC: {why}. Who encodes with the model has to, or words with "
+        "å, ä and ö that were typed on a Mac match nothing"
+    )
+
+
 def head_line(config: Config, model: SparseEncoder, device: str) -> str:
     """Put the fused head into the model where config and model allow it, and say so. device: where training will be."""
     if not config.hardware.fused_head:
@@ -240,6 +253,7 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
         return
     model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), "cpu")
     yield f"          {vocabulary_of(model):,} dimensions, {sum(p.numel() for p in model.parameters()):,} parameters"
+    yield from tokenizer_lines(model)
     yield from prompt_lines(config.model, base.folder if base else None, model.prompts)
     try:
         config, line = plan_attention(model, config, device)

@@ -62,6 +62,7 @@ from trainer.plan import (
     schedule_of,
     sitting_out_lines,
     token_line,
+    tokenizer_lines,
     training_lines,
 )
 from trainer.progress import Progress
@@ -246,7 +247,8 @@ def ready_model(
         model = load_model(checkpoint, config, device)
     else:
         model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), device)
-    for line in (*model_lines(config, base), *prompt_lines(config.model, base.folder if base else None, model.prompts)):
+    prompts = prompt_lines(config.model, base.folder if base else None, model.prompts)
+    for line in chain(model_lines(config, base), tokenizer_lines(model), prompts):
         say(line)
     if config.loss.type == "splade":
         say(head_line(config, model, device))

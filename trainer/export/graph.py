@@ -4,7 +4,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from trainer.config import ConfigError
 from trainer.fused.model import unfuse
 
 
@@ -40,7 +42,17 @@ def modules_of(model: Any, route: str) -> list[nn.Module]:
 def document_tokenizer(model: Any) -> Tokenizer:
     """The tokenizer of documents, which cuts and pads as the model's own does."""
     first = modules_of(model, "document")[0]
-    tokenizer = Tokenizer.from_str(first.tokenizer.backend_tokenizer.to_str())
+    tokenizer = copy_of(first.tokenizer)
     tokenizer.enable_truncation(first.max_seq_length)
     tokenizer.enable_padding(pad_id=first.tokenizer.pad_token_id, pad_token=first.tokenizer.pad_token)
     return tokenizer
+
+
+def copy_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """What tokenizer.json holds. Raises ConfigError for a tokenizer in Python, which no engine can run."""
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"the model's tokenizer, {type(tokenizer).__name__}, is Python code, and this export needs one that a "
+            "tokenizer.json can hold. Export documents with TO=lucene, elasticsearch, qdrant, seismic or parquet"
+        )
+    return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

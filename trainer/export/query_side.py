@@ -8,6 +8,7 @@ import scipy.sparse as sp
 from tokenizers import Tokenizer
 
 from trainer.config import ConfigError
+from trainer.export.graph import copy_of
 from trainer.export.vectors import Encoder, nine_digits
 from trainer.models import static_embedding
 
@@ -32,7 +33,7 @@ def write_query_tokenizer(folder: Path, encoder: Encoder, *, for_lucene: bool) -
         if max(weights.values()) > LARGEST:
             raise ConfigError(f"a query weight is {max(weights.values()):.1f}; OpenSearch takes {LARGEST:.0f} at most")
         weights = {term: max(weight, SMALLEST) for term, weight in weights.items()}
-    tokenizer = Tokenizer.from_str(embedding.tokenizer.backend_tokenizer.to_str())
+    tokenizer = copy_of(embedding.tokenizer)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     if embedding.tokenizer.model_max_length < NO_LIMIT:

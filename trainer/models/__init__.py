@@ -25,6 +25,7 @@ from trainer.models.attention import choose_attention, in_any_precision, plan_at
 from trainer.models.card import build_card
 from trainer.models.compiled import compile_networks
 from trainer.models.heads import check_not_dense, decoder_of, silence_special_tokens
+from trainer.models.normalizers import compose_first, composes_first
 from trainer.models.queries import START_WEIGHTS, query_tokenizer, weights_of_idf
 from trainer.models.remote_code import BaseModel, check_code, check_weights, keep_code, with_own_code
 from trainer.models.scratch import build_from_scratch
@@ -35,6 +36,7 @@ __all__ = [
     "build_model",
     "choose_attention",
     "compile_networks",
+    "composes_first",
     "document_idf",
     "fetch_base_model",
     "in_any_precision",
@@ -188,6 +190,7 @@ def build_csr(config: Config, source: Path, documents: list[str]) -> list[nn.Mod
         )
     check_weights(dense[0].model, source, config.model.base_model)
     _require_what_the_config_needs(dense[0], config)
+    compose_first(dense.tokenizer)
     dense.max_seq_length = config.training.max_seq_length
     autoencoder = SparseAutoEncoder(
         input_dim=dense.get_embedding_dimension(),
@@ -217,6 +220,7 @@ def load_transformer(config: Config, source: Path) -> Transformer:
         )
     check_weights(transformer.model, source, config.model.base_model)
     _require_what_the_config_needs(transformer, config)
+    compose_first(transformer.tokenizer)
     decoder, words = decoder_of(transformer, config.model.base_model), len(transformer.tokenizer)
     # Vocabularies padded to a round number: the extra dimensions have no word, and query weights are saved one per token.
     if decoder.out_features != words:

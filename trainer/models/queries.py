@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from tokenizers import normalizers
+from tokenizers.normalizers import Prepend, Strip
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import ConfigError
+from trainer.models.normalizers import set_normalizer, steps_of
 
 # Documents the IDF is counted on. At 100,000 the relative error of a word in 1 % of the documents is 3 %; tokenising a
 # million takes minutes.
@@ -24,14 +25,14 @@ def query_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
     """
     if _first_word_like_others(tokenizer):
         return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
-    own = tokenizer.backend_tokenizer.normalizer
-    steps = [*([own] if own is not None else []), normalizers.Strip(), normalizers.Prepend(" ")]
-    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    if tokenizer.is_fast:
+        tokenizer = copy.deepcopy(tokenizer)
+        set_normalizer(tokenizer, [*steps_of(tokenizer), Strip(), Prepend(" ")])
     if not _first_word_like_others(tokenizer):
+        with_space = ", even with a space in front" if tokenizer.is_fast else ""
         raise ConfigError(
-            "model.base_model: its tokenizer gives the first word of a text another token than the same word later, even "
-            "with a space in front, so queries cannot be matched without a neural network. Use architecture: splade"
+            "model.base_model: its tokenizer gives the first word of a text another token than the same word later"
+            f"{with_space}, so queries cannot be matched without a neural network. Use architecture: splade"
         )
     return tokenizer
 
