@@ -1,6 +1,5 @@
 """Two systems' stored rankings fused by mteb, so nothing is encoded again: by reciprocal rank, and by weighted scores."""
 
-import hashlib
 from collections.abc import Iterator
 from statistics import fmean
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from mteb.models import HybridSearch
 from evaluate.results import EvalFolder, Ranking
 from evaluate.scores import mean_ndcg
 from evaluate.search import SearchSystem
+from trainer.chosen import MIN_QUERIES, half_of
 from trainer.config import ConfigError
 
 # Rankings of one task, by split/subset.
@@ -17,14 +17,13 @@ Parts = dict[str, Ranking]
 
 # The weights of the first system that are tried, in twentieths: 0.00, 0.05, … 1.00.
 STEPS = 20
-# Queries that each half must have: a weight chosen on fewer says nothing.
-MIN_QUERIES = 10
 
 
 def hybrid(folder: EvalFolder, first: str, second: str, tasks: list[str]) -> dict[str, Any]:
     """nDCG@10 of both systems and of their two fusions on every task, from the rankings in the folder.
 
-    The weight of `first` is the one with the best nDCG@10 on the dev half of the queries, and `test` is the other half.
+    The weight of `first` is the one with the best nDCG@10 on the dev half of the queries, and `test` is the other half. A
+    half that chose the checkpoint in training is the dev half too.
     Reciprocal rank fusion has nothing to choose (k = 60, equal weights), so it is in `all` too. A task with fewer than 10
     queries in a half has `all` alone, no weight, and says `why`; it is not in `mean_test`. Raises ConfigError when a
     system has not been run on a task, or the two not on the same data.
@@ -94,14 +93,6 @@ def fuse(first: Parts, second: Parts, strategy: Literal["rrf", "rsf"], weight: f
         )
         for part, ranking in first.items()
     }
-
-
-def half_of(query: str) -> Literal["dev", "test"]:
-    """dev when the SHA-256 of the query's id is even.
-
-    The id alone counts: a query that a task has in several languages is in the same half in each.
-    """
-    return "dev" if hashlib.sha256(query.encode()).digest()[-1] % 2 == 0 else "test"
 
 
 def keep(parts: Parts, half: Literal["dev", "test"]) -> Parts:

@@ -31,7 +31,7 @@ GROUPS = {
 }
 # Languages that a multilingual task is restricted to. `nor` is what some tasks call either Norwegian.
 LANGUAGES = ("nob", "nno", "nor", "dan", "swe")
-SPLITS = ("test", "dev", "train")
+SPLITS = ("test", "dev", "validation", "train")
 # What the languages of our configs and of BEIR folders are in mteb's metadata.
 ISO = {"no": "nob-Latn", "nb": "nob-Latn", "nn": "nno-Latn", "da": "dan-Latn", "sv": "swe-Latn"}
 
@@ -74,7 +74,7 @@ def _tasks_of(name: str, language: str | None) -> Iterator[AbsTaskRetrieval]:
 
 
 def local_task(folder: Path, language: str | None) -> AbsTaskRetrieval:
-    """A folder in BEIR layout as an offline mteb task, on its test split, or else dev, or else train."""
+    """A folder in BEIR layout as an offline mteb task, on the first of SPLITS that it has."""
     if not is_beir(folder):
         raise ConfigError(f"{folder} is no folder in BEIR layout: there is no corpus.jsonl")
     split = next((split for split in SPLITS if has_split(folder, split)), None)

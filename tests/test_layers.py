@@ -20,7 +20,7 @@ ROWS = [
         "trainer.stock",
         "trainer.upload",
     },
-    {"trainer.cache", "trainer.prompts", "trainer.weights"},
+    {"trainer.cache", "trainer.chosen", "trainer.prompts", "trainer.weights"},
     {"trainer.data"},
     {
         "trainer.models",
@@ -41,7 +41,15 @@ ROWS = [
     {"trainer.__main__"},
 ]
 # What evaluate may import of the trainer: nothing that trains.
-SHARED = {"trainer.config", "trainer.run", "trainer.beir", "trainer.texts", "trainer.fused", "trainer.prompts"}
+SHARED = {
+    "trainer.config",
+    "trainer.run",
+    "trainer.beir",
+    "trainer.chosen",
+    "trainer.texts",
+    "trainer.fused",
+    "trainer.prompts",
+}
 EVALUATE_ROWS = [
     {"evaluate.results"},
     {"evaluate.tasks", "evaluate.search", "evaluate.subject", "evaluate.terms"},

@@ -33,7 +33,8 @@ def test_the_plan_names_model_rates_rows_steps_memory_and_output(tiny):
     assert sum(map(int, ddsc.group(1, 3, 5))) == 162
     assert "18 rows not trained on: held out for the evaluation loss" in line_with(lines, "not trained on")
     assert "steps     6 of 8 rows" in line_with(lines, "steps")
-    assert "search    quickstart: 72 queries over 256 passages" in lines
+    chosen = "31 others choose the checkpoint (half of dev)"
+    assert f"search    quickstart: 41 queries over 256 passages; {chosen}" in lines
     assert re.fullmatch(
         r"memory    at most about weights and optimizer 0\.0 GiB, head 0\.0 GiB, activations 0\.0 GiB, for 16 texts of 32 "
         "tokens per step",

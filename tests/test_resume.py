@@ -505,7 +505,7 @@ def test_a_run_cut_to_the_steps_it_has_ends_with_its_best_checkpoint(at_four):
 def test_the_best_checkpoint_by_other_searches_is_not_what_a_run_ends_with(at_four, folder):
     found = resume(at_four, "training.max_steps=4", f"evaluation.search=[{folder}]")
     line = next(line for line in found.said if "do not count" in line)
-    reason = "they were measured otherwise (evaluation.search, searches)"
+    reason = "they were measured otherwise (evaluation.search, queries that choose, searches)"
     assert line == f"          checkpoints up to step 4 do not count: {reason}"
     assert ends_with(at_four, 4)
     assert found.manifest["best_metric"]["value"] is None

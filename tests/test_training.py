@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,14 @@ from trainer.train import train
 
 RUN = "models/tiny"
 SENTENCES = ["Mjøsa er Norges største innsjø.", "Älgen är skogens konung."]
+
+
+ODD, EVEN = "13579bdf", "02468ace"
+
+
+def last_digit(query):
+    """Of the SHA-256 of a query's id, whose being even or odd says whether the query chooses or is reported."""
+    return hashlib.sha256(query.encode()).hexdigest()[-1]
 
 
 def manifest(folder, run=RUN):
@@ -81,6 +90,7 @@ def test_the_scores_in_the_manifest_are_those_of_the_saved_model(trained):
 
     model = SparseEncoder(str(trained / RUN / "final"), device="cpu")
     search = read_search_set(QUICKSTART / "search", "dev", "quickstart")
+    odd, even = ({q: j for q, j in search.relevant.items() if last_digit(q) in digits} for digits in (ODD, EVEN))
     queries = model.encode_query(list(search.queries.values()), convert_to_sparse_tensor=False, show_progress_bar=False)
     documents = model.encode_document(
         list(search.corpus.values()), convert_to_sparse_tensor=False, show_progress_bar=False
@@ -91,7 +101,10 @@ def test_the_scores_in_the_manifest_are_those_of_the_saved_model(trained):
         for query, row in zip(search.queries, queries @ documents.T, strict=True)
     }
     after = manifest(trained)["after"]
-    assert after["search_ndcg@10"] == pytest.approx(mean_ndcg(ranked, search.relevant), abs=1e-4)
+    assert (len(odd), len(even)) == (41, 31)
+    assert after["quickstart_ndcg@10"] == pytest.approx(mean_ndcg(ranked, odd), abs=1e-4)
+    assert after["choosing_ndcg@10"] == pytest.approx(mean_ndcg(ranked, even), abs=1e-4)
+    assert after["search_ndcg@10"] == after["quickstart_ndcg@10"] != after["choosing_ndcg@10"]
     assert after["quickstart_document_active_dims"] == pytest.approx(
         (documents > 0).sum(1).float().mean().item(), abs=1e-3
     )
@@ -108,11 +121,12 @@ def test_the_resolved_config_in_the_run_folder_can_be_trained_from(trained):
 
 def test_the_final_model_is_the_best_checkpoint_not_the_last(trained_once):
     state = json.loads((trained_once / RUN / "checkpoints/checkpoint-6/trainer_state.json").read_text())
-    scores = {row["step"]: row["eval_search_ndcg@10"] for row in state["log_history"] if "eval_search_ndcg@10" in row}
+    name = "eval_choosing_ndcg@10"
+    scores = {row["step"]: row[name] for row in state["log_history"] if name in row}
     assert set(scores) == {2, 4, 6}
     best = max(scores.values())
     found = manifest(trained_once)
-    assert found["best_metric"] == {"name": "eval_search_ndcg@10", "value": best}
+    assert found["best_metric"] == {"name": name, "value": best}
     assert scores[int(found["best_checkpoint"].rpartition("-")[2])] == best
     final, chosen = weights(trained_once / RUN / "final"), weights(trained_once / found["best_checkpoint"])
     assert all(torch.equal(final[name], chosen[name]) for name in final)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from trainer.config import ConfigError
 from trainer.texts import IDS, Reading, id_of, listed, read_lines, read_rows, text_of
@@ -16,14 +16,38 @@ ADD_OR_REMOVE = "Add it there, or remove this line"
 
 
 @dataclass(frozen=True)
+class Chooser:
+    """Queries of a search set that choose the checkpoint of a training: a half of a split's, or all of them.
+
+    `digest` is that of all queries of the split.
+    """
+
+    split: str
+    rule: Literal["half", "all"]
+    digest: str
+    queries: dict[str, str]
+    relevant: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
 class SearchSet:
-    """Queries to search a corpus with, and how well passages answer them: grades of 1 or more, by query and passage."""
+    """Queries to search a corpus with, and how well passages answer them: grades of 1 or more, by query and passage.
+
+    `chooser` holds the queries that choose the checkpoint in training, which may be the same ones; None: nothing chooses.
+    """
 
     name: str
     queries: dict[str, str]
     corpus: dict[str, str]
     relevant: dict[str, dict[str, int]]
     reading: Reading = field(default_factory=Reading, compare=False)
+    split: str = ""
+    chooser: Chooser | None = None
+
+    @property
+    def also_chooses(self) -> bool:
+        """Whether the queries that are reported choose the checkpoint too."""
+        return self.chooser is not None and self.chooser.queries == self.queries
 
 
 class Record(NamedTuple):
@@ -160,7 +184,7 @@ def read_search_set(folder: Path, split: str, name: str, corpus: dict[str, str] 
     # in a file that splits share, the other queries are theirs
     own = judged if queries_file.name.startswith("queries.jsonl") else queries
     reading.counts["queries without a relevant passage"] = len(own) - len(relevant)
-    return SearchSet(name, {query: queries[query] for query in relevant}, corpus, relevant, reading)
+    return SearchSet(name, {query: queries[query] for query in relevant}, corpus, relevant, reading, split)
 
 
 def _read_judgements(

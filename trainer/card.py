@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from trainer.chosen import choosers_of
 from trainer.config import FROM_SCRATCH, Config, is_local
 from trainer.measured import METRIC, Measured, read_measured
 from trainer.prompts import quoted
@@ -74,6 +75,7 @@ def build_model_card(run: Run, repo: str, dimensions: int) -> ModelCard:
         warnings=[_cell(warning["message"]) for warning in manifest.get("warnings", [])],
         evaluation=evaluation_table(run.name, measured),
         scores_in_training=_scores_in_training(manifest),
+        choosers=_cell("; ".join(choosers_of(manifest))),
         leakage=_leakage(measured),
         commit=manifest.get("git_commit") or "unknown",
         lock=manifest.get("lock"),
@@ -305,7 +307,8 @@ def _differences(measured: Measured) -> list[str]:
 
 def _scores_in_training(manifest: dict[str, Any]) -> str:
     before, after = manifest.get("before") or {}, manifest.get("after") or {}
-    names = [key for key in after if key.endswith("_ndcg@10") and key in before and key != "search_ndcg@10"]
+    means = ("search_ndcg@10", "choosing_ndcg@10")
+    names = [key for key in after if key.endswith("_ndcg@10") and key in before and key not in means]
     return "; ".join(
         f"{_cell(key.removesuffix('_ndcg@10'))}: nDCG@10 {before[key]:.3f} → {after[key]:.3f}" for key in names
     )

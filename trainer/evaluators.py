@@ -1,5 +1,6 @@
 """What the model is measured with during training: searches in held-out passages, NanoBEIR when the hub is reachable."""
 
+import copy
 from collections.abc import Callable
 from statistics import fmean
 from typing import Any
@@ -24,21 +25,29 @@ METRICS = {
     "document_active_dims": "corpus_active_dims",
     "flops": "avg_flops",
 }
-# The mean nDCG@10 over all searches; it picks the best checkpoint.
-SCORE = "search_ndcg@10"
+# The mean nDCG@10 over all searches that is reported, and the one that picks the best checkpoint, on other queries.
+REPORTED, SCORE = "search_ndcg@10", "choosing_ndcg@10"
 
 
 class GradedSearch(SparseInformationRetrievalEvaluator):
     """The library's evaluator with an nDCG that weighs grades, as trec_eval's does; the library's takes all for 1.
 
-    Its other metrics need a yes or no: passages of grade 1 and up are relevant.
+    Its other metrics need a yes or no: passages of grade 1 and up are relevant. The queries that choose the checkpoint are
+    searched together with those that are reported, so passages are encoded once; all metrics but choosing_ndcg are of the
+    reported ones.
     """
 
     def __init__(self, found: SearchSet, batch_size: int):
+        parts = [found] if found.chooser is None or found.also_chooses else [found, found.chooser]
+        # two splits may give one id to two queries
+        self.grades = {
+            f"{n}/{query}": grades for n, part in enumerate(parts) for query, grades in part.relevant.items()
+        }
+        self.reported = len(found.queries)
         super().__init__(
-            queries=found.queries,
+            queries={f"{n}/{query}": text for n, part in enumerate(parts) for query, text in part.queries.items()},
             corpus=found.corpus,
-            relevant_docs={query: set(grades) for query, grades in found.relevant.items()},
+            relevant_docs={query: set(grades) for query, grades in self.grades.items()},
             name=found.name,
             batch_size=batch_size,
             ndcg_at_k=[10],
@@ -48,13 +57,17 @@ class GradedSearch(SparseInformationRetrievalEvaluator):
             map_at_k=[100],
             write_csv=False,
         )
-        self.grades = found.relevant
 
     def compute_metrics(self, queries_result_list: list[list[dict[str, Any]]]) -> dict[str, dict[int, float]]:
-        """The library's metrics, with our nDCG in the place of its own."""
-        metrics = super().compute_metrics(queries_result_list)
-        found = list(zip(self.queries_ids, queries_result_list, strict=True))
-        metrics["ndcg@k"] = {k: fmean(self._ndcg(query, hits, k) for query, hits in found) for k in self.ndcg_at_k}
+        """The library's metrics, with our nDCG in the place of its own, and that of the queries that choose."""
+        size = self.reported
+        reported = copy.copy(self)
+        reported.queries, reported.queries_ids = self.queries[:size], self.queries_ids[:size]
+        metrics = super(GradedSearch, reported).compute_metrics(queries_result_list[:size])
+        for k in self.ndcg_at_k:
+            scores = [self._ndcg(*found, k) for found in zip(self.queries_ids, queries_result_list, strict=True)]
+            metrics["ndcg@k"][k] = fmean(scores[:size])
+            metrics.setdefault("choosing_ndcg@k", {})[k] = fmean(scores[size:] or scores)
         return metrics
 
     def _ndcg(self, query: str, hits: list[dict[str, Any]], k: int) -> float:
@@ -66,7 +79,7 @@ class GradedSearch(SparseInformationRetrievalEvaluator):
 
 
 class SearchEvaluator(SentenceEvaluator):
-    """Runs several searches and averages their nDCG@10.
+    """Runs several searches and averages their nDCG@10: of the queries that are reported, and of those that choose.
 
     Not SequentialEvaluator: that one averages each evaluator's first metric, which is accuracy@1, and the metrics of two
     languages of NanoBEIR have the same names.
@@ -80,8 +93,9 @@ class SearchEvaluator(SentenceEvaluator):
     def __call__(
         self, model: SparseEncoder, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
-        """`<search>_<metric>` for every search and metric, and SCORE."""
+        """`<search>_<metric>` for every search and metric, REPORTED and SCORE."""
         results: dict[str, float] = {}
+        choosing = []
         for name, part in self.parts.items():
             metrics = part(model, None, epoch, steps)
             prefix = part.primary_metric.rpartition("_")[0]
@@ -89,7 +103,9 @@ class SearchEvaluator(SentenceEvaluator):
                 key = f"{prefix}_{theirs}"
                 # sparsity is not a matter of the similarity function, so its names lack that part
                 results[f"{name}_{ours}"] = metrics[key if key in metrics else f"{prefix.rpartition('_')[0]}_{theirs}"]
-        results[SCORE] = fmean(results[f"{name}_ndcg@10"] for name in self.parts)
+            choosing.append(metrics.get(f"{prefix}_choosing_ndcg@10", results[f"{name}_ndcg@10"]))
+        results[REPORTED] = fmean(results[f"{name}_ndcg@10"] for name in self.parts)
+        results[SCORE] = fmean(choosing)
         return results
 
 

@@ -7,6 +7,7 @@ from sentence_transformers import SparseEncoder
 from torch import nn
 
 from trainer.arguments import query_rate_mapping, routes_of
+from trainer.chosen import choice_words
 from trainer.config import FROM_SCRATCH, Config, ConfigError, LoadedConfig
 from trainer.config.schema import ModelConfig, TeacherConfig
 from trainer.data import Tokeniser, TrainingData, folder_of_tokens, load_data
@@ -80,7 +81,8 @@ def data_lines(config: Config, data: TrainingData, schedule: Schedule) -> Iterat
         if left := data.rows_left_over(config, summary.name):
             yield f"            {left:,} rows sit out each pass: they cannot be shared equally by {processes()} processes"
     for found in data.search:
-        yield f"search    {found.name}: {len(found.queries):,} queries over {len(found.corpus):,} passages"
+        size = f"{len(found.queries):,} queries over {len(found.corpus):,} passages"
+        yield f"search    {found.name}: {size}{choice_words(found)}"
         for note in found.reading.lines():
             yield f"            {note}"
     datasets = config.datasets

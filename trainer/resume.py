@@ -64,12 +64,15 @@ def check_steps_left(loaded: LoadedConfig, step: int, steps: int, say: Say) -> N
         say(f"steps     none left after step {step}: what decides how to train has no effect any more")
 
 
-def what_best_is_chosen_by(config: Config, evaluator: SearchEvaluator | None, metric: str | None) -> dict[str, Any]:
+def what_best_is_chosen_by(
+    config: Config, evaluator: SearchEvaluator | None, metric: str | None, choices: list[dict[str, Any]]
+) -> dict[str, Any]:
     """All that a checkpoint's score depends on besides the weights: where it is the same, two scores can be compared."""
     found: dict[str, Any] = {"metric": metric, "max_seq_length": config.training.max_seq_length}
     if evaluator:
         found |= {f"evaluation.{key}": value for key, value in config.evaluation.model_dump(exclude=UNSCORED).items()}
         found["searches"] = sorted(evaluator.parts)
+        found["queries that choose"] = choices
     elif metric:
         found |= {f"loss.{key}": value for key, value in config.loss.model_dump(exclude=UNSCORED).items()}
         found["rows per batch in evaluation"] = config.training.per_device_eval_batch_size * processes()

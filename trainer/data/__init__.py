@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 
-from trainer.beir import SearchSet, files_beside, has_split, is_beir, read_search_set
+from trainer.beir import SearchSet, files_beside, is_beir
+from trainer.chosen import divide, read_search_splits, search_splits
 from trainer.config import Config, ConfigError
 from trainer.data.batches import MixedBatches, Mixture, NoDuplicateBatches, batch_sizes, text_ids
 from trainer.data.forward_passes import ForwardPasses, forward_passes_of, padding
@@ -80,13 +81,16 @@ class TrainingData:
     _text_ids: dict[str, np.ndarray] = field(default_factory=dict)
     _batches: dict[str, NoDuplicateBatches] = field(default_factory=dict)
 
-    def add_search(self, found: SearchSet) -> None:
-        """One more search set; their names keep their scores apart."""
+    def add_search(self, found: SearchSet, validation: SearchSet | None, config: Config) -> None:
+        """One more search set, with the queries that choose the checkpoint, if one is chosen, apart from those reported.
+
+        The names of search sets keep their scores apart.
+        """
         if any(found.name == other.name for other in self.search):
             raise ConfigError(
                 f"evaluation.search: two search sets are called '{found.name}'. Rename one of the folders"
             )
-        self.search.append(found)
+        self.search.append(divide(found, validation) if config.training.load_best_model_at_end else found)
 
     def mixture(self, config: Config) -> Mixture:
         """The order in which batches of the sets are drawn."""
@@ -250,7 +254,7 @@ def load_data(config: Config, missing: dict[str, HubUnreachable] | None = None) 
         with _noting(name, missing):
             _add_set(data, name, source, config)
     for folder in config.evaluation.search:
-        data.add_search(_search_folder(folder))
+        data.add_search(*_search_folder(folder), config)
     return data
 
 
@@ -265,13 +269,14 @@ def _noting(name: str, missing: dict[str, HubUnreachable] | None) -> Iterator[No
         missing[name] = error
 
 
-def _search_folder(folder: str) -> SearchSet:
+def _search_folder(folder: str) -> tuple[SearchSet, SearchSet | None]:
     path = Path(folder).expanduser()
-    if not is_beir(path) or not has_split(path, "dev"):
+    splits = search_splits(path) if is_beir(path) else []
+    if not splits:
         raise ConfigError(f"evaluation.search: {folder} is not a folder in BEIR layout with a dev split")
-    found = read_search_set(path, "dev", path.name)
-    found.reading.pass_over("files", files_beside(path, "dev"))
-    return found
+    found, validation = read_search_splits(path, splits, path.name)
+    found.reading.pass_over("files", files_beside(path, *splits))
+    return found, validation
 
 
 def _usable(name: str, source: LoadedSource, config: Config) -> LoadedSource:
@@ -301,7 +306,7 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
             else:
                 data.eval[half] = Dataset(table)
     if source.search:
-        data.add_search(source.search)
+        data.add_search(source.search, source.validation, config)
     reading = source.rows.reading
     if source.eval_rows is not None:  # the counts of rows are those of the rows that are trained on
         reading += replace(source.eval_rows.reading, spread=(0, 0))

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.beir import SearchSet, files_beside, has_split, is_beir, read_search_set
+from trainer.chosen import read_search_splits, search_splits
 from trainer.config import ConfigError, is_local, one_line
 from trainer.config.schema import (
     DatasetsConfig,
@@ -42,6 +43,8 @@ class LoadedSource:
     hold_out: int = 0
     max_samples: int | None = None
     search: SearchSet | None = None
+    validation: SearchSet | None = None
+    """Queries that choose the checkpoint in the place of some of `search`."""
     revisions: dict[str, str | None] = field(default_factory=dict)
 
 
@@ -222,24 +225,25 @@ def load_local(name: str, source: LocalSource) -> LoadedSource:
 
 
 def _load_beir(name: str, source: LocalSource, folder: Path) -> LoadedSource:
-    split = source.eval_split or ("dev" if has_split(folder, "dev") else None)
-    for key, wanted in (("split", source.split), ("eval_split", split)):
+    splits = search_splits(folder, source.eval_split)
+    for key, wanted in (("split", source.split), ("eval_split", source.eval_split)):
         if wanted and not has_split(folder, wanted):
             raise ConfigError(
                 f"datasets.{name}.{key}: {folder} has no qrels/{wanted}.tsv or qrels.{wanted}.tsv. "
                 f"It holds: {listed(files_beside(folder))}"
             )
     found = read_search_set(folder, source.split, name)
-    search = read_search_set(folder, split, name, found.corpus) if split else None
+    search, validation = read_search_splits(folder, splits, name, found.corpus)
     rows = pairs_of(found, source.language)
     rows.reading = found.reading
-    rows.reading.pass_over("files", files_beside(folder, source.split, *([split] if split else [])))
+    rows.reading.pass_over("files", files_beside(folder, source.split, *splits))
     return LoadedSource(
         rows,
         pairs_of(search, source.language) if search else None,
         hold_out=source.eval_rows,
         max_samples=source.max_samples,
         search=search,
+        validation=validation,
     )
 
 
