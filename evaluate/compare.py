@@ -41,6 +41,7 @@ def compare(main: str, systems: dict[str, System], seed: int = 0, resamples: int
         "systems": names,
         "tasks": {task: {name: score.main for name, score in row.items()} for task, row in tasks.items()},
         "languages": {task: list(next(iter(row.values())).languages) for task, row in tasks.items()},
+        "chose": {task: row[main].left_out for task, row in tasks.items() if main in row and row[main].left_out},
         "against": {other: _against(main, other, tasks, seed, resamples) for other in names[1:]},
     }
 
@@ -54,6 +55,8 @@ def _against(
             own, their = languages_of(row[main]), languages_of(row[other])
             if reason := other_data(row[main], row[other]):
                 missing.append(f"{task} ({reason})")
+            elif row[main].left_out and not row[other].per_query:  # the other's mean is over those queries too
+                missing.append(f"{task} ({other} has no scores per query, and some queries chose the checkpoint)")
             elif row[main].per_query and row[other].per_query and not shared_queries(row[main], row[other]):
                 missing.append(f"{task} (no query in common)")
             elif own and their and own != their:  # means over different subsets of a multilingual task
@@ -150,6 +153,8 @@ def compare_lines(values: dict[str, Any]) -> Iterator[str]:
     for label, row in rows.items():
         cells = [f"{row[system]:.4f}" if system in row else "-" for system in systems]
         yield f"            {label:<{width}}" + "".join(map(str.rjust, cells, widths))
+    for task, chose in values.get("chose", {}).items():
+        yield f"            {task}: {_count(chose, 'query', 'queries')} chose the checkpoint and are left out"
     for other, found in values["against"].items():
         counts = [_count(found["wins"], "win", "wins"), _count(found["losses"], "loss", "losses")]
         counts += [_count(found["ties"], "tie", "ties")] if found["ties"] else []

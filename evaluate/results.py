@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from trainer.chosen import means_of_parts, reported
 from trainer.config import ConfigError
 from trainer.run import write_atomically
 
@@ -22,7 +23,8 @@ class TaskScore:
 
     `metrics` are means over the task's splits and languages, from 0 to 1. `per_query` holds nDCG@10 under
     `split/subset/query id`; it is empty for results that do not carry it, such as mteb's own. `parts` holds nDCG@10 and the
-    languages by `split/subset`, `note` what the system says of how it searched.
+    languages by `split/subset`, `digests` the queries' there, `note` what the system says of how it searched.
+    `left_out` queries chose the checkpoint, and are not in the other values.
     """
 
     task: str
@@ -33,6 +35,8 @@ class TaskScore:
     revision: str | None = None
     mteb_version: str | None = None
     note: str = ""
+    digests: dict[str, str] = field(default_factory=dict)
+    left_out: int = 0
 
     @property
     def main(self) -> float:
@@ -46,8 +50,24 @@ class TaskScore:
             self,
             languages=tuple(dict.fromkeys(language for _, languages in kept.values() for language in languages)),
             metrics={MAIN_METRIC: fmean(value for value, _ in kept.values())},
-            per_query={query: value for query, value in self.per_query.items() if query.rpartition("/")[0] in kept},
+            per_query={q: value for q, value in self.per_query.items() if "/".join(q.split("/", 2)[:2]) in kept},
             parts=kept,
+        )
+
+    def without_choosers(self, manifest: dict[str, Any], digests: dict[str, str]) -> "TaskScore":
+        """The score on the queries that did not choose a run's checkpoint; `note` says how many did."""
+        kept, note = reported(manifest, self.task, self.digests or digests, self.per_query)
+        note = "; ".join(part for part in dict.fromkeys((self.note, note)) if part)
+        if len(kept) == len(self.per_query):
+            return replace(self, note=note)
+        means = means_of_parts(kept)
+        return replace(
+            self,
+            metrics={MAIN_METRIC: fmean(means.values())},
+            per_query=kept,
+            parts={part: (means[part], languages) for part, (_, languages) in self.parts.items()},
+            note=note,
+            left_out=self.left_out + len(self.per_query) - len(kept),
         )
 
 
@@ -63,10 +83,13 @@ class Ranking:
 
 
 class EvalFolder:
-    """The folder `eval` of a run: scores, per_query and rankings by system and task, and one file per part."""
+    """The folder `eval` of a run: scores, per_query and rankings by system and task, and one file per part.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    The run's manifest says which queries chose its checkpoint. The files hold all queries; what is read has the others.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any] | None = None):
+        self.folder, self.manifest = folder, manifest or {}
 
     def score_file(self, system: str, task: str) -> Path:
         """A task's scores in mteb's format."""
@@ -127,7 +150,16 @@ class EvalFolder:
     def systems(self) -> dict[str, System]:
         """Every system's scores by task."""
         folders = [folder for folder in sorted((self.folder / "scores").glob("*/")) if any(folder.glob("*.json"))]
-        return {folder.name: read_system(folder) for folder in folders}
+        systems = {folder.name: read_system(folder) for folder in folders}
+        return {name: self.reported(system, systems) for name, system in systems.items()}
+
+    def reported(self, system: System, beside: dict[str, System]) -> System:
+        """A system's scores on the queries that did not choose the run's checkpoint.
+
+        Results from elsewhere do not say which queries they are of; those beside them on the same task do.
+        """
+        known = {task: score.digests for other in beside.values() for task, score in other.items() if score.digests}
+        return {task: score.without_choosers(self.manifest, known.get(task, {})) for task, score in system.items()}
 
 
 def read_system(path: Path) -> System:
@@ -137,7 +169,9 @@ def read_system(path: Path) -> System:
     """
     if not path.exists():
         raise ConfigError(f"there are no results at {path}")
+    manifest = None
     if (path / "run.json").is_file():
+        manifest = read_json(path / "run.json")
         path = path / "eval/scores" / path.resolve().name
         if not path.is_dir():
             raise ConfigError(f"the run has not been evaluated: there is no {path}")
@@ -154,6 +188,8 @@ def read_system(path: Path) -> System:
         found[score.task] = score
     if not found:
         raise ConfigError(f"{path} holds no results")
+    if manifest:
+        found = {task: score.without_choosers(manifest, {}) for task, score in found.items()}
     return found
 
 
@@ -182,19 +218,25 @@ def read_score(file: Path) -> TaskScore:
         raise ConfigError(
             f"{file}{by} is not a result of mteb 2 or of this project: {type(error).__name__} {error}"
         ) from None
-    per_query, note = _per_query(file)
-    return TaskScore(task, languages, metrics, per_query, parts, values.get("dataset_revision"), version, note)
+    twin = _per_query(file)
+    return TaskScore(
+        task, languages, metrics, parts=parts, revision=values.get("dataset_revision"), mteb_version=version, **twin
+    )
 
 
-def _per_query(file: Path) -> tuple[dict[str, float], str]:
-    """The scores per query and the note beside a score file of ours: eval/scores/… has a twin eval/per_query/…."""
+def _per_query(file: Path) -> dict[str, Any]:
+    """The scores per query, the queries' digests and the note beside a score file of ours: its twin in per_query/."""
     twin = file.parents[2] / "per_query" / file.parent.name / file.name if len(file.parents) > 2 else file
     if twin == file or not twin.is_file():
-        return {}, ""
+        return {}
     values = read_json(twin)
     if not isinstance(values, dict) or not isinstance(values.get(MAIN_METRIC), dict):
         raise ConfigError(f"{twin} holds no scores per query. Remove it to have the task run again")
-    return values[MAIN_METRIC], values.get("note", "")
+    return {
+        "per_query": values[MAIN_METRIC],
+        "note": values.get("note", ""),
+        "digests": values.get("queries", {}),
+    }
 
 
 def read_json(file: Path) -> Any:

@@ -2,12 +2,14 @@
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 from mteb.abstasks import AbsTaskRetrieval
 
 from evaluate.search import language_of
-from evaluate.tasks import load
+from evaluate.tasks import digest_of_queries, load
 from trainer.beir import passage_text
+from trainer.chosen import half_of, rule_for
 
 # Enough for percentiles, few enough for minutes on a CPU.
 MAX_QUERIES, MAX_PASSAGES = 1_000, 2_000
@@ -28,8 +30,11 @@ class Sample:
         return "/".join(text_id.split("/", 3)[:3])
 
 
-def sample_texts(tasks: list[AbsTaskRetrieval]) -> Sample:
-    """Queries at random over all tasks, the passages that are relevant for them, and others at random; always the same."""
+def sample_texts(tasks: list[AbsTaskRetrieval], manifest: dict[str, Any] | None = None) -> Sample:
+    """Queries at random over all tasks, the passages that are relevant for them, and others at random; always the same.
+
+    What is relevant for the queries that chose the checkpoint of a run is not told: search is not measured on them.
+    """
     queries, passages, relevant = {}, {}, {}
     languages = set()
     for task in tasks:
@@ -38,9 +43,11 @@ def sample_texts(tasks: list[AbsTaskRetrieval]) -> Sample:
             for split, data in splits.items():
                 mark = f"{task.metadata.name}/{split}/{subset}/"
                 queries |= {mark + row["id"]: row["text"] for row in data["queries"]}
+                is_halved = rule_for(manifest or {}, digest_of_queries(data)) == "half"
                 passages |= {mark + row["id"]: passage_text(row.get("title"), row["text"]) for row in data["corpus"]}
                 for query, judged in data["relevant_docs"].items():
-                    relevant[mark + query] = {mark + passage: value for passage, value in judged.items()}
+                    if not is_halved or half_of(query) == "test":
+                        relevant[mark + query] = {mark + passage: value for passage, value in judged.items()}
     chance = random.Random(0)
     kept = sorted(chance.sample(sorted(queries), min(MAX_QUERIES, len(queries))))
     relevant = {query: relevant[query] for query in kept if query in relevant}

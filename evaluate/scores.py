@@ -9,7 +9,7 @@ import pytrec_eval
 from mteb.abstasks import AbsTaskRetrieval
 
 from evaluate.results import MAIN_METRIC, EvalFolder, Ranking, TaskScore, read_score, write_json
-from evaluate.tasks import load, reading_of
+from evaluate.tasks import digest_of_queries, load, reading_of
 from trainer.config import ConfigError, one_line
 
 Say = Callable[[str], None]
@@ -54,6 +54,7 @@ def score_system(
                 folder.remove(name, task.metadata.name)
                 say(f"{name:<12}{task.metadata.name}: FAILED ({failed[task.metadata.name]})")
                 continue
+        score = score.without_choosers(folder.manifest, {})
         say(f"{name:<12}{task.metadata.name}: nDCG@10 {score.main:.4f}" + (f" ({score.note})" if score.note else ""))
         for line in reading_of(task).lines():
             say(f"{'':<12}{line}")
@@ -87,7 +88,11 @@ def _run(name: str, search: Any, task: AbsTaskRetrieval, folder: EvalFolder, mar
     file.parent.mkdir(parents=True, exist_ok=True)
     result.task_results[0].to_disk(file)
     note = getattr(search, "note", "")
-    write_json(folder.query_file(name, task.metadata.name), {"made_with": mark, "note": note, MAIN_METRIC: per_query})
+    digests = {f"{split}/{subset}": digest_of_queries(data[subset][split]) for subset, split in recorder.found}
+    write_json(
+        folder.query_file(name, task.metadata.name),
+        {"made_with": mark, "note": note, "queries": digests, MAIN_METRIC: per_query},
+    )
     return read_score(file)
 
 

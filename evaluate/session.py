@@ -148,7 +148,7 @@ class Session:
     @cached_property
     def sample(self) -> Sample:
         """The texts that sparsity and latency are measured on."""
-        return sample_texts(self.loaded_tasks())
+        return sample_texts(self.loaded_tasks(), self.subject.manifest or {})
 
     def measure_sparsity(self) -> None:
         """Active dims on the tasks' own queries and passages."""
@@ -187,7 +187,7 @@ class Session:
             name = baseline_name(path)
             if name in systems:
                 raise ConfigError(f"--baseline {path}: there is a system '{name}' already. Rename the file or folder")
-            systems[name] = read_system(path)
+            systems[name] = self.folder.reported(read_system(path), {self.subject.name: own})
         values = compare(self.subject.name, systems)
         self._keep("compare", values, compare_lines(values))
 

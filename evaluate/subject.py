@@ -30,7 +30,7 @@ class Subject:
     @property
     def results(self) -> EvalFolder:
         """Where scores go."""
-        return EvalFolder(self.folder / "eval")
+        return EvalFolder(self.folder / "eval", self.manifest)
 
     @property
     def report(self) -> Path:

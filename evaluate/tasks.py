@@ -12,6 +12,7 @@ from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from trainer.beir import files_of, has_split, is_beir, read_records, read_search_set
+from trainer.chosen import digest_of
 from trainer.config import ConfigError, did_you_mean, one_line
 from trainer.texts import Reading, as_strings
 
@@ -115,6 +116,11 @@ def load(task: AbsTaskRetrieval) -> dict[str, dict[str, Any]]:
 def reading_of(task: AbsTaskRetrieval) -> Reading:
     """What is said of how a task's data was read, once it is loaded."""
     return getattr(task, "reading", Reading())
+
+
+def digest_of_queries(data: dict[str, Any]) -> str:
+    """Tells whether these are the queries of a search set of training."""
+    return digest_of(dict(zip(data["queries"]["id"], data["queries"]["text"], strict=True)))
 
 
 def _in_nfc(rows: Dataset, reading: Reading) -> Dataset:

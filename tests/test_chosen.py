@@ -122,7 +122,11 @@ def test_the_digest_is_of_the_queries_and_not_of_their_order():
 
 
 def test_the_verdict_leaves_out_a_score_before_training_that_was_of_other_queries():
-    manifest = {"train_seconds": 125, "samples_per_second": 12.3, "padding_share": 0.08, "peak_memory_gib": 1.2}
+    manifest = dict.fromkeys(("train_seconds", "total_seconds"), 125) | {
+        "samples_per_second": 12.3,
+        "padding_share": 0.08,
+        "peak_memory_gib": 1.2,
+    }
     assert verdict(
         {},
         {"search_ndcg@10": 0.5, "x_query_active_dims": 1, "x_document_active_dims": 2},

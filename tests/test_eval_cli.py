@@ -1,10 +1,12 @@
 """python -m evaluate, from the command line to the files it leaves."""
 
 import contextlib
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+from statistics import fmean
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +25,9 @@ from tests.conftest import ROOT, run_trainer
 from tests.test_models import build
 from trainer.beir import read_search_set
 from trainer.data.sources import QUICKSTART
+from trainer.measured import read_measured
 from trainer.models import save_model
+from trainer.run import Run
 
 
 def evaluate(where, *arguments):
@@ -65,11 +69,36 @@ def test_one_command_measures_everything_into_the_runs_folder(evaluated):
     assert json.loads((run / "eval/failed.json").read_text()) == {}
 
 
-def test_the_score_is_the_one_that_training_ended_with(evaluated):
-    where, _ = evaluated
-    row = json.loads((where / "models/tiny/eval/scores/tiny/search.json").read_text())["scores"]["dev"][0]
-    manifest = json.loads((where / "models/tiny/run.json").read_text())
-    assert row["ndcg_at_10"] == pytest.approx(manifest["after"]["quickstart_ndcg@10"], abs=2e-3)
+def test_the_score_is_the_one_that_training_ended_with_on_queries_that_did_not_choose(evaluated):
+    where, result = evaluated
+    run = where / "models/tiny"
+    manifest = json.loads((run / "run.json").read_text())
+    per_query = json.loads((run / "eval/per_query/tiny/search.json").read_text())["ndcg_at_10"]
+    odd = [value for name, value in per_query.items() if hashlib.sha256(name[12:].encode()).digest()[-1] % 2]
+    assert (len(per_query), len(odd)) == (72, 41)  # names begin with dev/default/
+    assert fmean(odd) == pytest.approx(manifest["after"]["quickstart_ndcg@10"], abs=2e-3)
+    words = "41 queries; 31 others chose the checkpoint and are left out"
+    for system in ("tiny", "bm25"):
+        (line,) = [line for line in result.stdout.splitlines() if line.startswith(f"{system:<12}search: nDCG")]
+        assert line.endswith(f"{words})")
+    assert f"tiny        search: nDCG@10 {fmean(odd):.4f} ({words})" in result.stdout
+    compared = json.loads((run / "eval/compare.json").read_text())
+    assert compared["tasks"]["search"]["tiny"] == pytest.approx(fmean(odd))
+    assert compared["against"]["bm25"]["tasks"]["search"]["queries"] == 41
+    # the test half of hybrid is the same one
+    fused = json.loads((run / "eval/hybrid.json").read_text())[0]["tasks"]["search"]
+    assert fused["test"]["tiny"] == pytest.approx(fmean(odd))
+    for page in ("summary.md", "index.html"):
+        text = (run / "report" / page).read_text()
+        assert f"{fmean(odd):.3f}" in text
+        assert f"tiny: {words} (search)." in text
+    with contextlib.chdir(where):
+        card = read_measured(Run.finished("tiny"))
+    assert card.scores["tiny"]["search"].mean == pytest.approx(fmean(odd))
+    assert card.scores["bm25"]["search"].note.endswith(words)
+    assert card.parts["compare"]
+    sparsity = json.loads((run / "eval/sparsity.json").read_text())
+    assert (sparsity["routes"]["query"]["texts"], sparsity["judged_queries"]) == (72, 41)
 
 
 def test_the_model_card_says_how_much_evaluation_data_was_trained_on(evaluated):

@@ -461,7 +461,7 @@ def test_every_key_that_is_applied_is_looked_for_somewhere():
 
 # ---------------------------------------------------------------------------------- the best checkpoint
 def test_a_score_of_other_searches_is_compared_with_neither_for_the_best_nor_for_the_verdict(resumed):
-    scores = logged(resumed, "eval_search_ndcg@10")
+    scores = logged(resumed, "eval_choosing_ndcg@10")
     assert resumed.manifest["best_metric"]["value"] == max(scores.values())
     assert resumed.trainer.state.best_global_step in scores
     assert resumed.manifest["before"] == {}

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from trainer.beir import Chooser, SearchSet, has_split, read_search_set
@@ -118,3 +119,41 @@ def choosers_of(manifest: dict[str, Any]) -> list[str]:
         else f"the queries of {choice['search']}, which are reported too"
         for choice in manifest.get("checkpoint_chosen_by", [])
     ]
+
+
+# ------------------------------------------------------------------------------------------- what is reported afterwards
+def rule_for(manifest: dict[str, Any], digest: str | None) -> str | None:
+    """Which of the queries with a digest chose a run's checkpoint: half, all, or None."""
+    return next(
+        (c["rule"] for c in manifest.get("checkpoint_chosen_by", []) if digest and c.get("digest") == digest), None
+    )
+
+
+def reported(
+    manifest: dict[str, Any], task: str, digests: Mapping[str, str], per_query: Mapping[str, float]
+) -> tuple[dict[str, float], str]:
+    """Scores by `split/subset/query` without those of queries that chose a run's checkpoint, and what is said of it.
+
+    digests: of the queries of each `split/subset`. Where all queries chose, all stay.
+    """
+    rules = {part: rule for part, digest in digests.items() if (rule := rule_for(manifest, digest))}
+    kept = {}
+    for name, value in per_query.items():
+        split, subset, query = name.split("/", 2)
+        if rules.get(f"{split}/{subset}") != "half" or half_of(query) == "test":
+            kept[name] = value
+    notes = []
+    if left_out := len(per_query) - len(kept):
+        notes.append(f"{len(kept):,} queries; {left_out:,} others chose the checkpoint and are left out")
+    nano = any("digest" not in choice for choice in manifest.get("checkpoint_chosen_by", []))
+    if "all" in rules.values() or (nano and task.startswith("MultilingualNano")):
+        notes.append("these queries also chose the checkpoint, so the score is optimistic")
+    return kept, "; ".join(notes)
+
+
+def means_of_parts(per_query: Mapping[str, float]) -> dict[str, float]:
+    """The mean score of every `split/subset`."""
+    parts: dict[str, list[float]] = {}
+    for name, value in per_query.items():
+        parts.setdefault("/".join(name.split("/", 2)[:2]), []).append(value)
+    return {part: fmean(values) for part, values in parts.items()}

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from trainer.chosen import means_of_parts, reported
 from trainer.config import ConfigError
 from trainer.run import Run, hash_of_model
 
@@ -50,7 +51,7 @@ def read_measured(run: Run) -> Measured:
             missing=f"The scores in the run folder are those of another model, so they are left out. {measure}"
         )
     others = sorted(path.name for path in (folder / "scores").glob("*/") if path.name != run.name)
-    scores = {name: _read_system(folder / "scores" / name) for name in (run.name, *others)}
+    scores = {name: _read_system(folder / "scores" / name, run) for name in (run.name, *others)}
     parts = {name: _read(folder / f"{name}.json") for name in ("compare", "sparsity", "leakage")}
     if not _is_of(parts["compare"], run.name, scores[run.name]):
         parts["compare"] = {}
@@ -65,7 +66,8 @@ def _is_of(compared: dict[str, Any], name: str, own: dict[str, Score]) -> bool:
     )
 
 
-def _read_system(folder: Path) -> dict[str, Score]:
+def _read_system(folder: Path, run: Run) -> dict[str, Score]:
+    """The scores of a system on the queries that did not choose the run's checkpoint."""
     found = {}
     for file in sorted(folder.glob("*.json")):
         values = _read(file)
@@ -78,7 +80,13 @@ def _read_system(folder: Path) -> dict[str, Score]:
             task, version = str(values["task_name"]), values.get("mteb_version")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ConfigError(f"{file} holds no scores: {type(error).__name__} {error}. Remove it") from None
-        found[task] = Score(task, rows, version, _twin(file).get("note", ""))
+        twin = _twin(file)
+        digests = twin.get("queries") or _twin(folder.with_name(run.name) / file.name).get("queries", {})
+        kept, note = reported(run.manifest, task, digests, twin.get(METRIC, {}))
+        if len(kept) < len(twin.get(METRIC, {})):
+            means = means_of_parts(kept)
+            rows = [(split, subset, means[f"{split}/{subset}"]) for split, subset, _ in rows]
+        found[task] = Score(task, rows, version, "; ".join(part for part in (twin.get("note", ""), note) if part))
     return found
 
 
