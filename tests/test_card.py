@@ -150,6 +150,7 @@ def test_a_card_says_how_the_model_came_about(trained):
         assert line in text
     assert f"| peak memory | {manifest['peak_memory_gib']:.1f} GiB |" in text
     assert "none: built from scratch" in text
+    assert "The checkpoint was chosen by its nDCG@10 on 31 queries of quickstart (half of dev)." in text
     assert card_of().data.base_model is None
 
 

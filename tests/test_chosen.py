@@ -9,7 +9,7 @@ from tests.test_models import config_of
 from trainer.beir import SearchSet, read_search_set
 from trainer.chosen import choice_of, choice_words, choosers_of, digest_of, divide, half_of, read_search_splits
 from trainer.config import ConfigError
-from trainer.data import TrainingData
+from trainer.data import TrainingData, load_data
 from trainer.evaluators import GradedSearch, SearchEvaluator
 from trainer.train import _which_checkpoint, choices_of, verdict
 
@@ -71,6 +71,20 @@ def test_a_split_validation_chooses_and_dev_is_reported_whole(tmp_path):
     assert found.chooser.queries == {"1": "validation 1", "2": "validation 2", "3": "validation 3"}
     assert choice_words(found) == "; 3 others choose the checkpoint (the split validation)"
     assert choosers_of({"checkpoint_chosen_by": [choice_of(found)]}) == ["3 queries of mine (the split validation)"]
+
+
+def test_folders_of_data_sets_and_of_searches_are_divided_and_without_dev_the_queries_of_validation_are(tmp_path):
+    many = [str(number) for number in range(60)]
+    mine = write_folder(tmp_path / "mine", train=many, dev=many[:3], validation=many[:5])
+    other = write_folder(tmp_path / "other", validation=many)
+    overrides = (f"datasets.own={{source: {mine}}}", f"evaluation.search=[{other}]")
+    for at_end, counts in (
+        ("true", [(3, 5), (60 - _count(many, "dev"), _count(many, "dev"))]),
+        ("false", [(3, 0), (60, 0)]),
+    ):
+        config = config_of(tmp_path, tmp_path, "splade", *overrides, f"training.load_best_model_at_end={at_end}")
+        search = [found for found in load_data(config).search if found.name != "quickstart"]
+        assert [(len(s.queries), len(s.chooser.queries) if s.chooser else 0) for s in search] == counts
 
 
 def test_a_query_of_both_splits_is_reported_and_does_not_choose():

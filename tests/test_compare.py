@@ -14,6 +14,7 @@ from scipy.stats import binom
 
 from evaluate.compare import baseline_name, compare, compare_lines, paired_interval
 from evaluate.results import EvalFolder, TaskScore, read_system, write_json
+from trainer.chosen import half_of
 from trainer.config import ConfigError
 
 
@@ -369,3 +370,59 @@ def test_results_of_another_version_of_mteb_are_said_in_a_line(tmp_path):
     assert "            made by different versions of mteb: 1.20.0, 2.26.24" in list(
         compare_lines(compare("own", systems))
     )
+
+
+# ---------------------------------------------------------------------------------- queries that chose the checkpoint
+def chosen_by(rule, digest="dev queries"):
+    return {"checkpoint_chosen_by": [{"search": "s", "split": "dev", "rule": rule, "queries": 9, "digest": digest}]}
+
+
+def write_half(folder, system, digest, chose, others):
+    """A system's results on a task of twenty queries, with one score for those of the half that chooses."""
+    results = EvalFolder(folder)
+    queries = {f"dev/default/a/{n}": chose if half_of(f"a/{n}") == "dev" else others for n in range(20)}
+    row = {"ndcg_at_10": 0.5, "main_score": 0.5, "languages": ["nob-Latn"], "hf_subset": "default"}
+    write_json(results.score_file(system, "s"), {"task_name": "s", "scores": {"dev": [row]}})
+    twin = {"made_with": {}, "ndcg_at_10": queries} | ({"queries": {"dev/default": digest}} if digest else {})
+    write_json(results.query_file(system, "s"), twin)
+
+
+def test_all_systems_are_compared_on_the_queries_that_did_not_choose_the_checkpoint(tmp_path):
+    write_half(tmp_path, "main", "dev queries", chose=1.0, others=0.25)
+    write_half(tmp_path, "bm25", None, chose=0.0, others=0.5)  # an earlier result, which does not say of which queries
+    left = sum(half_of(f"a/{n}") == "test" for n in range(20))
+    systems = EvalFolder(tmp_path, chosen_by("half")).systems()
+    assert {name: found["s"].main for name, found in systems.items()} == {"main": 0.25, "bm25": 0.5}
+    assert systems["main"]["s"].note == f"{left} queries; {20 - left} others chose the checkpoint and are left out"
+    values = compare("main", systems)
+    assert values["against"]["bm25"]["tasks"]["s"]["delta"] == -0.25
+    assert "left_out" not in values["against"]["bm25"]["tasks"]["s"]
+    assert f"            s: {20 - left} queries chose the checkpoint and are left out" in list(compare_lines(values))
+
+
+def test_a_baseline_that_has_no_scores_per_query_is_not_compared_with_a_half(tmp_path):
+    write_half(tmp_path, "main", "dev queries", chose=1.0, others=0.25)
+    write_half(tmp_path, "bm25", "dev queries", chose=1.0, others=0.25)
+    systems = EvalFolder(tmp_path, chosen_by("half")).systems()
+    with pytest.raises(ConfigError, match="published has no scores per query, and some queries chose the checkpoint"):
+        compare("main", systems | {"published": {"s": score("s", 0.9)}})
+
+
+@pytest.mark.parametrize(
+    ("manifest", "note"),
+    [
+        ({}, ""),
+        (chosen_by("half", "other queries"), ""),
+        (chosen_by("all"), "these queries also chose the checkpoint, so the score is optimistic"),
+    ],
+)
+def test_all_queries_are_reported_where_none_or_all_of_them_chose(tmp_path, manifest, note):
+    write_half(tmp_path, "main", "dev queries", chose=1.0, others=0.25)
+    found = EvalFolder(tmp_path, manifest).systems()["main"]["s"]
+    assert (found.main, len(found.per_query), found.note) == (0.5, 20, note)
+
+
+def test_scores_on_nanobeir_are_said_to_be_optimistic_where_it_chose():
+    manifest = {"checkpoint_chosen_by": [{"search": "NanoBEIR-no", "rule": "all", "also_reported": True}]}
+    notes = [score(task, 0.5).without_choosers(manifest, {}).note for task in ("MultilingualNanoNQRetrieval", "NQ")]
+    assert notes == ["these queries also chose the checkpoint, so the score is optimistic", ""]

@@ -92,6 +92,7 @@ def test_the_score_is_the_one_that_training_ended_with_on_queries_that_did_not_c
         text = (run / "report" / page).read_text()
         assert f"{fmean(odd):.3f}" in text
         assert f"tiny: {words} (search)." in text
+        assert "31 queries of quickstart (half of dev)" in text
     with contextlib.chdir(where):
         card = read_measured(Run.finished("tiny"))
     assert card.scores["tiny"]["search"].mean == pytest.approx(fmean(odd))

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from evaluate.report.plots import Plot, Points, bars, finite, histogram, intervals, line_chart, pareto
 from evaluate.results import System
 from evaluate.subject import Subject
+from trainer.chosen import choosers_of
 from trainer.run import duration
 
 PARTS = ("sparsity", "latency", "leakage", "hybrid", "terms", "failed")
@@ -57,6 +58,7 @@ def write_report(subject: Subject, compare: dict[str, Any] | None = None) -> Pat
     values = parts | {
         "subject": subject,
         "manifest": subject.manifest,
+        "choosers": choosers_of(subject.manifest or {}),
         "written": time.strftime("%Y-%m-%d %H:%M %Z"),
         "table": table,
         "compare": compare,
