@@ -103,7 +103,7 @@ $(VENV)/.ok: $(REQ)/base.txt $(REQ)/torch-$(TORCH).txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
 	  { echo "Error: Python 3.11 is needed; $(PYTHON) is not one. Say which: make PYTHON=/path/to/python3.11"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(MAKE) --no-print-directory .debian-venv
-	@echo "setting up $(VENV) with the $(TORCH) build of torch (once, a few minutes)"
+	@echo "setting up $(VENV) with the $(TORCH) build of torch (once, perhaps some minutes)"
 	@$(PYTHON) -m venv $(VENV)
 ifeq ($(TORCH),cpu)
 	@$(PIP) --no-index -r $(REQ)/torch-cpu.txt 2>/dev/null || $(PIP) --index-url $(TORCH_CPU_INDEX) -r $(REQ)/torch-cpu.txt

@@ -19,6 +19,7 @@ from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SparseEncoder
 
+import trainer.device
 import trainer.train
 from tests.checkpoints import DOCUMENTS, QUERIES, nfd, write_bert
 from tests.conftest import run_trainer
@@ -128,7 +129,7 @@ def test_checkpoints_and_final_models_of_every_architecture_give_the_trained_vec
         save_model(model, folder)
         expected[str(tmp_path / folder).replace(".final", "final")] = both_routes(model)
 
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)  # slow bf16 is fine here
+    monkeypatch.setattr(trainer.device, "bfloat16_time", lambda: 1.0)  # slow bf16 is fine here
     monkeypatch.setattr(SparseTrainer, "_save", save_checkpoint)
     monkeypatch.setattr(trainer.train, "save_model", save_final)
     # What must also work.

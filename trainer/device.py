@@ -1,15 +1,23 @@
 """Which device training runs on, and why."""
 
 import ctypes
+import math
 import os
 import resource
 import sys
+import time
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from trainer.config import Config, ConfigError
-from trainer.distributed import processes, processes_here
+from trainer.distributed import is_first, processes, processes_here
+
+# A product in bfloat16 that takes more of float32's time than this is slower, whatever else the machine is doing.
+SLOWER = 1.5
+# The product that tells: 384 × 384 numbers take under a millisecond, and 0.1 s where bfloat16 is emulated.
+WIDTH, ROUNDS, SECONDS = 384, 3, 0.1
 
 
 def choose_device(config: Config) -> tuple[str, str]:
@@ -27,11 +35,13 @@ def choose_device(config: Config) -> tuple[str, str]:
         raise ConfigError(
             'several processes cannot share the GPU of a Mac. Start one, or set SET="hardware.device=cpu"'
         )
-    if device == "cpu" and config.training.bf16 and not torch.cpu._is_amx_tile_supported():
-        raise ConfigError(
-            "training.bf16: this CPU has no matrix units for bfloat16, and a step would take 13 times as long as in "
-            'float32. Switch it off: SET="training.bf16=false"'
-        )
+    if device == "cpu" and config.training.bf16 and is_first():
+        if (share := bfloat16_time()) > SLOWER:
+            raise ConfigError(
+                f"training.bf16: on this CPU a matrix product takes {share:.1f} times as long in bfloat16 as in float32 "
+                '(measured now). Switch it off: SET="training.bf16=false"'
+            )
+        reason += f"; a matrix product in bfloat16 takes {share:.1f} times as long as in float32"
     for key, wanted in (("training.fp16", config.training.fp16), ("hardware.tf32", config.hardware.tf32)):
         if wanted and device != "cuda":
             raise ConfigError(f"{key} is for CUDA, and training runs on {device} ({reason})")
@@ -51,6 +61,27 @@ def find_device(wanted: str) -> tuple[str, str]:
     device = next(name for name in ("cuda", "mps", "cpu") if here[name])
     missing = [name for name in ("cuda", "mps") if not here[name]]
     return device, "auto: " + (f"no {' and no '.join(missing)} here" if device == "cpu" else f"{device} is here")
+
+
+@cache
+def bfloat16_time() -> float:
+    """Time of a matrix product in bfloat16 on this CPU, as a multiple of its time in float32: the fastest of some each.
+
+    In one thread: several wait for each other on a machine that is busy, which says nothing about either.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    factors = {kind: torch.ones(WIDTH, WIDTH, dtype=kind) for kind in (torch.float32, torch.bfloat16)}
+    fastest = dict.fromkeys(factors, math.inf)
+    end, rounds = time.perf_counter() + SECONDS, 0
+    while rounds < ROUNDS or time.perf_counter() < end:
+        for kind, factor in factors.items():
+            start = time.perf_counter()
+            torch.mm(factor, factor)
+            fastest[kind] = min(fastest[kind], time.perf_counter() - start)
+        rounds += 1
+    torch.set_num_threads(threads)
+    return fastest[torch.bfloat16] / fastest[torch.float32]
 
 
 def describe_device(device: str) -> str:

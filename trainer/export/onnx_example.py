@@ -2,7 +2,7 @@
 
     python example.py "hvor høyt er Galdhøpiggen" "Galdhøpiggen er 2469 meter høyt."
 
-model.onnx takes token ids and gives one weight per dimension; model_int8.onnx is smaller, faster and less exact.
+model.onnx takes token ids and gives one weight per dimension; model_int8.onnx is smaller, less exact, and often faster.
 """
 
 import json
