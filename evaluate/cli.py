@@ -24,7 +24,9 @@ def subject_options(command: Callable) -> Callable:
             click.option("--model", "--model-path", help="A model instead of a run: a path, or a name on the hub."),
             click.option("--revision", help="Commit of a model on the hub."),
             click.option(
-                "--trust-remote-code", is_flag=True, help="Run code that comes with the model; needs a commit."
+                "--trust-remote-code",
+                is_flag=True,
+                help="Run code that comes with --model and --dense; from the hub, each at a full commit.",
             ),
             click.option(
                 "--tasks", default="", help="Groups, mteb names, folders in BEIR layout; between commas or blanks."
@@ -62,8 +64,9 @@ def open_session(options: dict[str, Any]) -> "Session":
     from evaluate.session import Session
     from evaluate.subject import open_subject
 
-    subject = open_subject(options["config"], options["model"], options["revision"], options["trust_remote_code"])
-    return Session(subject, options["tasks"], options["language"], options["batch_size"], click.echo)
+    trusted = options["trust_remote_code"]
+    subject = open_subject(options["config"], options["model"], options["revision"], trusted)
+    return Session(subject, options["tasks"], options["language"], options["batch_size"], click.echo, trusted)
 
 
 def quiet_libraries() -> None:

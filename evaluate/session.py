@@ -26,6 +26,7 @@ from evaluate.sparsity import measure_sparsity, sparsity_lines
 from evaluate.subject import Subject, fingerprint_of
 from evaluate.tasks import load, select_tasks
 from evaluate.terms import terms_lines, top_terms
+from evaluate.trust import registry_entry, require_pinned_code, require_trust
 from trainer.config import ConfigError, is_commit, is_revision, one_line
 from trainer.prompts import NAMES, by_side
 from trainer.run import Run
@@ -39,8 +40,17 @@ RESERVED = (BM25_NAME, "rrf", "weighted", "data")
 class Session:
     """Runs the parts, says what they found, and keeps it in the subject's eval folder."""
 
-    def __init__(self, subject: Subject, tasks: str, language: str | None, batch_size: int, say: Say):
+    def __init__(
+        self,
+        subject: Subject,
+        tasks: str,
+        language: str | None,
+        batch_size: int,
+        say: Say,
+        trust_dense: bool = False,
+    ):
         self.subject, self.language, self.batch_size, self.say = subject, language, batch_size, say
+        self.trust_dense = trust_dense
         self.folder = subject.results
         configured = subject.config.evaluation.mteb_tasks if subject.config else ["scandinavian"]
         self.task_names = tasks.replace(",", " ").split() or configured
@@ -96,8 +106,7 @@ class Session:
     def score_dense(self, source: str) -> None:
         """A dense model, by cosine or what it says itself."""
         name, revision = split_dense(source)
-        trust = self.subject.trust_remote_code
-        self._score(dense_name(source), lambda: load_dense(source, trust), fingerprint_of(name, revision))
+        self._score(dense_name(source), lambda: load_dense(source, self.trust_dense), fingerprint_of(name, revision))
 
     def require(self, baselines: tuple[Path, ...] = (), dense: str | None = None) -> None:
         """Raise ConfigError for what would otherwise fail after hours of scoring."""
@@ -108,6 +117,7 @@ class Session:
                 raise ConfigError(
                     f"--dense {dense}: its results would be those of '{dense_name(dense)}'. Rename the folder"
                 )
+            require_trust(*split_dense(dense), self.trust_dense)
             fingerprint_of(*split_dense(dense))
         self.folder.write_part("failed", self.folder.read_part("failed") or {})
 
@@ -237,16 +247,23 @@ def load_dense(source: str, trust_remote_code: bool) -> SearchEncoderWrapper:
     """A dense model as mteb searches with it: with the prompts of mteb's registry where it is in there (e5 needs them),
     else with those it was saved with.
 
-    Its own code runs only for a pinned commit, `org/model@commit`, beside a subject that is trusted too.
+    Its own code runs only with --trust-remote-code and, from the hub, for a pinned commit: `org/model@commit`.
     """
     name, revision = split_dense(source)
+    require_trust(name, revision, trust_remote_code)
+    trust = trust_remote_code and (Path(name).exists() or is_commit(revision))
+    if trust:
+        require_pinned_code("--dense", name, revision)
     try:
-        if name in {meta.name for meta in mteb.get_model_metas()}:
+        if registry_entry(name):
             return SearchEncoderWrapper(mteb.get_model(name, **({"revision": revision} if revision else {})))
-        trust = trust_remote_code and is_commit(revision)
         model = SentenceTransformer(name, revision=revision, trust_remote_code=trust)
     except Exception as error:  # whatever the hub, mteb's loaders or the model's own code raise
-        raise ConfigError(f"--dense {source} cannot be loaded: {one_line(error)}") from None
+        way_out = ""
+        if not trust and "trust_remote_code" in str(error):
+            commit = "" if Path(name).exists() else "@<commit>"
+            way_out = f". It has code of its own. Read it; to run it: --dense {name}{commit} --trust-remote-code"
+        raise ConfigError(f"--dense {source} cannot be loaded: {one_line(error)}{way_out}") from None
     # under the names that mteb knows: of a "passage" it would say that it is ignored
     others = {name: text for name, text in model.prompts.items() if name not in NAMES["document"]}
     model.prompts = others | by_side(model.prompts)

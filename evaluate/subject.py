@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from sentence_transformers import SparseEncoder
 
 from evaluate.results import EvalFolder, read_json
+from evaluate.trust import require_pinned_code
 from trainer.config import Config, ConfigError, find_config, is_commit, is_local, is_revision, load_config, one_line
 from trainer.fused.model import fuse
 from trainer.run import MODELS, hash_of_model
@@ -45,6 +46,8 @@ class Subject:
     def load(self) -> SparseEncoder:
         """The encoder. Raises ConfigError when it cannot be loaded or is not sparse."""
         require_sparse(self.model)
+        if self.trust_remote_code:
+            require_pinned_code("--model", self.model, self.revision)
         try:
             model = SparseEncoder(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:

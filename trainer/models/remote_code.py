@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from trainer.cache import folder_of
 from trainer.config import Config, ConfigError
 from trainer.hub import Snapshot
 from trainer.models.norbert import FAMILIES, changes_in, convert_files
+from trainer.own_code import code_references, read_settings, references_in, settings_files
 from trainer.weights import require_weights
 
 
@@ -69,38 +69,6 @@ def with_own_code(snapshot: Snapshot, config: Config) -> BaseModel:
 
 
 # ------------------------------------------------------------------------------------------- what may run
-SETTINGS = ("config.json", "tokenizer_config.json", "modules.json", "router_config.json")
-
-
-def code_references(folder: Path) -> set[str]:
-    """The classes that a model's settings name outside its libraries: `module.Class`, or `owner/repo--module.Class`."""
-    return {reference for file in _settings_files(folder) for reference in _references(_read_settings(file))}
-
-
-def _settings_files(folder: Path) -> list[Path]:
-    return [file for name in SETTINGS for file in sorted(folder.rglob(name))]
-
-
-def _read_settings(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"model.base_model: {file} is not valid JSON: {error}") from None
-
-
-def _references(settings: Any) -> Iterator[str]:
-    """auto_map of transformers; `type` of sentence-transformers' modules.json, `types` of its router_config.json."""
-    if isinstance(settings, list):
-        named: list[Any] = [module.get("type") for module in settings if isinstance(module, dict)]
-    else:
-        auto_map, types = settings.get("auto_map") or {}, settings.get("types") or {}
-        named = [*(auto_map.values() if isinstance(auto_map, dict) else auto_map), *types.values()]
-    for value in named:
-        for reference in value if isinstance(value, list) else [value]:
-            if reference and not reference.startswith("sentence_transformers."):
-                yield reference
-
-
 def _file_of(reference: str) -> str:
     return reference.rpartition("--")[2].split(".")[0] + ".py"
 
@@ -158,9 +126,9 @@ def _require_pinned(file: Path, config: Config) -> None:
 def _settings_with_own_code(folder: Path, texts: dict[str, str]) -> dict[str, str]:
     """The settings files that name code, by path: with the code beside them, not that of the repository it came from."""
     changed = {}
-    for file in _settings_files(folder):
-        settings = _read_settings(file)
-        references = set(_references(settings))
+    for file in settings_files(folder):
+        settings = read_settings(file)
+        references = set(references_in(settings))
         if not references:
             continue
         if file.name == "config.json":

@@ -1,0 +1,48 @@
+"""Which Python code of its own a model's settings name, beside the classes of the libraries."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.config import ConfigError
+
+SETTINGS = (
+    "config.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "modules.json",
+    "router_config.json",
+)
+
+
+def code_references(folder: Path) -> set[str]:
+    """The classes that a model's settings name outside its libraries: `module.Class`, or `owner/repo--module.Class`."""
+    return {reference for file in settings_files(folder) for reference in references_in(read_settings(file))}
+
+
+def settings_files(folder: Path) -> list[Path]:
+    """The files of a model in which code can be named."""
+    return [file for name in SETTINGS for file in sorted(folder.rglob(name))]
+
+
+def read_settings(file: Path) -> Any:
+    """The content of a settings file. Raises ConfigError when it is no JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from None
+
+
+def references_in(settings: Any) -> Iterator[str]:
+    """auto_map of transformers; `type` of sentence-transformers' modules.json, `types` of its router_config.json."""
+    if isinstance(settings, list):
+        named: list[Any] = [module.get("type") for module in settings if isinstance(module, dict)]
+    else:
+        auto_map, types = settings.get("auto_map") or {}, settings.get("types") or {}
+        named = [*(auto_map.values() if isinstance(auto_map, dict) else auto_map), *types.values()]
+    for value in named:
+        for reference in value if isinstance(value, list) else [value]:
+            if reference and not reference.startswith("sentence_transformers."):
+                yield reference
