@@ -13,13 +13,15 @@ TORCH   ?= $(shell if [ "$$(uname -s)" = Darwin ] || command -v nvidia-smi >/dev
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 PIP     := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary=:all:
-SETS    := $(foreach pair,$(SET),--set '$(pair)')
+# Values reach the shell as its own variables: blanks, brackets, quotes and apostrophes arrive as they were typed.
+SETS     = $(if $(SET),--set "$$SET")
 # An MPS kernel that does not exist yet runs on the CPU instead of raising.
 export PYTORCH_ENABLE_MPS_FALLBACK ?= 1
 
 # In a container or in $(VENV), as RUNTIME=auto|docker|host says; docker/run prints which, and why.
 RUN     := docker/run
 export CONFIG SET RUNTIME VENV NODES PROCS RENDEZVOUS PORT IMAGE
+export MODEL TASKS BASELINE DENSE REPO TO CORPUS QUERIES OUTPUT
 
 .PHONY: help train resume eval check show bm25 publish export tensorboard images test test-docker lint audit smoke bench soak lock schema clean
 .DEFAULT_GOAL := help
@@ -29,35 +31,36 @@ help: ## this help
 	@echo
 	@echo "CONFIG is one of: $(sort $(patsubst configs/training_config_%.yaml,%,$(wildcard configs/training_config_*.yaml))), or a path."
 	@echo 'Any key can be overridden: make train CONFIG=splade SET="training.max_steps=50 hardware.device=cpu"'
+	@echo "A value with blanks is written as in YAML: SET='model_card.model_name=\"Our model\" datasets.nli.mine.range=[10, 100]'"
 	@echo 'RUNTIME=docker|host: in a container, or in $(VENV). Without it: in a container where a Docker engine answers, except on a Mac.'
 	@echo 'PROCS=8: one training process per GPU. NODES=2 RENDEZVOUS=host:port: the same on each of two machines.'
 
 train: ## train CONFIG (quickstart) into models/<CONFIG>
-	@$(RUN) trainer train '$(CONFIG)' $(SETS)
+	@$(RUN) trainer train "$$CONFIG" $(SETS)
 
 resume: ## continue CONFIG from its newest complete checkpoint
-	@$(RUN) trainer train '$(CONFIG)' --resume $(SETS)
+	@$(RUN) trainer train "$$CONFIG" --resume $(SETS)
 
 check: ## print the plan of CONFIG without training
-	@$(RUN) trainer check '$(CONFIG)' $(SETS)
+	@$(RUN) trainer check "$$CONFIG" $(SETS)
 
 show: ## print CONFIG flat, each value with its origin
-	@$(RUN) trainer show '$(CONFIG)' $(SETS)
+	@$(RUN) trainer show "$$CONFIG" $(SETS)
 
 eval: ## measure the run of CONFIG, or MODEL=path: TASKS=… BASELINE=results DENSE=model
-	@$(RUN) evaluate run $(if $(MODEL),--model '$(MODEL)','$(CONFIG)') $(if $(TASKS),--tasks '$(TASKS)') \
-	  $(if $(LANGUAGE),--language $(LANGUAGE)) $(foreach file,$(BASELINE),--baseline '$(file)') $(if $(DENSE),--dense '$(DENSE)') $(ARGS)
+	@$(RUN) evaluate run $(if $(MODEL),--model "$$MODEL","$$CONFIG") $(if $(TASKS),--tasks "$$TASKS") \
+	  $(if $(LANGUAGE),--language $(LANGUAGE)) $(if $(BASELINE),--baseline "$$BASELINE") $(if $(DENSE),--dense "$$DENSE") $(ARGS)
 
 bm25: ## nDCG@10 of BM25: TASKS=folder:no (BEIR layout) or mteb tasks
-	@$(RUN) evaluate bm25 --tasks '$(TASKS)' $(if $(LANGUAGE),--language $(LANGUAGE)) $(ARGS)
+	@$(RUN) evaluate bm25 --tasks "$$TASKS" $(if $(LANGUAGE),--language $(LANGUAGE)) $(ARGS)
 
 publish: ## upload the trained model of CONFIG: REPO=owner/name, PUBLIC=1, DRY_RUN=1
-	@$(RUN) trainer publish '$(CONFIG)' --repo '$(REPO)' \
+	@$(RUN) trainer publish "$$CONFIG" --repo "$$REPO" \
 	  $(if $(filter-out 0,$(PUBLIC)),--public) $(if $(filter-out 0,$(DRY_RUN)),--dry-run)
 
 export: ## files for a search engine: TO=lucene CORPUS=file.jsonl QUERIES=… OUTPUT=folder SHARD=1/4
-	@$(RUN) trainer export '$(CONFIG)' --to '$(TO)' $(if $(CORPUS),--corpus '$(CORPUS)') \
-	  $(if $(QUERIES),--queries '$(QUERIES)') $(if $(OUTPUT),--output '$(OUTPUT)') $(if $(SHARD),--shard $(SHARD)) $(ARGS)
+	@$(RUN) trainer export "$$CONFIG" --to "$$TO" $(if $(CORPUS),--corpus "$$CORPUS") \
+	  $(if $(QUERIES),--queries "$$QUERIES") $(if $(OUTPUT),--output "$$OUTPUT") $(if $(SHARD),--shard $(SHARD)) $(ARGS)
 
 tensorboard: ## watch runs at http://127.0.0.1:6006, or PORT=…
 	@$(RUN) tensorboard

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from trainer.config.words import split_paths
+
 if TYPE_CHECKING:
     from evaluate.session import Session
 
@@ -48,7 +50,10 @@ def subject_options(command: Callable) -> Callable:
 
 
 baseline_option = click.option(
-    "--baseline", multiple=True, type=click.Path(path_type=Path), help="Results to compare with: file or folder."
+    "--baseline",
+    multiple=True,
+    callback=lambda context, option, texts: split_paths(texts),
+    help="Results to compare with: file or folder; several between blanks.",
 )
 dense_option = click.option(
     "--dense", help="A dense model to score and to fuse with: a path, or a hub name, org/model@revision."

@@ -24,7 +24,7 @@ from evaluate.scores import Say, score_system
 from evaluate.search import SparseSearch
 from evaluate.sparsity import measure_sparsity, sparsity_lines
 from evaluate.subject import Subject, fingerprint_of
-from evaluate.tasks import load, select_tasks
+from evaluate.tasks import load, select_tasks, task_names
 from evaluate.terms import terms_lines, top_terms
 from evaluate.trust import registry_entry, require_pinned_code, require_trust
 from trainer.config import ConfigError, is_commit, is_revision, one_line
@@ -53,7 +53,7 @@ class Session:
         self.trust_dense = trust_dense
         self.folder = subject.results
         configured = subject.config.evaluation.mteb_tasks if subject.config else ["scandinavian"]
-        self.task_names = tasks.replace(",", " ").split() or configured
+        self.task_names = task_names(tasks) or configured
         self.any_failed = False
         if subject.name in RESERVED:
             raise ConfigError(
@@ -223,7 +223,7 @@ class Session:
 def bm25_alone(names: str, language: str | None, output: Path | None, say: Say) -> bool:
     """BM25 without any model; the exit status: 1 when a task failed."""
     with tempfile.TemporaryDirectory() as folder:
-        tasks = select_tasks(names.replace(",", " ").split(), language)
+        tasks = select_tasks(task_names(names), language)
         return bool(score_system(BM25_NAME, BM25, BM25_FINGERPRINT, tasks, EvalFolder(output or Path(folder)), say))
 
 

@@ -14,6 +14,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from trainer.beir import files_of, has_split, is_beir, read_records, read_search_set
 from trainer.chosen import digest_of
 from trainer.config import ConfigError, did_you_mean, one_line
+from trainer.config.words import split_names
 from trainer.texts import Reading, as_strings
 
 NORWEGIAN = ("NorQuadRetrieval", "SNLRetrieval")
@@ -54,12 +55,27 @@ def select_tasks(names: list[str], language: str | None = None) -> list[AbsTaskR
     return list(chosen.values())
 
 
+def task_names(text: str) -> list[str]:
+    """Groups, names and folders between blanks or commas; a folder's own blanks stay."""
+
+    def is_folder(name: str) -> bool:
+        folder, language = _folder_and_language(name)
+        return (language is None or language in ISO) and folder.is_dir()
+
+    return split_names(text, is_folder)
+
+
+def _folder_and_language(name: str) -> tuple[Path, str | None]:
+    folder, colon, language = name.rpartition(":")
+    return Path(folder or name).expanduser(), language if colon else None
+
+
 def _tasks_of(name: str, language: str | None) -> Iterator[AbsTaskRetrieval]:
-    folder, colon, own_language = name.rpartition(":")
-    if colon and own_language not in ISO:
+    folder, own_language = _folder_and_language(name)
+    if own_language is not None and own_language not in ISO:
         raise ConfigError(f"{name}: the language of a folder is one of {', '.join(ISO)}, not '{own_language}'")
-    if colon or "/" in name or Path(name).is_dir():
-        yield local_task(Path(folder or name).expanduser(), own_language if colon else language)
+    if own_language is not None or "/" in name or Path(name).is_dir():
+        yield local_task(folder, language if own_language is None else own_language)
         return
     known = {task.metadata.name for task in mteb.get_tasks(task_types=["Retrieval"])}
     wanted = GROUPS.get(name, (name,))

@@ -1,6 +1,8 @@
 """What docker/run decides and says, with a docker command that only pretends: no engine is needed here."""
 
+import itertools
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -24,7 +26,11 @@ case "$1 $2" in
   "image inspect") echo sha256:0123 ;;
   "buildx build") exit {build} ;;
   "info "*) echo / ;;
-  "compose "*) case "$*" in *" show "*) printf 'hardware:\\n  device: {device}\\n';; *) echo "docker $*" >> ran ;; esac ;;
+  "compose "*)
+    case "$*" in
+      *" show "*) printf 'hardware:\\n  device: {device}\\n' ;;
+      *) ( printf '%s\\037' docker "$@"; echo ) >> ran ;;
+    esac ;;
   "run --rm") exit {gpus} ;;
   "wait "*) echo {ended} ;;
   "logs "*|"rm "*|"image prune") ;;
@@ -61,10 +67,15 @@ def pretend(project, version="echo 20.10", device="cpu", build=0, gpus=None, end
 
 def ran(project):
     """The compose commands that were run, and forget them."""
+    return [" ".join(words) for words in words_of(project)]
+
+
+def words_of(project):
+    """The same, each as the words it was called with."""
     file = project / "ran"
     lines = file.read_text().splitlines()
     file.unlink()
-    return lines
+    return [line.split("\x1f")[:-1] for line in lines]
 
 
 def run(project, *arguments, user=None, **environment):
@@ -240,14 +251,120 @@ def test_each_command_runs_in_its_service(project):
         assert ran(project)[0].endswith(ends)
 
 
+def made(project, *arguments):
+    """The words that a make target hands to docker/run."""
+    stub = project / "bin" / "words"
+    stub.write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
+    stub.chmod(0o755)
+    return subprocess.run(
+        ["make", f"RUN={stub}", *arguments], cwd=project, capture_output=True, text=True, check=True
+    ).stdout.split("\0")[:-1]
+
+
 def test_make_maps_every_config_to_docker_run(project):
-    pretend(project)
     for name in NAMES:
-        for target, words in {"train": f"trainer train {name}", "resume": f"trainer train {name} --resume"}.items():
-            printed = subprocess.run(
-                ["make", "--dry-run", target, f"CONFIG={name}"], cwd=project, capture_output=True, text=True, check=True
-            ).stdout
-            assert printed.replace("'", "").strip() == f"docker/run {words}"
+        assert made(project, "train", f"CONFIG={name}") == ["trainer", "train", name]
+        assert made(project, "resume", f"CONFIG={name}") == ["trainer", "train", name, "--resume"]
+
+
+# ------------------------------------------------------------------------------------------- quoting
+ODD = 'Ola\'s data, "new" [a b]/c;d &e'
+
+
+@pytest.mark.parametrize("target,command", [("train", "train"), ("check", "check"), ("show", "show")])
+def test_make_hands_on_set_as_it_was_typed(project, target, command):
+    text = f"model_card.model_name='x  y' datasets.x.mine.range=[10, 100] evaluation.search={ODD}"
+    words = made(project, target, f"CONFIG={ODD}.yaml", f"SET={text}")
+    assert words == ["trainer", command, f"{ODD}.yaml", "--set", text]
+
+
+def test_make_hands_on_every_path_as_one_word(project):
+    paths = {name: f"{ODD} {name}" for name in ("TASKS", "BASELINE", "DENSE", "CORPUS", "QUERIES", "OUTPUT", "MODEL")}
+
+    def options(*names):
+        return [word for name in names for word in (f"--{name.lower()}", paths[name])]
+
+    given = [f"{name}={path}" for name, path in paths.items()]
+    words = made(project, "eval", *given)
+    assert words == [
+        "evaluate",
+        "run",
+        *(w for n in ("MODEL", "TASKS", "BASELINE", "DENSE") for w in (f"--{n.lower()}", paths[n])),
+    ]
+    words = made(project, "export", "CONFIG=c", "TO=lucene", *given)
+    assert words[2:5] == ["c", "--to", "lucene"]
+    assert words[5:] == options("CORPUS", "QUERIES", "OUTPUT")
+    assert made(project, "bm25", *given) == ["evaluate", "bm25", "--tasks", paths["TASKS"]]
+    assert made(project, "publish", "CONFIG=c", f"REPO={ODD}")[2:] == ["c", "--repo", ODD]
+
+
+def test_the_makefile_uses_nothing_that_make_3_81_lacks():
+    text = (ROOT / "Makefile").read_text()
+    newer = r"\$\((file|guile|let|intcmp) |^\.(ONESHELL|RECIPEPREFIX|EXTRA_PREREQS)|::=|!=|^(undefine|private|load)\b"
+    code = "\n".join(line for line in text.splitlines() if not line.startswith(("\t", "#")))
+    assert re.findall(newer, code, re.MULTILINE) == []
+    assert re.findall(newer, "X != date\n.ONESHELL:\nY ::= 1\n$(file <x)", re.MULTILINE)
+
+
+def test_a_config_is_read_with_every_value_of_set_on_the_host(project):
+    text = 'model_card.model_name="Our \'model\'" hardware.device=cpu model_card.tags=[a b, "c=d e.f=g"]'
+    result = subprocess.run(
+        ["make", "-s", "show", "RUNTIME=host", f"SET={text}"],
+        cwd=project, env=os.environ | {"PYTHONPATH": str(project)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = yaml.safe_load(result.stdout)
+    assert found["model_card"]["model_name"] == "Our 'model'"
+    assert found["model_card"]["tags"] == ["a b", "c=d e.f=g"]
+    assert found["hardware"]["device"] == "cpu"
+
+
+def test_set_reaches_a_container_as_one_word(project):
+    pretend(project)
+    text = "training.max_steps=50 model_card.tags=[10, 100] model_card.model_name='a  b'"
+    run(project, "trainer", "train", "quickstart", "--set", text, SET=text)
+    (command,) = words_of(project)
+    assert command[-3:] == ["quickstart", "--set", text]
+
+
+def test_paths_with_blanks_commas_and_apostrophes_go_into_the_container(project):
+    pretend(project)
+    for name in ("our search", "Ola's set, new", "plain"):
+        (project / "else where" / name).mkdir(parents=True)
+    (project / "else where" / "my corpus.jsonl").touch()
+    outside = f"{project}/else where/Ola's set, new"
+    run(
+        project,
+        "evaluate",
+        "run",
+        "quickstart",
+        "--tasks",
+        f"norwegian else where/our search:no,{outside}:da  else where/plain",
+    )
+    run(project, "trainer", "export", "quickstart", "--corpus", "else where/my corpus.jsonl")
+    evaluation, export = words_of(project)
+    mounts = [word for before, word in itertools.pairwise(evaluation) if before == "--volume"]
+    assert mounts == [
+        f"{project}/else where/our search:/app/else where/our search:ro",
+        f"{outside}:{outside}:ro",
+        f"{project}/else where/plain:/app/else where/plain:ro",
+    ]
+    assert f"{project}/else where/my corpus.jsonl:/app/else where/my corpus.jsonl:ro" in export
+    assert export[-2:] == ["--corpus", "else where/my corpus.jsonl"]
+
+
+def test_a_pattern_in_an_argument_is_no_list_of_files_and_the_command_is_no_folder(project):
+    pretend(project)
+    (project / "one").mkdir()
+    run(project, "trainer", "check", "quickstart", "--set", "datasets.a.source=*")
+    run(project, "evaluate", "run", "quickstart", "--tasks", "* o*")
+    assert [command.count("--volume") for command in words_of(project)] == [0, 0]
+
+
+def test_a_path_that_docker_cannot_mount_is_one_line(project):
+    pretend(project)
+    (project / "a:b").mkdir()
+    said = one_line_of(run(project, "evaluate", "run", "quickstart", "--tasks", "./a:b", RUNTIME="docker"))
+    assert "its name has a colon. Rename it, or set RUNTIME=host" in said
 
 
 # ------------------------------------------------------------------------------------------- what goes wrong

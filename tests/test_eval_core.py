@@ -20,7 +20,7 @@ from evaluate.results import EvalFolder, Ranking, read_score, read_system
 from evaluate.scores import best, ndcg_per_query, score_system
 from evaluate.search import InvertedIndex, SparseSearch
 from evaluate.subject import open_subject
-from evaluate.tasks import GROUPS, LANGUAGES, load, local_task, select_tasks
+from evaluate.tasks import GROUPS, LANGUAGES, load, local_task, select_tasks, task_names
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense
 from tests.test_models import build
 from trainer.config import ConfigError
@@ -445,6 +445,14 @@ def test_what_cannot_be_evaluated_is_one_line(tmp_path, monkeypatch, options, li
     with pytest.raises(ConfigError) as caught:
         open_subject(*options)
     assert line in caught.value.format_message()
+
+
+def test_a_folder_with_blanks_and_commas_in_its_name_is_one_task(tmp_path):
+    folder = tmp_path / "our search, new"
+    folder.mkdir()
+    assert task_names(f"norwegian {folder}:no,SweFaqRetrieval {folder}") == [
+        "norwegian", f"{folder}:no", "SweFaqRetrieval", str(folder),
+    ]  # fmt: skip
 
 
 def test_a_dense_model_is_refused(tmp_path):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from trainer.config import ConfigError, LoadedConfig, find_config, json_schema, load_config, render
+from trainer.config.words import split_pairs
 
 if TYPE_CHECKING:
     from trainer.run import Run
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 def config_options(command: Callable) -> Callable:
     """The argument CONFIG and the option --set."""
     command = click.option(
-        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key: --set training.max_steps=50"
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=lambda context, option, texts: tuple(pair for text in texts for pair in split_pairs(text)),
+        help="Override a key: --set training.max_steps=50. Several, between blanks: --set 'a.b=[1, 2] c.d=\"x y\"'",
     )(command)
     return click.argument("config", metavar="CONFIG")(command)
 
