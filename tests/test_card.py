@@ -165,11 +165,13 @@ def test_sources_of_the_hub_are_named_with_commit_and_licence_and_local_ones_wit
     manifest["datasets"]["quickstart_nli"] |= {"name": "scandi_qa", "revisions": {"ltg/norquad": "a" * 40}}
     manifest["datasets"]["quickstart_ddsc"] |= {"name": "mine", "revisions": {"/home/kari/secret/rows.jsonl": None}}
     manifest["git_commit"] += "+changes"
-    card = build_model_card(run, "org/model", 800)
+    card = build_model_card(run, "org/model", 800, ["datasets.mine.source"])
     assert "| scandi_qa | `ltg/norquad` at `aaaaaaaaaaaa` | CC0-1.0 |" in card.text
-    assert "| mine | `rows.jsonl` | not known here: see its page |" in card.text
+    assert "| mine | local files | not known here: see its page |" in card.text
     assert "/home/kari" not in str(card)
-    assert "trained on local files (rows.jsonl), which are not here" in card.text
+    assert (
+        "made with local files, which are not here: `config.yaml` says `<local>` at datasets.mine.source." in card.text
+    )
     assert "[ltg/norbert4-base](https://huggingface.co/ltg/norbert4-base) at `386ba2dc`" in card.text
     assert "| licence of the base model | Apache-2.0 |" in card.text
     assert 'SparseEncoder("org/model", trust_remote_code=True)' in card.text

@@ -7,7 +7,7 @@ from tests.conftest import ROOT
 # Lowest first: a module imports only from rows above its own, never from a neighbour.
 ROWS = [
     {"trainer.config"},
-    {"trainer.distributed", "trainer.files", "trainer.own_code", "trainer.texts"},
+    {"trainer.distributed", "trainer.files", "trainer.local_paths", "trainer.own_code", "trainer.texts"},
     {
         "trainer.hub",
         "trainer.beir",

@@ -1,14 +1,17 @@
 """What is uploaded opens in stock sentence-transformers with the vectors of the run, and holds nobody's secrets."""
 
+import glob
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import typing
 
 import numpy as np
 import pytest
-import yaml
+from pydantic import BaseModel
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import ROOT, run_trainer
@@ -16,7 +19,9 @@ from tests.hub import Hub
 from tests.standins import COMMIT, write_norbert
 from tests.test_models import build_from, config_of
 from tests.test_upload import hub_environment
-from trainer.config import ConfigError, load_config, render
+from trainer.config import Config, ConfigError, load_config, render
+from trainer.config.schema import HubSource, LocalSource
+from trainer.local_paths import FILE_KEYS, LocalPaths
 from trainer.models import save_model
 from trainer.publish import (
     build_upload_folder,
@@ -39,10 +44,10 @@ def upload(trained):
     return trained / "upload"
 
 
-def override(trained, setting):
+def override(trained, *settings):
     """Change the resolved config of the run."""
     file = trained / "models/tiny/config.yaml"
-    file.write_text(render(load_config(file, (setting,))))
+    file.write_text(render(load_config(file, settings)))
 
 
 def every_byte(folder):
@@ -72,13 +77,138 @@ def test_no_file_of_the_upload_folder_says_where_or_how_it_was_made_on_this_mach
     assert not summary.keys() & {"command", "config_file", "overrides", "best_checkpoint", "id"}
 
 
-def test_local_files_are_named_in_the_uploaded_config_without_their_folders(trained):
-    rows = trained / "private/rows.jsonl"
-    override(trained, f"datasets.mine={{source: {rows}, columns: {{anchor: q, positive: p}}}}")
-    build_upload_folder(Run.finished("tiny"), trained / "upload", "org/model", 800)
-    found = yaml.safe_load((trained / "upload/config.yaml").read_text())
-    assert found["datasets"]["mine"]["source"] == "rows.jsonl"
-    assert str(trained).encode() not in every_byte(trained / "upload")
+def texts_of(folder):
+    """(file, text) of every value, key and word that is uploaded, of the headers of the weights too."""
+    for file in sorted(folder.rglob("*")):
+        if file.suffix == ".safetensors":
+            with file.open("rb") as data:
+                length = int.from_bytes(data.read(8), "little")
+                text = data.read(length).decode()
+        elif file.is_file():
+            text = file.read_text(encoding="utf-8")
+        else:
+            continue
+        quoted = {
+            found
+            for kind in (r'"([^"\n]*)"', r"`([^`\n]*)`", r": ([^\n]+?)(?: +#.*)?\n")
+            for found in re.findall(kind, text)
+        }
+        words = re.split(r"[\s\"'`(),\[\]{}|]+", text)
+        yield from ((file.name, found) for found in {*words, *quoted} if found)
+
+
+def paths_among(texts):
+    """Those that name something here: a path with a folder in it, a pattern of files, a folder with its language."""
+    for file, text in texts:
+        name = re.sub(r":[a-z]{2}$", "", text.rstrip(".,:;"))
+        if "/" in name and len(name) < 300 and name.strip("/") and glob.glob(os.path.expanduser(name)):
+            yield file, text
+
+
+@pytest.fixture
+def private(trained):
+    """The run, made with files of this machine: every key of a config that may name some does."""
+    places = {name: trained / "private data" / name for name in ("our base", "miner", "teacher", "search", "cache")}
+    for folder in (*places.values(), trained / "data/customer"):
+        folder.mkdir(parents=True)
+    (trained / "data/customer/clicks-1.jsonl").touch()
+    (trained / "rows.jsonl").touch()
+    override(
+        trained,
+        "model.base_model=private data/our base",
+        "model.from_scratch=null",
+        "datasets.quickstart=null",
+        "datasets.clicks={source: data/customer/clicks-*.jsonl, columns: {anchor: q, positive: p}, "
+        "mine: {method: model, model: private data/miner}}",
+        "datasets.flat={source: rows.jsonl, columns: {anchor: q, positive: p}}",
+        f"datasets.far={{source: {places['search']}, columns: {{anchor: q, positive: p}}}}",
+        f"loss.teacher={{model: private data/teacher, kind: dense, cache: {places['cache']}}}",
+        "evaluation.search=[private data/search]",
+        f"evaluation.mteb_tasks=[norwegian, 'private data/search:no', '{places['search']}']",
+    )
+    run = Run.finished("tiny")
+    data = run.manifest["datasets"]
+    data["clicks"] = data.pop("quickstart_nli") | {
+        "name": "clicks",
+        "revisions": {"data/customer/clicks-1.jsonl": None},
+    }
+    data["clicks"]["mined"] = {"method": "private data/miner", "queries": 3}
+    run.update(
+        base_model={"source": "private data/our base", "commit": None, "code": {}},
+        warnings=[{"message": f"nothing is in {places['search']}, nor in private data/teacher."}],
+        teacher={"model": "private data/teacher"},
+    )
+    return run
+
+
+def test_no_text_of_the_upload_names_a_path_that_exists_here(private, trained):
+    folder = trained / "upload"
+    build_upload_folder(private, folder, "org/model", 800)
+    texts = list(texts_of(folder))
+    assert len(texts) > 1000
+    assert list(paths_among(texts)) == []
+    written = every_byte(folder).decode(errors="ignore")
+    for name in ("private data", "our base", "customer", "clicks-", "rows.jsonl", "miner", str(trained)):
+        assert name not in written, name
+    # what the run itself says would have been found
+    (trained / "said").mkdir()
+    for name in ("config.yaml", "run.json"):
+        shutil.copy(trained / "models/tiny" / name, trained / "said")
+    found = {text for _, text in paths_among(texts_of(trained / "said"))}
+    assert {"data/customer/clicks-*.jsonl", "private data/our base", "private data/miner"} <= found
+
+
+def test_the_uploaded_config_says_what_was_removed_and_can_be_read(private, trained):
+    build_upload_folder(private, trained / "upload", "org/model", 800)
+    file = trained / "upload/config.yaml"
+    removed = (
+        "datasets.clicks.mine.model, datasets.clicks.source, datasets.far.source, datasets.flat.source, "
+        "evaluation.mteb_tasks, evaluation.search, loss.teacher.cache, loss.teacher.model, model.base_model"
+    )
+    assert f"# <local> stands for files of the machine it ran on, at {removed}\n" in file.read_text()
+    config = load_config(file).config
+    assert config.datasets.local["clicks"].source == "<local>"
+    assert config.evaluation.mteb_tasks == ["norwegian", "<local>", "<local>"]
+    assert config.loss.teacher.cache is None
+    assert f"says `<local>` at {removed}." in (trained / "upload/README.md").read_text()
+    summary = json.loads((trained / "upload/training.json").read_text())
+    assert summary["base_model"]["source"] == "<local>"
+    assert summary["warnings"][0]["message"] == "nothing is in <local>, nor in <local>."
+
+
+def test_hub_names_prompts_and_numbers_stay_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {
+        "model": {"base_model": "ltg/norbert4-base", "prompts": {"query": "/tmp ", "document": None}},
+        "datasets": {"a": {"source": "owner/name", "max_samples": 7}},
+        "evaluation": {"mteb_tasks": ["norwegian", "SweFaqRetrieval"]},
+        "notes": ["1/2 of https://host/tmp and and/or"],
+    }
+    paths = LocalPaths(values)
+    assert paths.keys == []
+    assert paths.without(values) == values
+
+
+def test_every_text_of_the_schema_is_known_to_name_files_or_not():
+    plain = {
+        "revision", "query", "document", "anchor", "positive", "negative", "subset", "split", "eval_split", "language",
+        "model_name", "license", "tags", "repo",
+    }  # fmt: skip
+    named = set()
+
+    def walk(section):
+        for name, field in section.model_fields.items():
+            kinds = {field.annotation, *typing.get_args(field.annotation)}
+            if kinds & {str, list[str]}:
+                named.add(name)
+            for kind in kinds:
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    walk(kind)
+
+    walk(Config)
+    for section in (LocalSource, HubSource):  # which the schema reaches by names of the user's
+        walk(section)
+    assert named - plain == set(FILE_KEYS)
 
 
 # ---------------------------------------------------------------------------------- the check

@@ -1,5 +1,6 @@
 """The model card of a finished run: what its run folder says, in words and in the hub's metadata."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -51,8 +52,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def build_model_card(run: Run, repo: str, dimensions: int) -> ModelCard:
-    """The card for a repository. What was not measured is said to be missing."""
+def build_model_card(run: Run, repo: str, dimensions: int, removed: Sequence[str] = ()) -> ModelCard:
+    """The card for a repository. What was not measured is said to be missing.
+
+    removed: keys of the config whose values name local files, and are not published.
+    """
     config, measured = run.config(), read_measured(run)
     manifest = run.manifest
     title = config.model_card.model_name or repo.rpartition("/")[2]
@@ -79,7 +83,7 @@ def build_model_card(run: Run, repo: str, dimensions: int) -> ModelCard:
         leakage=_leakage(measured),
         commit=manifest.get("git_commit") or "unknown",
         lock=manifest.get("lock"),
-        local_sources=local_sources(manifest),
+        removed=removed,
         limitations=limitations(config, manifest, measured),
     )
 
@@ -137,18 +141,6 @@ def hub_sources(manifest: dict[str, Any]) -> list[str]:
     return sorted(source for source in sources_of(manifest) if not is_local(source))
 
 
-def local_sources(manifest: dict[str, Any]) -> list[str]:
-    """The names of local files and folders among the sources and the base model, without where they lie."""
-    base = manifest.get("base_model", {}).get("source", FROM_SCRATCH)
-    found = [*sources_of(manifest), *([base] if base != FROM_SCRATCH else [])]
-    return sorted(public_name(source) for source in found if is_local(source))
-
-
-def public_name(source: str) -> str:
-    """A hub name as it is, a local file or folder without its path: that is nobody else's business."""
-    return Path(source).name if is_local(source) and source != FROM_SCRATCH else source
-
-
 # ------------------------------------------------------------------------------------------- parts of the text
 def _base_model(manifest: dict[str, Any]) -> str:
     base = manifest.get("base_model", {})
@@ -156,7 +148,7 @@ def _base_model(manifest: dict[str, Any]) -> str:
     if source == FROM_SCRATCH:
         return "none: built from scratch from the training texts"
     if is_local(source):
-        return f"a local folder, `{public_name(source)}`"
+        return "a local folder"
     return f"[{source}](https://huggingface.co/{source}) at `{base.get('commit') or 'an unknown commit'}`"
 
 
@@ -168,7 +160,7 @@ def _base_licence(manifest: dict[str, Any]) -> str:
 def _data_row(summary: dict[str, Any]) -> dict[str, str]:
     name, revisions = summary["name"], summary.get("revisions", {})
     sources = [
-        f"`{_cell(public_name(source))}`" + (f" at `{commit[:12]}`" if commit else "")
+        "local files" if is_local(source) else f"`{_cell(source)}`" + (f" at `{commit[:12]}`" if commit else "")
         for source, commit in revisions.items()
     ]
     licences = [LICENCES.get(source, UNKNOWN_LICENCE) for source in revisions]

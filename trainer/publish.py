@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from trainer.beir import read_search_set
-from trainer.card import build_model_card, public_name
+from trainer.card import build_model_card
 from trainer.config import Config, ConfigError, load_config, one_line, render
 from trainer.data.sources import QUICKSTART
+from trainer.local_paths import REMOVED, LocalPaths
 from trainer.models import check_code
 from trainer.run import Run
 from trainer.stock import SCRIPT, SIDES, carries_code, encode_both, open_model
@@ -100,9 +101,11 @@ def upload_folder(run: Run) -> Iterator[Path]:
 def build_upload_folder(run: Run, folder: Path, repo: str, dimensions: int) -> None:
     """Model, card, config and summary. The library's own card gives way to ours."""
     shutil.copytree(run.final, folder, ignore=shutil.ignore_patterns("README.md", ".*"), copy_function=_link_or_copy)
-    build_model_card(run, repo, dimensions).save(folder / "README.md")
-    (folder / "config.yaml").write_text(public_config(run), encoding="utf-8")
-    summary = json.dumps(public_summary(run.manifest), indent=2, ensure_ascii=False) + "\n"
+    paths = local_paths(run)
+    card = build_model_card(run, repo, dimensions, paths.keys)
+    (folder / "README.md").write_text(paths.in_text(str(card)), encoding="utf-8")
+    (folder / "config.yaml").write_text(public_config(run, paths), encoding="utf-8")
+    summary = json.dumps(public_summary(run.manifest, paths), indent=2, ensure_ascii=False) + "\n"
     (folder / "training.json").write_text(summary, encoding="utf-8")
 
 
@@ -113,27 +116,27 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def public_config(run: Run) -> str:
+def local_paths(run: Run) -> LocalPaths:
+    """The paths of this machine that the run's config names."""
+    return LocalPaths(run.config().model_dump())
+
+
+def public_config(run: Run, paths: LocalPaths) -> str:
     """The resolved config, without where local files lie and without comments that name them."""
     loaded = load_config(run.folder / "config.yaml")
-    values = _without_paths(loaded.config.model_dump())
+    values = paths.without(loaded.config.model_dump())
+    if (teacher := values["loss"]["teacher"]) is not None:
+        teacher["cache"] = None  # where its scores are kept changes nothing
     loaded = type(loaded)(loaded.name, loaded.file, Config.model_validate(values), {})
     head = "# Resolved config of the training run. To train from it with nordsparse: make train CONFIG=config.yaml\n"
+    if paths.keys:
+        head += f"# {REMOVED} stands for files of the machine it ran on, at {', '.join(paths.keys)}\n"
     return head + render(loaded, origins=False)
 
 
-def public_summary(manifest: dict[str, Any]) -> dict[str, Any]:
+def public_summary(manifest: dict[str, Any], paths: LocalPaths) -> dict[str, Any]:
     """The public part of run.json."""
-    return _without_paths({key: manifest[key] for key in PUBLIC if key in manifest})
-
-
-def _without_paths(value: Any) -> Any:
-    """The same values, with the name instead of the path wherever a text or a key is an absolute path or below home."""
-    if isinstance(value, dict):
-        return {_without_paths(key): _without_paths(child) for key, child in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(child) for child in value]
-    return public_name(value) if isinstance(value, str) and value.startswith(("/", "~", "./", "../")) else value
+    return paths.without({key: manifest[key] for key in PUBLIC if key in manifest})
 
 
 def require_no_secrets(folder: Path) -> None:
