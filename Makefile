@@ -13,6 +13,8 @@ TORCH   ?= $(shell if [ "$$(uname -s)" = Darwin ] || command -v nvidia-smi >/dev
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 PIP     := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary=:all:
+# No wheel for Linux on arm64: there, and only there, it is compiled. Its source is locked too.
+COMPILED := $(shell if [ "$$(uname -s)-$$(uname -m)" = Linux-aarch64 ]; then echo pytrec-eval-terrier; fi)
 # Values reach the shell as its own variables: blanks, brackets, quotes and apostrophes arrive as they were typed.
 SETS     = $(if $(SET),--set "$$SET")
 # An MPS kernel that does not exist yet runs on the CPU instead of raising.
@@ -106,6 +108,7 @@ $(VENV)/.ok: $(REQ)/base.txt $(REQ)/torch-$(TORCH).txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
 	  { echo "Error: Python 3.11 is needed; $(PYTHON) is not one. Say which: make PYTHON=/path/to/python3.11"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(MAKE) --no-print-directory .debian-venv
+	@$(if $(COMPILED),$(MAKE) --no-print-directory .compiler)
 	@echo "setting up $(VENV) with the $(TORCH) build of torch (once, perhaps some minutes)"
 	@$(PYTHON) -m venv $(VENV)
 ifeq ($(TORCH),cpu)
@@ -113,7 +116,7 @@ ifeq ($(TORCH),cpu)
 else
 	@$(PIP) -r $(REQ)/torch-$(TORCH).txt
 endif
-	@$(PIP) -r $(REQ)/base.txt
+	@$(PIP) $(if $(COMPILED),--no-binary=$(COMPILED)) -r $(REQ)/base.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.ok $(REQ)/dev.txt
@@ -128,3 +131,11 @@ $(VENV)/.dev: $(VENV)/.ok $(REQ)/dev.txt
 	else \
 	  echo "Error: $(PYTHON) has no ensurepip. Install it (Debian: apt install python3.11-venv), then run make again"; exit 2; \
 	fi
+
+# With Debian's own Python, its headers are a package too.
+.PHONY: .compiler
+.compiler:
+	@command -v gcc >/dev/null && command -v g++ >/dev/null && $(PYTHON) -c 'import os, sys, sysconfig; \
+	  sys.exit(not os.path.isfile(os.path.join(sysconfig.get_path("include"), "Python.h")))' || \
+	  { echo "Error: Linux on arm64 compiles $(COMPILED), and gcc, g++ or Python.h is missing. Install them" \
+	    "(Debian: apt install gcc g++ python3.11-dev), then run make again"; exit 2; }

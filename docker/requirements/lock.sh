@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Remakes the hash-locked requirement files from base.in and dev.in. Needs uv.
+# Remakes the hash-locked requirement files from base.in and dev.in. Needs uv, and pip from 23.2 on.
 #   base.txt        everything but torch and its CUDA companions, for every platform
 #   torch-cuda.txt  torch as the default index serves it: CUDA on Linux, MPS on macOS
 #   dev.txt         what tests and checks need besides
+#   arm64.sha256    which file of each Linux on arm64 installs
 #   torch-cpu.txt   the CPU build for Linux, by hand: the hashes are listed beside the files on PyTorch's CPU index
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -24,3 +25,4 @@ head = "# Made by lock.sh from base.in; do not edit.\n"
 open("base.txt", "w").write(head + "".join(block for block in blocks if not gpu.match(block)))
 open("torch-cuda.txt", "w").write(head + "".join(block for block in blocks if gpu.match(block)))
 PY
+python3 arm64.py # fails where a package has no wheel for Linux on arm64
