@@ -29,6 +29,7 @@ def parameter_groups(config, model, loss, arguments):
     """Learning rate -> names of the parameters the optimizer trains at it."""
     trainer = SparseTrainer(
         model=model, args=arguments, loss=loss, data=None, config=config, throughput=None, stop=None, run_id="",
+        progress=None, chosen_by={},
         eval_dataset=__import__("datasets").Dataset.from_dict({"anchor": ["a"], "positive": ["b"]}),
     )  # fmt: skip
     names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from trainer.chosen import choosers_of
 from trainer.config import FROM_SCRATCH, Config, is_local
+from trainer.local_paths import LocalPaths
 from trainer.measured import METRIC, Measured, read_measured
 from trainer.prompts import quoted
 from trainer.run import Run, duration
@@ -235,16 +236,16 @@ def times_of(manifest: dict[str, Any]) -> str:
 def changes_on_the_way(manifest: dict[str, Any]) -> str:
     """What resumes changed of how the run trained, and after which step: the other settings are those of its end."""
     found = [
-        (change["step"], change["key"], [_public(change[end]) for end in ("from", "to")])
+        (change["step"], change["key"], [_public(change["key"], change[end]) for end in ("from", "to")])
         for change in manifest.get("changes", [])
         if change["key"].startswith(("training.", "loss.", "processes"))
     ]
     return "; ".join(f"after step {step}: {key} {old} → {new}" for step, key, (old, new) in found)
 
 
-def _public(value: Any) -> str:
+def _public(key: str, value: Any) -> str:
     """A changed key's value, without the path of a file; a section only as being there."""
-    return "given" if isinstance(value, dict) else _cell(public_name(value) if isinstance(value, str) else value)
+    return "given" if isinstance(value, dict) else _cell(LocalPaths().without(value, tuple(key.split("."))))
 
 
 def evaluation_table(name: str, measured: Measured) -> dict[str, Any]:
