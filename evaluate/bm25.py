@@ -10,6 +10,7 @@ from bm25s.tokenization import STOPWORDS_NORWEGIAN, STOPWORDS_SWEDISH
 
 from evaluate.search import SearchSystem
 from trainer.config import ConfigError
+from trainer.progress_bar import going_on, in_columns
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG when imported
 
@@ -46,15 +47,18 @@ class BM25(SearchSystem):
         self.note = f"{stemmer} stems, no stop words" if stemmer else "words as they are: no single language is said"
         self.stemmer = Stemmer.Stemmer(stemmer) if stemmer else None
         self.count = len(texts)
-        words = self.tokenize(texts)
-        if not any(words.ids):
-            raise ConfigError("no passage has a word to search for")
-        self.ranker = bm25s.BM25(k1=K1, b=B, method="lucene")
-        self.ranker.index(words, show_progress=False)
+        with going_on(in_columns(self.name, f"indexing {len(texts):,} passages", 12)):
+            words = self.tokenize(texts)
+            if not any(words.ids):
+                raise ConfigError("no passage has a word to search for")
+            self.ranker = bm25s.BM25(k1=K1, b=B, method="lucene")
+            self.ranker.index(words, show_progress=False)
 
     def search_texts(self, texts: list[str], depth: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Passages that share no word with the query score 0 and are left out."""
-        numbers, scores = self.ranker.retrieve(self.tokenize(texts), k=min(depth, self.count), show_progress=False)
+        depth = min(depth, self.count)
+        with going_on(in_columns(self.name, f"searching for {len(texts):,} queries", 12)):
+            numbers, scores = self.ranker.retrieve(self.tokenize(texts), k=depth, show_progress=False)
         for row, values in zip(numbers, scores, strict=True):
             yield row[values > 0], values[values > 0]
 

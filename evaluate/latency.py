@@ -16,6 +16,7 @@ from evaluate.bm25 import BM25
 from evaluate.search import InvertedIndex, comparable
 from trainer.config import ConfigError
 from trainer.fused.encode import encode
+from trainer.progress_bar import ProgressReport, in_columns
 
 Item = TypeVar("Item")
 Clock = Callable[[], float]
@@ -107,11 +108,13 @@ def encode_passages(
     """Vectors [encoded, dimensions] of the passages whose turn comes within ENCODING_SECONDS, and the seconds taken."""
     step = BATCHES * batch_size
     encode(model, passages[:batch_size], "document", batch_size)
-    parts, start, seconds = [], clock(), 0.0
-    while len(parts) * step < len(passages) and seconds < ENCODING_SECONDS:
-        chunk = passages[len(parts) * step : (len(parts) + 1) * step]
-        parts.append(encode(model, chunk, "document", batch_size))
-        seconds = clock() - start
+    with ProgressReport(desc=in_columns("latency", "encoding", 12), total=len(passages), unit="passages") as progress:
+        parts, start, seconds = [], clock(), 0.0
+        while len(parts) * step < len(passages) and seconds < ENCODING_SECONDS:
+            chunk = passages[len(parts) * step : (len(parts) + 1) * step]
+            parts.append(encode(model, chunk, "document", batch_size))
+            seconds = clock() - start
+            progress.update(len(chunk))
     return sp.vstack(parts, format="csr"), seconds
 
 

@@ -18,6 +18,7 @@ from scipy.sparse import csr_array
 from evaluate.tasks import load
 from trainer.beir import passage_text
 from trainer.config import ConfigError
+from trainer.progress_bar import ProgressReport, in_columns
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,7 @@ def best_matches(file: pq.ParquetFile, forms: Forms) -> dict[int, Match]:
     """The nearest training text of every evaluation text that has one, by number; the first of several."""
     best: dict[int, Match] = {}
     indexes = forms.indexes()
+    progress = ProgressReport(desc=in_columns("leakage", "comparing", 12), total=file.metadata.num_rows, unit="texts")
     for batch in file.iter_batches(BATCH, columns=["text", "dataset"]):
         texts, datasets = batch["text"].to_pylist(), batch["dataset"].to_pylist()
         words = [words_of(text) for text in texts]
@@ -205,6 +207,8 @@ def best_matches(file: pq.ParquetFile, forms: Forms) -> dict[int, Match]:
         for number, form, overlap, exact in chain(same, near):
             if form is not None and (form not in best or (exact, overlap) > best[form][:2]):
                 best[form] = Match(exact, overlap, datasets[number], texts[number])
+        progress.update(len(texts))
+    progress.close()
     return best
 
 

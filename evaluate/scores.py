@@ -1,5 +1,6 @@
 """Runs a search system on tasks through mteb, and keeps what is finished."""
 
+import contextlib
 from collections.abc import Callable
 from statistics import fmean
 from typing import Any
@@ -9,8 +10,10 @@ import pytrec_eval
 from mteb.abstasks import AbsTaskRetrieval
 
 from evaluate.results import MAIN_METRIC, EvalFolder, Ranking, TaskScore, read_score, write_json
+from evaluate.search import SearchSystem
 from evaluate.tasks import digest_of_queries, load, reading_of
 from trainer.config import ConfigError, one_line
+from trainer.progress_bar import going_on, in_columns
 
 Say = Callable[[str], None]
 # Passages kept per query, for fusion with other systems.
@@ -52,12 +55,13 @@ def score_system(
                 kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
                 failed[task.metadata.name] = kind + one_line(error, 300)
                 folder.remove(name, task.metadata.name)
-                say(f"{name:<12}{task.metadata.name}: FAILED ({failed[task.metadata.name]})")
+                say(in_columns(name, f"{task.metadata.name}: FAILED ({failed[task.metadata.name]})", 12))
                 continue
         score = score.without_choosers(folder.manifest, {})
-        say(f"{name:<12}{task.metadata.name}: nDCG@10 {score.main:.4f}" + (f" ({score.note})" if score.note else ""))
+        note = f" ({score.note})" if score.note else ""
+        say(in_columns(name, f"{task.metadata.name}: nDCG@10 {score.main:.4f}{note}", 12))
         for line in reading_of(task).lines():
-            say(f"{'':<12}{line}")
+            say(in_columns("", line, 12))
     return failed
 
 
@@ -71,9 +75,12 @@ def finished(folder: EvalFolder, system: str, task: str, mark: dict[str, str]) -
 def _run(name: str, search: Any, task: AbsTaskRetrieval, folder: EvalFolder, mark: dict[str, str]) -> TaskScore:
     recorder = Recorder(search)
     data = load(task)
-    result = mteb.evaluate(
-        recorder, task, cache=None, show_progress_bar=False, encode_kwargs={"show_progress_bar": False}
-    )
+    # our own systems say themselves how far they have come
+    says = isinstance(search, SearchSystem)
+    with contextlib.nullcontext() if says else going_on(in_columns(name, task.metadata.name, 12)):
+        result = mteb.evaluate(
+            recorder, task, cache=None, show_progress_bar=False, encode_kwargs={"show_progress_bar": False}
+        )
     rankings = {
         f"{split}/{subset}": Ranking(best(found), data[subset][split]["relevant_docs"])
         for (subset, split), found in recorder.found.items()

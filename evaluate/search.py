@@ -12,6 +12,7 @@ from sklearn.preprocessing import normalize
 
 from trainer.beir import passage_text
 from trainer.fused.encode import encode
+from trainer.progress_bar import ProgressReport, in_columns
 
 # Scores of the best passages by query.
 Found = dict[str, dict[str, float]]
@@ -107,13 +108,17 @@ class SparseSearch(SearchSystem):
 
     def index_texts(self, texts: list[str], language: str | None) -> None:
         """Encode by the document route."""
-        vectors = encode(self.model, texts, "document", self.batch_size)
+        vectors = self._encode(texts, "document", "passages")
         self.inverted = InvertedIndex(comparable(self.model, vectors))
 
     def search_texts(self, texts: list[str], depth: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Encode by the query route, and search by dot product, or cosine where the model says so."""
-        vectors = encode(self.model, texts, "query", self.batch_size)
+        vectors = self._encode(texts, "query", "queries")
         return self.inverted.search(comparable(self.model, vectors), depth)
+
+    def _encode(self, texts: list[str], route: str, unit: str) -> sp.csr_matrix:
+        with ProgressReport(desc=in_columns(self.name, "encoding", 12), total=len(texts), unit=unit) as progress:
+            return encode(self.model, texts, route, self.batch_size, progress)
 
 
 def language_of(metadata, subset: str) -> str | None:

@@ -28,6 +28,7 @@ from evaluate.tasks import load, select_tasks, task_names
 from evaluate.terms import terms_lines, top_terms
 from evaluate.trust import registry_entry, require_pinned_code, require_trust
 from trainer.config import ConfigError, is_commit, is_revision, one_line
+from trainer.progress_bar import in_columns
 from trainer.prompts import NAMES, by_side
 from trainer.run import Run
 
@@ -86,7 +87,7 @@ class Session:
                 loaded.append(task)
             except ConfigError as error:
                 failed[task.metadata.name] = error.format_message()
-                self.say(f"{'data':<12}{task.metadata.name}: FAILED ({failed[task.metadata.name]})")
+                self.say(in_columns("data", f"{task.metadata.name}: FAILED ({failed[task.metadata.name]})", 12))
         self._note_failures("data", [task.metadata.name for task in loaded], failed)
         return loaded, failed
 
@@ -126,7 +127,7 @@ class Session:
         try:
             return part()
         except ConfigError as error:
-            self.say(f"{name:<12}not done: {error.format_message()}")
+            self.say(in_columns(name, f"not done: {error.format_message()}", 12))
             self.any_failed = True
             return None
 
@@ -183,7 +184,7 @@ class Session:
         if self.subject.manifest is None:
             raise ConfigError(f"{self.subject.model} is no run of this project: what it was trained on is not known")
         values = find_leaks(texts, self.loaded_tasks())
-        self._keep("leakage", values, (f"{'leakage':<12}{line}" for line in leakage_lines(values)))
+        self._keep("leakage", values, (in_columns("leakage", line, 12) for line in leakage_lines(values)))
         write_into_card(Path(self.subject.model) / "README.md", values)
         return values["leaks"]
 

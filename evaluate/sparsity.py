@@ -13,6 +13,7 @@ from evaluate.scores import DEPTH, mean_ndcg
 from evaluate.search import InvertedIndex, comparable
 from trainer.config import ConfigError
 from trainer.fused.encode import encode
+from trainer.progress_bar import ProgressReport, in_columns
 
 # Dimensions kept per text, from a short query's worth to more than most documents have; None keeps all.
 PRUNED_TO = (4, 8, 16, 32, 64, 128, 256, None)
@@ -37,10 +38,10 @@ def measure_sparsity(
     """
     if not queries or not passages:
         raise ConfigError(f"sparsity needs texts, and there are {len(queries)} queries and {len(passages)} passages")
-    vectors = {
-        "query": encode(model, list(queries.values()), "query", batch_size),
-        "document": encode(model, list(passages.values()), "document", batch_size),
-    }
+    vectors = {}
+    for route, texts in (("query", list(queries.values())), ("document", list(passages.values()))):
+        with ProgressReport(desc=in_columns("sparsity", "encoding", 12), total=len(texts), unit="texts") as progress:
+            vectors[route] = encode(model, texts, route, batch_size, progress)
     routes = {route: describe(rows, model) for route, rows in vectors.items()}
     judged = judged_here(queries, passages, relevant or {})
     pruned = []

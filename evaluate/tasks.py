@@ -15,6 +15,7 @@ from trainer.beir import files_of, has_split, is_beir, read_records, read_search
 from trainer.chosen import digest_of
 from trainer.config import ConfigError, did_you_mean, one_line
 from trainer.config.words import split_names
+from trainer.progress_bar import going_on, in_columns
 from trainer.texts import Reading, as_strings
 
 NORWEGIAN = ("NorQuadRetrieval", "SNLRetrieval")
@@ -113,8 +114,9 @@ def load(task: AbsTaskRetrieval) -> dict[str, dict[str, Any]]:
     mteb drops the data when the task has run; what is returned here stays.
     """
     try:
-        task.load_data()
-        task.convert_v1_dataset_format_to_v2(num_proc=None)
+        with going_on(in_columns("data", task.metadata.name, 12)):
+            task.load_data()
+            task.convert_v1_dataset_format_to_v2(num_proc=None)
     except ConfigError:
         raise
     except Exception as error:  # whatever the hub, datasets or the task's own code raise

@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import pytrec_eval
+import torch
 from datasets import Dataset
 from sentence_transformers.sparse_encoder.evaluation import SparseNanoBEIREvaluator
 
@@ -12,9 +13,13 @@ from trainer.beir import SearchSet
 from trainer.evaluators import SCORE, GradedSearch, SearchEvaluator, _in_nfc, build_evaluator
 from trainer.models import build_model, fetch_base_model
 
+MODEL = torch.nn.Sequential(torch.nn.Identity())
+
 
 class Part:
     """Stands in for one of the library's evaluators; its first metric is not its primary one, as there."""
+
+    queries = corpus = ()
 
     def __init__(self, name, ndcg):
         self.primary_metric, self.name, self.ndcg = f"{name}_dot_ndcg@10", name, ndcg
@@ -26,14 +31,14 @@ class Part:
 
 
 def test_the_score_is_the_mean_ndcg_and_not_the_first_metric():
-    results = SearchEvaluator({"one": Part("one", 0.4), "two": Part("two", 0.8)})(None)
+    results = SearchEvaluator({"one": Part("one", 0.4), "two": Part("two", 0.8)})(MODEL)
     assert results[SCORE] == pytest.approx(0.6)
     assert results["two_document_active_dims"] == 50.0
 
 
 def test_two_languages_of_one_benchmark_keep_their_own_scores():
     same = {"NanoBEIR-no": Part("NanoBEIR_mean", 0.4), "NanoBEIR-sv": Part("NanoBEIR_mean", 0.8)}
-    results = SearchEvaluator(same)(None)
+    results = SearchEvaluator(same)(MODEL)
     assert (results["NanoBEIR-no_ndcg@10"], results["NanoBEIR-sv_ndcg@10"]) == (0.4, 0.8)
 
 

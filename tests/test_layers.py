@@ -8,6 +8,7 @@ from tests.conftest import ROOT
 ROWS = [
     {"trainer.config"},
     {"trainer.distributed", "trainer.files", "trainer.local_paths", "trainer.own_code", "trainer.texts"},
+    {"trainer.progress_bar"},
     {
         "trainer.hub",
         "trainer.beir",
@@ -50,6 +51,7 @@ SHARED = {
     "trainer.fused",
     "trainer.prompts",
     "trainer.own_code",
+    "trainer.progress_bar",
 }
 EVALUATE_ROWS = [
     {"evaluate.results", "evaluate.trust"},

@@ -15,6 +15,7 @@ from trainer.data.mining import fill_negatives, is_near_duplicate
 from trainer.data.rows import Rows
 from trainer.hub import HubUnreachable
 from trainer.plan import data_lines, schedule_of
+from trainer.progress_bar import ProgressReport
 
 # The query's words are in all passages but the last; the second and third positives are near copies of the first.
 PASSAGES = [
@@ -142,10 +143,11 @@ def test_what_a_killed_run_half_wrote_is_never_taken_for_whole(tmp_path):
 
     (tmp_path / f".part-00002.parquet.{os.getpid() + 1}").write_bytes(b"PAR1 half")
     with pytest.raises(KeyboardInterrupt):
-        kept_in_parts(tmp_path, [0, 1, 2, 3, 4], 2, make)
+        kept_in_parts(tmp_path, [0, 1, 2, 3, 4], 2, make, ProgressReport())
     assert sorted(file.name for file in tmp_path.glob("part*")) == ["part-00000.parquet", "part-00001.parquet"]
     made.append("resumed")
-    parts = kept_in_parts(tmp_path, [0, 1, 2, 3, 4], 2, make)
+    parts = kept_in_parts(tmp_path, [0, 1, 2, 3, 4], 2, make, progress := ProgressReport())
+    assert progress.n == 5
     assert made == [[0, 1], [2, 3], "resumed", [4]]
     assert pa.concat_tables(parts)["square"].to_pylist() == [0, 1, 4, 9, 16]
 

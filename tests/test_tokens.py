@@ -20,6 +20,7 @@ from trainer.data.rows import SIDES
 from trainer.data.token_file import PART, TokenFile
 from trainer.losses import build_loss
 from trainer.models import build_model, fetch_base_model, load_model, save_model
+from trainer.progress_bar import ProgressReport
 from trainer.run import Run
 from trainer.sparsity import BatchStatistics
 
@@ -311,9 +312,9 @@ def test_every_set_is_tokenised_and_a_text_once(tiny):
     assert sorted(called) == sorted(anchors)
 
 
-def test_long_tokenising_says_how_far_it_is(monkeypatch):
-    monkeypatch.setattr(module, "SAY_EVERY", -1.0)
+def test_tokenising_knows_how_far_it_is(monkeypatch):
     monkeypatch.setattr(module, "PART", 10)
+    monkeypatch.setattr(module, "CALL", 4)
 
     def preprocess(texts):
         return {
@@ -321,6 +322,6 @@ def test_long_tokenising_says_how_far_it_is(monkeypatch):
             "attention_mask": torch.ones(len(texts), 2, dtype=int),
         }
 
-    said = []
-    list(module.tokenised(pa.chunked_array([["a"] * 25]), preprocess, pa.uint16(), said.append))
-    assert [line.partition(",")[0] for line in said] == ["10 of 25 texts", "20 of 25 texts"]
+    progress = ProgressReport()
+    seen = [progress.n for _ in module.tokenised(pa.chunked_array([["a"] * 25]), preprocess, pa.uint16(), progress)]
+    assert seen == [10, 20, 25]

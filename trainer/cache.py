@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 from trainer.config import ConfigError
 from trainer.files import written_whole
 from trainer.hub import Snapshot
+from trainer.progress_bar import ProgressReport
 
 
 def digest(*parts: str | None) -> str:
@@ -61,10 +63,13 @@ def kept(file: Path, make: Callable[[], pa.Table]) -> pa.Table:
     return table
 
 
-def kept_in_parts(folder: Path, items: list, size: int, make: Callable[[list], pa.Table]) -> list[pa.Table]:
+def kept_in_parts(
+    folder: Path, items: list, size: int, make: Callable[[list], pa.Table], progress: ProgressReport
+) -> list[pa.Table]:
     """One table per `size` items, each kept in a file of its own, so that a killed computation goes on where it was."""
-    starts = range(0, len(items), size)
-    return [
-        kept(folder / f"part-{number:05d}.parquet", lambda start=start: make(items[start : start + size]))
-        for number, start in enumerate(starts)
-    ]
+    tables = []
+    for number, start in enumerate(range(0, len(items), size)):
+        part = items[start : start + size]
+        tables.append(kept(folder / f"part-{number:05d}.parquet", partial(make, part)))
+        progress.reach(start + len(part))
+    return tables

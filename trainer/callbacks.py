@@ -17,6 +17,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from trainer.device import peak_memory_gib
 from trainer.distributed import largest, processes, total
+from trainer.progress_bar import ProgressReport, in_columns
 from trainer.sparsity import BatchStatistics
 
 PROBES = (
@@ -291,11 +292,31 @@ class Watchdog(TrainerCallback):
             self.say(f"Warning: step {state.global_step}: {message}")
 
 
+class EvaluationProgress(TrainerCallback):
+    """How far the evaluation loss of a set has come."""
+
+    progress: ProgressReport | None = None
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs) -> None:
+        """One batch more."""
+        if self.progress is None:
+            self.progress = ProgressReport(
+                desc=in_columns("evaluating", "loss"), total=len(eval_dataloader), unit="batches"
+            )
+        self.progress.update()
+
+    def on_evaluate(self, *args, **kwargs) -> None:
+        """Called once for every set."""
+        if self.progress is not None:
+            self.progress.close()
+        self.progress = None
+
+
 class ProgressBar(ProgressCallback):
     """The progress bar with the loss behind it; no printed dictionary per log line, no bar per evaluation."""
 
     def on_prediction_step(self, *args, **kwargs) -> None:
-        """No bar of its own for an evaluation."""
+        """An evaluation has a bar of ours, if it takes long."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Show the loss."""

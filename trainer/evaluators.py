@@ -11,7 +11,9 @@ from sentence_transformers.sparse_encoder.evaluation import SparseInformationRet
 
 from trainer.beir import SearchSet
 from trainer.config import Config
+from trainer.distributed import processes
 from trainer.hub import why_unreachable
+from trainer.progress_bar import encoding, going_on, in_columns
 from trainer.texts import Reading
 
 NANOBEIR = "lightonai/NanoBEIR-{}"
@@ -97,7 +99,10 @@ class SearchEvaluator(SentenceEvaluator):
         results: dict[str, float] = {}
         choosing = []
         for name, part in self.parts.items():
-            metrics = part(model, None, epoch, steps)
+            searches = getattr(part, "evaluators", [part])  # NanoBEIR's topics
+            texts = sum(len(search.queries) + len(search.corpus) for search in searches)
+            with encoding(model[0], in_columns("scoring", name), texts, share=processes()):
+                metrics = part(model, None, epoch, steps)
             prefix = part.primary_metric.rpartition("_")[0]
             for ours, theirs in METRICS.items():
                 key = f"{prefix}_{theirs}"
@@ -119,9 +124,10 @@ def build_evaluator(config: Config, search: list[SearchSet], say: Callable[[str]
         reason = why_unreachable(repository)
         if reason is None:
             try:
-                nano = SparseNanoBEIREvaluator(
-                    dataset_names=wanted, dataset_id=repository, batch_size=batch_size, write_csv=False
-                )
+                with going_on(in_columns("reading", f"NanoBEIR ({language})")):
+                    nano = SparseNanoBEIREvaluator(
+                        dataset_names=wanted, dataset_id=repository, batch_size=batch_size, write_csv=False
+                    )
                 parts[f"NanoBEIR-{language}"] = nano
                 for line in _in_nfc(nano).lines():
                     say(f"NanoBEIR ({language}): {line}")

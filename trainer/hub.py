@@ -3,9 +3,10 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from trainer.config import ConfigError, is_local, one_line
+from trainer.progress_bar import ProgressReport, in_columns
 
 # Weights once (safetensors, or the older .bin), the tokenizer, the code; no ONNX, TensorFlow or Flax copies.
 MODEL_FILES = [
@@ -57,7 +58,8 @@ def fetch(
     from huggingface_hub import errors, snapshot_download
 
     try:
-        folder = Path(snapshot_download(source, repo_type=kind, revision=revision, allow_patterns=patterns))
+        bars = {"tqdm_class": bytes_of(source)}
+        folder = Path(snapshot_download(source, repo_type=kind, revision=revision, allow_patterns=patterns, **bars))
     except errors.RevisionNotFoundError:
         raise ConfigError(f"{key}: the {kind} repository {source} has no revision {revision} ({why})") from None
     except errors.GatedRepoError:
@@ -80,6 +82,24 @@ def fetch(
             f"and set {key}=DIR"
         ) from None
     return Snapshot(source, folder, folder.name)
+
+
+def bytes_of(source: str) -> type[ProgressReport]:
+    """The library's bars as one, of the bytes from the network, under the repository's name."""
+    shown: list[ProgressReport] = []
+
+    class Fetching(ProgressReport):
+        def __init__(self, *args: Any, desc: str | None = None, unit: str = "it", **options: Any):
+            name = in_columns("fetching", source, 11)
+            super().__init__(*args, desc=name, unit=unit, disable=unit != "B" or bool(shown), **options)
+            shown.extend([self] * (unit == "B"))
+
+        def set_description_str(self, desc: str | None = None, refresh: bool | None = True) -> None:
+            """The name stays."""
+
+        set_description = set_description_str
+
+    return Fetching
 
 
 def why_unreachable(dataset: str) -> str | None:

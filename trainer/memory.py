@@ -15,6 +15,7 @@ from trainer.device import memory_of
 from trainer.distributed import processes_here
 from trainer.fused.model import is_fused, transformers_of
 from trainer.models import vocabulary_of
+from trainer.progress_bar import going_on, in_columns
 
 # Copies of the [texts, length, vocabulary] logits alive at the peak of a stock SPLADE step: forward and backward of a
 # batch of 16 × 256 with a vocabulary of 50,000 took 3,249 MiB on a CPU, and one copy is 781 MiB.
@@ -48,7 +49,8 @@ def memory_lines(config: Config, data: TrainingData, model: SparseEncoder, devic
         per_word = VECTOR_COPIES * 4 if is_fused(model) else LOGIT_COPIES * training.max_seq_length * size
         parts["head"] = per_word * texts * vocabulary_of(model)
     transformer = transformers_of(model)[0]
-    per_text, once = kept_per_text(transformer, training.max_seq_length, precision)
+    with going_on(in_columns("memory", "trying three texts")):
+        per_text, once = kept_per_text(transformer, training.max_seq_length, precision)
     kept = texts * per_text + once
     shape = transformer.model.config
     layers = getattr(shape, "num_hidden_layers", None) or getattr(shape, "num_layers", 1)  # the second is NorBERT4's

@@ -28,6 +28,7 @@ from trainer.models import (
     vocabulary_of,
 )
 from trainer.progress import Progress
+from trainer.progress_bar import going_on, in_columns
 from trainer.prompts import prompt_lines
 from trainer.run import MODELS
 from trainer.sparsity import BatchStatistics
@@ -253,7 +254,8 @@ def plan(loaded: LoadedConfig) -> Iterator[str]:
     if base is None and missing:
         yield "rates     needs the hub: the model is built from the training texts"
         return
-    model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), "cpu")
+    with going_on(in_columns("model", "building")):
+        model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), "cpu")
     yield f"          {vocabulary_of(model):,} dimensions, {sum(p.numel() for p in model.parameters()):,} parameters"
     yield from tokenizer_lines(model)
     yield from prompt_lines(config.model, base.folder if base else None, model.prompts)

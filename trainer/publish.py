@@ -19,6 +19,7 @@ from trainer.config import Config, ConfigError, load_config, one_line, render
 from trainer.data.sources import QUICKSTART
 from trainer.local_paths import REMOVED, LocalPaths
 from trainer.models import check_code
+from trainer.progress_bar import going_on, in_columns
 from trainer.run import Run
 from trainer.stock import SCRIPT, SIDES, carries_code, encode_both, open_model
 from trainer.upload import access_tokens, require_repo_name, require_token, upload
@@ -71,7 +72,8 @@ def publish(run: Run, repo: str, *, public: bool = False, dry_run: bool = False,
     expected = encode_both(open_model(run.final, carries_code(run.final)), texts)
     with upload_folder(run) as folder:
         build_upload_folder(run, folder, repo, dimensions=expected["document"].shape[1])
-        difference = largest_difference(expected, encode_in_a_fresh_process(folder, texts))
+        with going_on(in_columns("checking", "the upload folder, in a fresh process")):
+            difference = largest_difference(expected, encode_in_a_fresh_process(folder, texts))
         say(
             f"checked   {len(texts['query'])} queries and {len(texts['document'])} documents, encoded anew in a fresh "
             f"process with stock sentence-transformers: largest difference {difference:.1g}"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from trainer.config.schema import ModelConfig, TeacherConfig
 from trainer.data import LABEL, mining
 from trainer.distributed import processes_here, wait
 from trainer.hub import MODEL_FILES, Snapshot, fetch
+from trainer.progress_bar import encoding, in_columns
 from trainer.prompts import prompts_of, quoted
 from trainer.weights import require_weights
 
 Pair = tuple[str, str]
 Score = Callable[[list[Pair]], np.ndarray]
+Loaded = tuple[Score, Any]  # and the module that all of its texts go through
 
 KEY = "loss.teacher.model"
 PAIRS_PER_PART = 5_000
@@ -114,12 +117,13 @@ def teach(
     if parts:
         say(f"teacher   {teacher.model}: scoring {len(missing):,} pairs (kept in {store.folder})")
     if own := parts[rank :: processes_here()]:
-        score = TEACHERS[teacher.kind](snapshot, teacher, device, base)
-        for number, part in enumerate(own, 1):
-            store.add(part, score)
-            say(
-                f"teacher   {min(number * PAIRS_PER_PART * processes_here(), len(missing)):,} of {len(missing):,} pairs"
-            )
+        score, network = TEACHERS[teacher.kind](snapshot, teacher, device, base)
+        # a dense model reads at most two texts for each pair
+        share = processes_here() / (2 if teacher.kind == "dense" else 1)
+        with encoding(network, in_columns("teacher", teacher.model), len(missing), "pairs", share) as progress:
+            for number, part in enumerate(own, 1):
+                store.add(part, score)
+                progress.reach(min(number * PAIRS_PER_PART * processes_here(), len(missing)))
     wait()
     known = store.read()
     rows_taught = 0
@@ -137,7 +141,7 @@ def teach(
 
 
 # ------------------------------------------------------------------------------------------- kinds of teachers
-def load_cross_encoder(snapshot: Snapshot, teacher: TeacherConfig, device: str, base: ModelConfig | None) -> Score:
+def load_cross_encoder(snapshot: Snapshot, teacher: TeacherConfig, device: str, base: ModelConfig | None) -> Loaded:
     """Reads a query and a passage together (arXiv 1901.04085); scores are logits."""
     from sentence_transformers import CrossEncoder
     from torch import nn
@@ -152,12 +156,11 @@ def load_cross_encoder(snapshot: Snapshot, teacher: TeacherConfig, device: str, 
             f"{KEY}: {teacher.model} gives {model.num_labels} numbers per pair; a teacher gives one score"
         )
     logits = nn.Identity()  # the library's default squeezes them into 0..1, where all margins are alike
-    return lambda pairs: model.predict(
-        pairs, batch_size=teacher.batch_size, activation_fn=logits, show_progress_bar=False
-    )
+    options = {"batch_size": teacher.batch_size, "activation_fn": logits, "show_progress_bar": False}
+    return partial(model.predict, **options), model[0]
 
 
-def load_dense(snapshot: Snapshot, teacher: TeacherConfig, device: str, base: ModelConfig | None) -> Score:
+def load_dense(snapshot: Snapshot, teacher: TeacherConfig, device: str, base: ModelConfig | None) -> Loaded:
     """A sentence encoder; scores are its own similarity of query and passage, each behind its prompt."""
     model = mining.load_dense(snapshot, KEY, teacher_prompts(teacher, snapshot, base), device)
 
@@ -170,10 +173,10 @@ def load_dense(snapshot: Snapshot, teacher: TeacherConfig, device: str, base: Mo
             vectors.append(encode(list(texts), **options)[[place[pair[side]] for pair in pairs]])
         return model.similarity_pairwise(*vectors).float().cpu().numpy()
 
-    return score
+    return score, model[0]
 
 
-TEACHERS: dict[str, Callable[[Snapshot, TeacherConfig, str, ModelConfig | None], Score]] = {
+TEACHERS: dict[str, Callable[[Snapshot, TeacherConfig, str, ModelConfig | None], Loaded]] = {
     "cross-encoder": load_cross_encoder,
     "dense": load_dense,
 }

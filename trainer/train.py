@@ -18,6 +18,7 @@ from sentence_transformers.util.distributed import distributed_evaluation
 
 from trainer.arguments import build_arguments, routes_of
 from trainer.callbacks import (
+    EvaluationProgress,
     ProgressBar,
     ProgressLines,
     StopOnSignal,
@@ -67,6 +68,7 @@ from trainer.plan import (
     training_lines,
 )
 from trainer.progress import Progress
+from trainer.progress_bar import going_on, in_columns
 from trainer.prompts import prompt_lines
 from trainer.resume import (
     check_same_batches,
@@ -198,6 +200,7 @@ def train(loaded: LoadedConfig, run: Run, *, resume: bool = False, say: Say = pr
                 *([care] if care else []),
                 watchdog,
                 TensorBoardLog(run.logs, statistics, throughput, device, config.evaluation.log_decoded_samples),
+                EvaluationProgress(),
                 ProgressBar() if sys.stderr.isatty() else ProgressLines(say),
                 stop,
             ],
@@ -249,7 +252,8 @@ def ready_model(
     if checkpoint:
         model = load_model(checkpoint, config, device)
     else:
-        model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), device)
+        with going_on(in_columns("model", "building")):
+            model = build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), device)
     prompts = prompt_lines(config.model, base.folder if base else None, model.prompts)
     for line in chain(model_lines(config, base), tokenizer_lines(model), prompts):
         say(line)
@@ -368,7 +372,7 @@ def _score(model: SparseEncoder, evaluator: SearchEvaluator | None, run: Run, wh
     found = {key: round(value, 5) for key, value in from_first(scores).items()}
     run.update(**{when: found})
     for name in evaluator.parts:
-        say(f"{when:<10}{name}: nDCG@10 {found[f'{name}_ndcg@10']:.3f}, {_dims(found, name)}")
+        say(in_columns(when, f"{name}: nDCG@10 {found[f'{name}_ndcg@10']:.3f}, {_dims(found, name)}"))
     return found
 
 

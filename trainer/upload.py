@@ -1,12 +1,13 @@
 """Uploads a folder to the Hugging Face hub in one commit, with one clear line for what can go wrong."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.config import ConfigError, one_line
+from trainer.progress_bar import going_on, in_columns
 
 # A commit whose files somebody else's commit came before.
 OVERTAKEN = (409, 412)
@@ -72,7 +73,8 @@ def upload(files: dict[str, Path], repo: str, *, public: bool, message: str, say
     operations = [CommitOperationDelete(name) for name in stale]
     operations += [CommitOperationAdd(name, str(file)) for name, file in files.items()]
     say(f"uploading {len(files)} files to {repo} ({'public' if public else 'private'}), in one commit")
-    with explained(repo, again):
+    seen = contextlib.nullcontext() if sys.stderr.isatty() else going_on(in_columns("uploading", repo, 11))
+    with explained(repo, again), seen:
         commit = api.create_commit(repo, operations, commit_message=message, parent_commit=before.sha)
     if public and before.private:
         with explained(repo, "the files have arrived, but only you can see them: open the repository in its settings"):
@@ -80,7 +82,7 @@ def upload(files: dict[str, Path], repo: str, *, public: bool, message: str, say
     return f"{api.endpoint}/{repo} at {commit.oid}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def explained(repo: str, state: str) -> Iterator[None]:
     """One line for what the hub or the way to it refuses; `state` says what the repository holds now."""
     import httpx2

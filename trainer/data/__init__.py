@@ -24,6 +24,7 @@ from trainer.data.tokens import PLACE, TokenCollator, Tokeniser, TokenRows, fold
 from trainer.distributed import processes
 from trainer.files import written_whole
 from trainer.hub import HubUnreachable
+from trainer.progress_bar import going_on, in_columns
 
 __all__ = [
     "LABEL",
@@ -246,7 +247,7 @@ def load_data(config: Config, missing: dict[str, HubUnreachable] | None = None) 
     data = TrainingData(DatasetDict(), DatasetDict(), {}, {})
     sources: dict[str, LoadedSource] = {}
     for name, load in sources_of(config.datasets).items():
-        with _noting(name, missing):
+        with _noting(name, missing), going_on(in_columns("reading", name)):
             sources[name] = _usable(name, load(), config)
     if sources:
         hold_out(list(sources.values()), config.training.seed)
@@ -254,7 +255,8 @@ def load_data(config: Config, missing: dict[str, HubUnreachable] | None = None) 
         with _noting(name, missing):
             _add_set(data, name, source, config)
     for folder in config.evaluation.search:
-        data.add_search(*_search_folder(folder), config)
+        with going_on(in_columns("reading", folder)):
+            data.add_search(*_search_folder(folder), config)
     return data
 
 

@@ -16,6 +16,7 @@ from trainer.config import ConfigError, one_line
 from trainer.config.schema import MiningConfig, ModelConfig
 from trainer.data.rows import Rows, fingerprint
 from trainer.hub import MODEL_FILES, Snapshot, fetch
+from trainer.progress_bar import encoding, going_on, in_columns
 from trainer.prompts import prompts_of, quoted
 from trainer.weights import require_weights
 
@@ -120,8 +121,9 @@ def _mined(name: str, search: Search, rows: str, settings: MiningConfig, base: M
     if settings.method == "bm25":
         folder = folder_of("mined", digest(VERSION, texts, settings.model_dump_json()))
         numbers = list(range(len(search.queries)))
-        parts = kept_in_parts(folder, numbers, QUERIES_PER_PART, _Lexical(search, settings).mine)
-        return pa.concat_tables(parts)
+        mine = _Lexical(search, settings).mine
+        with going_on(in_columns("mining", name), len(numbers), "queries") as progress:
+            return pa.concat_tables(kept_in_parts(folder, numbers, QUERIES_PER_PART, mine, progress))
     key = f"datasets.{name}.mine.model"
     why = f"negatives of '{name}'"
     model = fetch(settings.model, settings.revision, kind="model", why=why, key=key, patterns=MODEL_FILES)
@@ -129,7 +131,8 @@ def _mined(name: str, search: Search, rows: str, settings: MiningConfig, base: M
     of_model = digest(identity(model), quoted(prompts)) if quoted(prompts) else identity(model)
     folder = folder_of("mined", digest(VERSION, texts, settings.model_dump_json(), of_model))
     load = partial(load_dense, model, key, prompts)
-    return kept(folder / "mined.parquet", partial(_mine_with_model, search, settings, load, of_model))
+    with going_on(in_columns("mining", name)):
+        return kept(folder / "mined.parquet", partial(_mine_with_model, search, settings, load, of_model))
 
 
 # ------------------------------------------------------------------------------------------- what is a negative
@@ -261,7 +264,9 @@ class Remembered:
             return pa.table({"vector": pa.FixedSizeListArray.from_arrays(found.ravel(), found.shape[1])})
 
         folder = self.folder / f"{route}-{digest(*texts)}"
-        parts = kept_in_parts(folder, texts, TEXTS_PER_PART, vectors)
+        what = in_columns("mining", "queries" if route == "query" else "passages")
+        with encoding(self.model[0], what, len(texts)) as progress:
+            parts = kept_in_parts(folder, texts, TEXTS_PER_PART, vectors, progress)
         columns = [chunk for part in parts for chunk in part["vector"].chunks]
         return np.concatenate([chunk.flatten().to_numpy().reshape(len(chunk), -1) for chunk in columns])
 

@@ -28,6 +28,7 @@ from trainer.data.buckets import next_length
 from trainer.data.forward_passes import ForwardPasses
 from trainer.data.rows import LABEL, ROLES, SIDES
 from trainer.data.token_file import PART, TokenFile
+from trainer.progress_bar import ProgressReport, in_columns
 
 Say = Callable[[str], None]
 Features = dict[str, Any]
@@ -37,8 +38,6 @@ Preprocess = Callable[[list[str]], Features]
 CALL = 1_000
 # From so many different texts on, their ids are kept on disk: fewer are tokenised in a second or two.
 KEPT_FROM = 10_000
-# Seconds between two lines that say how far tokenising has come.
-SAY_EVERY = 10.0
 # The feature of a shared pass that says which of the batch's passages its texts are.
 PLACE = "place"
 BY_COLUMN = ForwardPasses()
@@ -74,9 +73,10 @@ def unpadded(features: Features) -> Iterator[np.ndarray]:
         yield ids[mask]
 
 
-def tokenised(texts: pa.ChunkedArray, preprocess: Preprocess, ids_type: pa.DataType, say: Say) -> Iterator[pa.Array]:
+def tokenised(
+    texts: pa.ChunkedArray, preprocess: Preprocess, ids_type: pa.DataType, progress: ProgressReport
+) -> Iterator[pa.Array]:
     """Token ids of the texts, in parts as TokenFile holds them. Texts of one call are of about the same length."""
-    start = last = time.perf_counter()
     for first in range(0, len(texts), PART):
         part = texts[first : first + PART].to_pylist()
         ids = [np.zeros(0, dtype=int)] * len(part)
@@ -86,12 +86,9 @@ def tokenised(texts: pa.ChunkedArray, preprocess: Preprocess, ids_type: pa.DataT
             found = unpadded(preprocess([part[number] for number in numbers]))
             for number, text in zip(numbers, found, strict=True):
                 ids[number] = text
+            progress.update(len(numbers))
         offsets = np.cumsum([0, *map(len, ids)], dtype=np.int32)
         yield pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(ids), ids_type))
-        done, now = first + len(part), time.perf_counter()
-        if now - last > SAY_EVERY and done < len(texts):
-            last = now
-            say(f"{done:,} of {len(texts):,} texts, {(now - start) / done * (len(texts) - done):.0f} s left")
 
 
 def key_of(module: nn.Module, task: str | None, content: str, prompt: str | None = None) -> str:
@@ -328,14 +325,14 @@ class Tokeniser:
         self, name: str, texts: pa.ChunkedArray, module: nn.Module, preprocess: Preprocess, path: Path | None
     ) -> TokenFile:
         ids_type = pa.uint16() if len(module.tokenizer) <= 2**16 else pa.int32()
-        say = lambda progress: self.say(f"tokens    {name}: {progress}")  # noqa: E731
-        parts = tokenised(texts, preprocess, ids_type, say)
-        if path is None:
-            return TokenFile.of(ids_type, parts)
-        try:
-            return TokenFile.write(path, ids_type, parts)
-        except OSError as error:
-            raise ConfigError(f"token ids cannot be written to {path.parent}: {error}. Set HF_HOME") from None
+        with ProgressReport(desc=in_columns("tokens", name), total=len(texts), unit="texts") as progress:
+            parts = tokenised(texts, preprocess, ids_type, progress)
+            if path is None:
+                return TokenFile.of(ids_type, parts)
+            try:
+                return TokenFile.write(path, ids_type, parts)
+            except OSError as error:
+                raise ConfigError(f"token ids cannot be written to {path.parent}: {error}. Set HF_HOME") from None
 
     def _check(self, name: str, dataset: Dataset, found: TokenRows) -> None:
         """Compare the features of a few rows with those that the library makes of their texts."""

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import islice
@@ -18,11 +17,11 @@ from trainer.export.request import Request
 from trainer.export.sample import CHUNK, Sample, choose_scale
 from trainer.export.vectors import Encoder, vectors_of
 from trainer.files import write_once
+from trainer.progress_bar import ProgressReport, in_columns
 from trainer.run import hash_of_model
 
 Say = Callable[[str], None]
 
-PROGRESS_SECONDS = 10.0
 # What an export folder is made with.
 CLAIM = "export.json"
 
@@ -130,17 +129,14 @@ def _if_any(scale: int | None) -> dict[str, int]:
 
 def write_documents(encoder: Encoder, form: Format, passages: Iterable[Passage], store: Store, say: Say) -> int:
     """Append the passages that the store does not hold yet, whole chunks at a time; the number of all it holds."""
-    done = start = store.whole()
+    done = store.whole()
     if done:
         say(f"resuming  {store} holds {done:,} documents")
-    began = last = time.monotonic()
-    for chunk in chunks(islice(passages, done, None), CHUNK):
-        vectors = vectors_of(encoder.documents([passage.text for passage in chunk]), encoder.terms)
-        store.append(form.document(p.id, p.text, v) for p, v in zip(chunk, vectors, strict=True))
-        done += len(chunk)
-        if (now := time.monotonic()) - last > PROGRESS_SECONDS:
-            last = now
-            say(f"encoded   {done:,} documents, {(done - start) / (now - began):.0f} per second")
+    with ProgressReport(desc=in_columns("encoding", "the corpus"), initial=done, unit="documents") as progress:
+        for chunk in chunks(islice(passages, done, None), CHUNK):
+            vectors = vectors_of(encoder.documents([passage.text for passage in chunk], progress), encoder.terms)
+            store.append(form.document(p.id, p.text, v) for p, v in zip(chunk, vectors, strict=True))
+            done += len(chunk)
     store.close()
     if not done:
         raise ConfigError(f"there are no documents to write to {store}")

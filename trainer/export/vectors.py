@@ -12,6 +12,7 @@ from sklearn.preprocessing import normalize
 from trainer.config import ConfigError
 from trainer.fused.encode import encode
 from trainer.fused.model import fuse
+from trainer.progress_bar import ProgressReport
 from trainer.stock import carries_code, open_model
 
 Vector = dict[str, float]
@@ -32,16 +33,18 @@ class Encoder:
         fuse(model)
         return cls(model, terms_of(model), batch_size)
 
-    def documents(self, texts: list[str]) -> sp.csr_matrix:
+    def documents(self, texts: list[str], progress: ProgressReport | None = None) -> sp.csr_matrix:
         """[documents, dimensions]."""
-        return self._encode("document", texts)
+        return self._encode("document", texts, progress)
 
     def queries(self, texts: list[str]) -> sp.csr_matrix:
         """[queries, dimensions]. A trained query weight may be negative."""
         return self._encode("query", texts)
 
-    def _encode(self, route: str, texts: list[str]) -> sp.csr_matrix:
-        matrix = encode(self.model, texts, route, self.batch_size) if texts else sp.csr_matrix((0, len(self.terms)))
+    def _encode(self, route: str, texts: list[str], progress: ProgressReport | None = None) -> sp.csr_matrix:
+        if not texts:
+            return sp.csr_matrix((0, len(self.terms)))
+        matrix = encode(self.model, texts, route, self.batch_size, progress)
         # Engines multiply and add; for cosine (CSR), vectors have to have length 1 already.
         return normalize(matrix) if self.model.similarity_fn_name == "cosine" else matrix
 

@@ -10,12 +10,15 @@ from sentence_transformers.sparse_encoder.modules import Router, SparseStaticEmb
 from tokenizers import Tokenizer
 
 from trainer.config import ConfigError
+from trainer.progress_bar import ProgressReport
 
 
-def encode(model: SparseEncoder, texts: Sequence[str], route: str, batch_size: int) -> sp.csr_matrix:
+def encode(
+    model: SparseEncoder, texts: Sequence[str], route: str, batch_size: int, progress: ProgressReport | None = None
+) -> sp.csr_matrix:
     """The vectors that `model.encode_query` or `model.encode_document` gives, [texts, dimensions], float32.
 
-    Raises ConfigError for a vector that is not finite.
+    progress: moves on with every batch. Raises ConfigError for a vector that is not finite.
     """
     if route == "query" and (static := static_queries(model)) is not None:
         return static(texts)
@@ -32,6 +35,8 @@ def encode(model: SparseEncoder, texts: Sequence[str], route: str, batch_size: i
             raise ConfigError(f"the model's vector of this {route} is not finite: '{' '.join(bad.split())[:60]}'")
         place = rows.cpu().numpy(), dimensions.cpu().numpy()
         parts.append(sp.csr_matrix((values, place), shape=tuple(vectors.shape)))
+        if progress is not None:
+            progress.update(len(batch))
     return sp.vstack(parts, format="csr")[np.argsort(order)]
 
 
