@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+from types import SimpleNamespace
 
 import mteb
 import numpy as np
@@ -115,6 +116,8 @@ def test_the_revision_of_a_folder_is_that_of_the_files_that_are_read(folder):
 
 class Loaded:
     """Stands in for a task of mteb whose data is there."""
+
+    metadata = SimpleNamespace(name="loaded")
 
     def __init__(self, dataset):
         self.dataset = dataset

@@ -180,11 +180,11 @@ def test_an_export_that_was_killed_goes_on_where_it_stopped_and_gives_the_same_f
     encoded = []
     original = Encoder.documents
 
-    def killed_at_the_fourth_chunk(self, texts):
+    def killed_at_the_fourth_chunk(self, texts, *progress):
         encoded.append(len(texts))
         if len(encoded) == 4:
             raise KeyboardInterrupt
-        return original(self, texts)
+        return original(self, texts, *progress)
 
     monkeypatch.setattr(Encoder, "documents", killed_at_the_fourth_chunk)
     with pytest.raises(KeyboardInterrupt):
@@ -259,7 +259,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, to):
     class Constant:
         terms = tuple("01234")
 
-        def documents(self, texts):
+        def documents(self, texts, progress):
             return sp.csr_matrix(np.ones((len(texts), 5), dtype=np.float32))
 
     form = {"lucene": Lucene(100), "parquet": Parquet()}[to]

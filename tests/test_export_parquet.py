@@ -101,7 +101,7 @@ class OneWord:
 
     terms = tuple("01234")
 
-    def documents(self, texts):
+    def documents(self, texts, progress=None):
         numbers = np.array([int(text) for text in texts])
         return sp.csr_matrix((numbers.astype(np.float32), (np.arange(len(texts)), numbers % 5)), shape=(len(texts), 5))
 
@@ -178,10 +178,10 @@ import trainer.export.parquet
 from tests.test_export_parquet import OneWord, write
 trainer.export.parquet.PART = 512
 original = OneWord.documents
-def slowly(self, texts):
+def slowly(self, texts, progress):
     print(texts[0], flush=True)
     time.sleep(0.05)
-    return original(self, texts)
+    return original(self, texts, progress)
 OneWord.documents = slowly
 from pathlib import Path
 write(Path(sys.argv[1]), 5000)

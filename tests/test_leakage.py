@@ -163,9 +163,11 @@ def test_a_passage_is_compared_with_and_without_its_title(tmp_path, training, ki
 def test_a_row_of_several_splits_counts_once_and_one_of_several_languages_in_each():
     def split(query, passages):
         rows = [{"id": f"{number}", "title": None, "text": text} for number, text in enumerate(passages)]
-        return {"queries": Dataset.from_list([{"id": "q", "text": query}]), "corpus": Dataset.from_list(rows)}
+        queries = Dataset.from_list([{"id": "q", "text": query}])
+        return {"queries": queries, "corpus": Dataset.from_list(rows), "relevant_docs": {}}
 
     task = SimpleNamespace(
+        metadata=SimpleNamespace(name="two"),
         load_data=lambda: None,
         convert_v1_dataset_format_to_v2=lambda num_proc: None,
         hf_subsets=["da", "sv"],

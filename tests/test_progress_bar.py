@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from trainer import progress as module
+from trainer import progress_bar as module
 from trainer.hub import bytes_of
 from trainer.progress_bar import ProgressReport, counting_texts, going_on, in_columns
 

@@ -630,7 +630,7 @@ def test_the_card_says_what_changed_on_the_way_and_no_path():
     ]
     assert changes_on_the_way({"changes": changes}) == (
         "after step 20: training.learning_rate 0.001 → 1e-05; after step 20: training.lr_scheduler_type linear → constant; "
-        "after step 30: loss.teacher None → given; after step 30: loss.teacher.model org/a → model"
+        "after step 30: loss.teacher None → given; after step 30: loss.teacher.model org/a → <local>"
     )
 
 
