@@ -101,10 +101,10 @@ def run_trainer(folder: Path, *arguments: str, **kwargs) -> subprocess.Completed
     A new interpreter with `fresh`, or where `env` changes what libraries read when they are imported; else a fork of a
     server that has imported them. `code` is run first.
     """
-    module, code = kwargs.pop("module", "trainer"), kwargs.pop("code", "")
+    module, code, seconds = kwargs.pop("module", "trainer"), kwargs.pop("code", ""), kwargs.pop("seconds", 300)
     changed, fresh = kwargs.pop("env", {}), kwargs.pop("fresh", False)
     if sys.platform == "linux" and module in ("trainer", "evaluate") and not changed and not fresh:
-        return run_warm(folder, module, arguments, code, seconds=300)
+        return run_warm(folder, module, arguments, code, seconds)
     command = ["-m", module, *arguments]
     if code:
         run = f"runpy.run_module('{module}', run_name='__main__', alter_sys=True)"
@@ -115,6 +115,6 @@ def run_trainer(folder: Path, *arguments: str, **kwargs) -> subprocess.Completed
         env=os.environ | {"PYTHONPATH": str(ROOT)} | changed,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=seconds,
         **kwargs,
     )

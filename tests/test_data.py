@@ -1,4 +1,5 @@
 import json
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -34,9 +35,9 @@ def load(tmp_path, datasets, *overrides):
     return load_data(load_config(file, overrides).config)
 
 
-def error_of(tmp_path, datasets):
+def error_of(tmp_path, datasets, *overrides):
     with pytest.raises(ConfigError) as caught:
-        load(tmp_path, datasets)
+        load(tmp_path, datasets, *overrides)
     message = caught.value.format_message()
     assert "\n" not in message
     return message
@@ -361,6 +362,25 @@ def test_a_near_miss_that_is_not_used_is_left_out_for_its_own_reason(tmp_path, c
         "near misses without a paraphrase of the same sentence": 4,
         "near misses beside another of the same sentence": 2,
     }
+
+
+def test_a_paraphrase_label_that_is_no_number_is_told_in_one_line(tmp_path, copies):
+    rows = [{"sentence1": "a", "sentence2": "b", "label": "yes"}]
+    write_parquet(copies / "paws_x/nb/train/0.parquet", rows)
+    error = error_of(tmp_path, families(copies))
+    assert error.startswith("datasets.scandi_qa.paws_x")
+    assert "nb has a label that is not 1 (a paraphrase) or 0" in error and "yes" in error
+
+
+def test_a_search_set_is_not_called_what_the_mean_over_several_is_called(tmp_path, folder):
+    one, other = (shutil.copytree(folder, tmp_path / name) for name in ("search", "choosing"))
+    write_lines(tmp_path / "a.jsonl", [{"anchor": f"q{i}", "positive": f"d{i}"} for i in range(4)])
+    rows = f"  mine: {{source: {tmp_path}/a.jsonl}}"
+    data = load(tmp_path, rows, f"evaluation.search=[{one}]", "evaluation.nanobeir_datasets=[]")
+    assert [found.name for found in data.search] == ["search"]
+    for folders, name in ((f"[{one}, {folder}]", "search"), (f"[{other}]", "choosing")):
+        message = error_of(tmp_path, rows, f"evaluation.search={folders}")
+        assert f"so a set cannot be called '{name}'. Rename its folder" in message
 
 
 def test_columns_and_splits_that_are_not_read_are_named(tmp_path, copies):

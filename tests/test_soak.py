@@ -67,6 +67,6 @@ def test_memory_and_open_files_do_not_grow_over_2000_steps(tmp_path):
     from tests.conftest import run_trainer
 
     # in a process of its own: it forks, and a test runner's threads may hold a lock that the child would wait for
-    result = run_trainer(tmp_path, "--long", module="tests.soak")
+    result = run_trainer(tmp_path, "--long", module="tests.soak", seconds=1200)  # 200 on two idle cores
     assert result.returncode == 0, result.stdout + result.stderr
     assert "2000 steps" in result.stdout

@@ -14,6 +14,9 @@ from trainer.config import ConfigError
 # Queries that each half must have: what is chosen on fewer says nothing.
 MIN_QUERIES = 10
 
+# `search_ndcg@10` is the mean over the queries that are reported, `choosing_ndcg@10` over those that choose.
+NAMES_OF_MEANS = ("search", "choosing")
+
 
 def half_of(query: str) -> Literal["dev", "test"]:
     """dev, the half that chooses, when the SHA-256 of the query's id is even; test is reported.

@@ -172,7 +172,10 @@ def _paws_rows(opened: _Opened, subset: str) -> Rows:
         raise ConfigError(
             f"{opened.key}: there is no column '{min(missing)}' in {subset}. It has: {', '.join(table.column_names)}"
         )
-    is_pair = pc.equal(table["label"].cast(pa.int64()), 1)
+    try:
+        is_pair = pc.equal(table["label"].cast(pa.int64()), 1)
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"{opened.key}: {subset} has a label that is not 1 (a paraphrase) or 0: {error}") from None
     pairs, misses = table.filter(is_pair), table.filter(pc.invert(is_pair))
     negatives = dict(zip(misses["sentence1"].to_pylist(), misses["sentence2"].to_pylist(), strict=True))
     anchors = pairs["sentence1"].to_pylist()
