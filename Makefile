@@ -71,7 +71,7 @@ images: ## build the container images nordsparse:cpu and nordsparse:cuda
 	@$(RUN) images
 
 test: $(VENV)/.dev ## the fast tests, offline
-	@$(BIN)/python -m pytest -q -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev ## ruff: errors, style, format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -76,6 +76,7 @@ def test_strange_texts_are_trained_on_and_empty_ones_left_out_with_their_number(
     assert all(map(math.isfinite, losses))
 
 
+@pytest.mark.slow
 def test_ten_thousand_identical_rows_among_others_are_trained_on_and_counted(tiny):
     folder = tiny.parent
     config_with(folder, [{"anchor": "hva er det", "positive": "det er dette"}] * 10_000 + GOOD)

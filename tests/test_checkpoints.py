@@ -132,6 +132,7 @@ def test_a_damaged_best_checkpoint_is_named_with_the_way_to_end_without_it(tmp_p
         require_unchanged(best, "run")
 
 
+@pytest.mark.slow
 def test_a_run_with_a_damaged_newest_checkpoint_goes_on_from_the_one_before_and_ends_the_same(trained):
     from tests.test_training import RUN, assert_same_weights
 

@@ -62,7 +62,11 @@ def models(tmp_path, family, device="cpu"):
 @pytest.mark.parametrize(
     ("family", "kinds"),
     # ModernBERT's first layer has no norm before its attention; NorBERT4's others add the values of its first
-    [("bert", 1), ("modernbert", 2), ("norbert3", 1), ("norbert4", 2)],
+    [
+        ("bert", 1),
+        ("norbert4", 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("modernbert", 2), ("norbert3", 1))),
+    ],
 )
 def test_a_length_is_compiled_once_for_all_layers_of_a_kind_whatever_the_number_of_texts(
     tmp_path, monkeypatch, family, kinds

@@ -128,6 +128,7 @@ def target(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_a_target_ends_like_an_uninterrupted_one(target):
     import shutil
 

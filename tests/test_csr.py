@@ -101,6 +101,7 @@ def test_a_code_cut_to_fewer_dims_is_the_code_of_that_k(tmp_path, dense):
         torch.testing.assert_close(torch.tensor(prune(whole, k).toarray()), cut, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_anneals_revives_logs_and_resumes_to_the_last_bit(tmp_path, dense, monkeypatch):
     import shutil
 

@@ -203,6 +203,7 @@ def test_rows_that_cannot_be_shared_are_counted_apart_and_small_evaluation_sets_
     assert lines.count("2 rows sit out each pass: they cannot be shared equally by 8 processes") == 3
 
 
+@pytest.mark.slow
 def test_processes_that_cannot_reach_each_other_say_which_setting_to_make(tiny):
     environment = {"GLOO_SOCKET_IFNAME": "nosuch0"}
     result = run_trainer(tiny.parent, "train", "tiny.yaml", "--processes", "2", env=environment)

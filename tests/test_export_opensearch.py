@@ -124,7 +124,7 @@ def build_other(trained, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny", "bert", "roberta", pytest.param("norbert3", marks=pytest.mark.slow), "norbert4"]
+    "name", ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "roberta", *SHAPES))]
 )
 def test_the_document_model_gives_the_models_words_and_weights_at_every_length(trained, name):
     build_other(trained, name)
@@ -218,6 +218,7 @@ def test_each_zip_is_registered_with_its_own_hash_and_size(trained, corpus):  # 
         assert zipped.read("idf.json") == (folder / "query/idf.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_document_model_that_gives_other_vectors_is_refused_and_removed(trained, monkeypatch):
     encoder = Encoder.open(trained / "models/tiny/final", "cpu", 8)
     write_models(trained, encoder, "tiny", print)

@@ -188,6 +188,7 @@ write(Path(sys.argv[1]), 5000)
 """
 
 
+@pytest.mark.slow
 def test_an_export_that_is_killed_goes_on_and_gives_the_same_files(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.export.parquet, "PART", 512)
     for name in ("whole", "killed"):

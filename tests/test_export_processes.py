@@ -160,6 +160,7 @@ def test_processes_that_all_end_well_are_waited_for(shard, monkeypatch):
     assert sorted(said) == ["1/2  began", "1/2  done", "2/2  began", "2/2  done"]
 
 
+@pytest.mark.slow
 def test_stopping_the_command_stops_its_processes(shard, tmp_path):
     start = ["import sys", f"sys.path[:0] = [{str(ROOT)!r}]", "from trainer.export.processes import run_shards"]
     start += ["run_shards(['export'], 2, lambda line: print(line, flush=True))"]

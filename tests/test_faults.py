@@ -160,6 +160,7 @@ def test_a_clock_that_jumps_back_and_forth_changes_nothing_that_is_trained(tiny,
     assert manifest(tiny.parent)["train_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_checkpoints_with_times_from_the_past_are_kept_by_their_step(tiny):
     """The library sorts by file time: with a clock set back it would remove the newest."""
     older = """

@@ -135,6 +135,7 @@ SparseTrainer.training_step = held_up
 """
 
 
+@pytest.mark.slow
 def test_a_second_training_of_one_run_stops_with_one_line_and_the_first_goes_on(tiny):
     folder = tiny.parent
     with ThreadPoolExecutor() as pool:

@@ -73,6 +73,7 @@ def test_four_accumulated_batches_of_4_have_the_gradient_of_one_of_16():
     torch.testing.assert_close(in_parts.running, penalty.running)
 
 
+@pytest.mark.slow
 def test_two_processes_with_8_rows_have_the_gradient_of_one_with_16(tmp_path):
     started = torch.multiprocessing.spawn(gradient_of_a_process, (str(tmp_path),), nprocs=2, join=False, daemon=True)
     assert any(started.join(timeout=90) for _ in range(2))  # each returns when one more has ended

@@ -101,6 +101,7 @@ def test_steps_are_those_the_trainer_takes(tiny, overrides, steps, epochs):
     assert schedule.epochs == pytest.approx(epochs)
 
 
+@pytest.mark.slow
 def test_the_padding_said_before_training_is_what_an_epoch_has(tiny):
     options = ("training.max_steps=-1", "training.eval_steps=100", "training.save_steps=100")
     loaded, lines = load_config(tiny, options), []

@@ -196,7 +196,8 @@ def write_texts(folder, queries, documents):
     (folder / "search" / "qrels.dev.tsv").write_text("query-id\tcorpus-id\tscore\n" + qrels)
 
 
-@pytest.mark.parametrize("architecture", [pytest.param("splade", marks=pytest.mark.slow), "csr"])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["splade", "csr"])
 def test_a_run_with_prompts_is_the_run_whose_texts_have_them_written_in_front(tmp_path, monkeypatch, architecture):
     monkeypatch.chdir(tmp_path)
     base = (write_dense if architecture == "csr" else write_bert)(tmp_path / "base")

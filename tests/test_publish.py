@@ -228,6 +228,7 @@ def test_a_dry_run_checks_the_vectors_lists_the_files_with_their_sizes_and_leave
     assert set(trained.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_model_that_gives_other_vectors_than_the_run_is_not_uploaded(upload, trained):
     texts = sample_texts()
     expected = encode_both(open_model(trained / "models/tiny/final", False), texts)
@@ -240,6 +241,7 @@ def test_a_model_that_gives_other_vectors_than_the_run_is_not_uploaded(upload, t
         largest_difference(expected, encode_in_a_fresh_process(upload, texts))
 
 
+@pytest.mark.slow
 def test_a_folder_that_does_not_open_is_not_uploaded(upload):
     (upload / "router_config.json").unlink()
     with pytest.raises(
@@ -268,6 +270,7 @@ def test_vectors_that_are_not_numbers_or_have_another_shape_differ():
         largest_difference(vectors, vectors | {"query": np.ones((2, 4))})
 
 
+@pytest.mark.slow
 def test_a_model_with_code_of_its_own_is_uploaded_with_the_code_and_opens_from_it_alone(trained):
     base = write_norbert(trained / "norbert", "norbert4")
     (trained / "with_code").mkdir()

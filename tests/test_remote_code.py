@@ -115,15 +115,10 @@ def both_routes_in_training(model):
     return vectors
 
 
-@pytest.mark.parametrize(
-    ("shape", "architectures"),
-    [
-        ("norbert4", ("inference-free-splade",)),
-        *(pytest.param(shape, ARCHITECTURES, marks=pytest.mark.slow) for shape in SHAPES),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
 def test_checkpoints_and_final_models_of_every_architecture_give_the_trained_vectors_elsewhere(
-    tmp_path, monkeypatch, masked, dense, shape, architectures
+    tmp_path, monkeypatch, masked, dense, shape
 ):
     monkeypatch.chdir(tmp_path)
     expected = {}
@@ -146,7 +141,7 @@ def test_checkpoints_and_final_models_of_every_architecture_give_the_trained_vec
         "splade": ["training.bf16=true"],
         "csr": ["model.csr_train_base=true", "training.bf16=true", "hardware.gradient_checkpointing=true"],
     }
-    for architecture in architectures:
+    for architecture in ARCHITECTURES:
         base = (dense if architecture == "csr" else masked)[shape]
         config_of(tmp_path, base, architecture, *PINNED, "training.max_steps=4", *also[architecture])
         shutil.copyfile(tmp_path / "config.yaml", tmp_path / f"{architecture}.yaml")
@@ -158,10 +153,11 @@ def test_checkpoints_and_final_models_of_every_architecture_give_the_trained_vec
         assert list(code) == [name for name in code_of(shape) if name.startswith("modeling")]
         assert len(next(iter(code.values()))) >= 5
     saved = sorted(folder.rpartition("/")[2] for folder in expected)
-    assert saved == [name for name in ("checkpoint-2", "checkpoint-4", "final") for _ in architectures]
+    assert saved == [name for name in ("checkpoint-2", "checkpoint-4", "final") for _ in ARCHITECTURES]
     assert reopen_elsewhere(expected, tmp_path) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_a_converted_model_ends_with_the_same_weights(tmp_path, masked):
     config_of(tmp_path, masked["norbert4"], "inference-free-splade", *PINNED, "training.max_steps=4")
     first = run_trainer(tmp_path, "train", "config.yaml")
@@ -472,6 +468,7 @@ def test_a_checkpoint_without_its_code_or_with_edited_code_is_refused_with_one_l
         load_model(tmp_path / "saved", config, "cpu")
 
 
+@pytest.mark.slow
 def test_resume_stops_at_a_checkpoint_without_its_code_or_with_edited_code(tmp_path, masked):
     config_of(tmp_path, masked["norbert4"], "splade", *PINNED, "training.max_steps=4")
     assert run_trainer(tmp_path, "train", "config.yaml").returncode == 0

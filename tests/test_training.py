@@ -268,6 +268,7 @@ def test_csr_leaves_the_dense_model_as_it_was(tmp_path, monkeypatch):
     assert all(torch.equal(before[name], after[name]) for name in kept)
 
 
+@pytest.mark.slow
 def test_cached_loss_gives_the_loss_curve_of_the_plain_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(TINY)
@@ -329,6 +330,7 @@ def test_resuming_what_was_never_started_says_what_to_type(tiny):
     assert "holds no run to resume" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_saves_its_step_says_how_to_go_on_and_does(tiny, number, code):
     folder = tiny.parent
@@ -565,6 +567,7 @@ def test_resume_refuses_another_model_or_other_rows(tiny):
     assert "the rows of data set 'mine' have changed since models/tiny was started" in changed.stderr
 
 
+@pytest.mark.slow
 def test_a_resume_across_an_epoch_ends_like_an_uninterrupted_run(tiny):
     folder = tiny.parent
     write_rows(folder)
