@@ -31,6 +31,7 @@ from trainer.config import ConfigError, is_commit, is_revision, one_line
 from trainer.progress_bar import in_columns
 from trainer.prompts import NAMES, by_side
 from trainer.run import Run
+from trainer.weights import whole_weights
 
 BM25_NAME = "bm25"
 BM25_FINGERPRINT = f"bm25s {version('bm25s')}, Lucene, k1 {K1}, b {B}, stop words"
@@ -256,9 +257,12 @@ def load_dense(source: str, trust_remote_code: bool) -> SearchEncoderWrapper:
     if trust:
         require_pinned_code("--dense", name, revision)
     try:
-        if registry_entry(name):
-            return SearchEncoderWrapper(mteb.get_model(name, **({"revision": revision} if revision else {})))
-        model = SentenceTransformer(name, revision=revision, trust_remote_code=trust)
+        with whole_weights("--dense", source):
+            if registry_entry(name):
+                return SearchEncoderWrapper(mteb.get_model(name, **({"revision": revision} if revision else {})))
+            model = SentenceTransformer(name, revision=revision, trust_remote_code=trust)
+    except ConfigError:
+        raise
     except Exception as error:  # whatever the hub, mteb's loaders or the model's own code raise
         way_out = ""
         if not trust and "trust_remote_code" in str(error):

@@ -14,6 +14,7 @@ from evaluate.trust import require_pinned_code
 from trainer.config import Config, ConfigError, find_config, is_commit, is_local, is_revision, load_config, one_line
 from trainer.fused.model import fuse
 from trainer.run import MODELS, hash_of_model
+from trainer.weights import whole_weights
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Subject:
         if self.trust_remote_code:
             require_pinned_code("--model", self.model, self.revision)
         try:
-            model = SparseEncoder(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
+            with whole_weights("model", self.model):
+                model = SparseEncoder(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"{self.model} cannot be loaded: {one_line(error)}") from None
         if not any(".sparse_encoder." in type(module).__module__ for module in model.modules() if module is not model):

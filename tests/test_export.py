@@ -1,6 +1,8 @@
 """Exports rank as the model does: read back from their files by hand, resumed, sharded, and refused when they would not."""
 
+import itertools
 import json
+import re
 import struct
 import tracemalloc
 from pathlib import Path
@@ -328,6 +330,13 @@ def test_an_id_that_stands_twice_is_named_with_both_places(tmp_path, suffix):
     write_corpus(file, [*ids, "d7"])
     with pytest.raises(ConfigError, match=rf"corpus.{suffix}:3001: the id 'd7' is also that of \S+{suffix}:8\. Give"):
         survey(file)
+
+
+def test_reading_a_corpus_to_its_end_shows_how_far_it_has_come(tmp_path, monkeypatch, capfd):
+    seconds = itertools.count(1000.0)
+    monkeypatch.setattr("tqdm.std.time", lambda: next(seconds))  # a second passes between two looks at the clock
+    survey(write_corpus(tmp_path / "corpus.jsonl", ["a", "bb", "ccc", "dddd", "eeeee", "ffffff", "ggggggg"]))
+    assert re.match(r"reading   corpus.jsonl: [3-7] documents, ", capfd.readouterr().out)
 
 
 def test_ids_of_one_hash_are_no_ids_that_stand_twice(tmp_path, monkeypatch):

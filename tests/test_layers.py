@@ -51,6 +51,7 @@ SHARED = {
     "trainer.fused",
     "trainer.prompts",
     "trainer.own_code",
+    "trainer.weights",
     "trainer.progress_bar",
 }
 EVALUATE_ROWS = [

@@ -6,11 +6,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForSequenceClassification
 
+from evaluate.session import load_dense
+from evaluate.subject import Subject
 from tests.checkpoints import write_bert, write_dense, write_modernbert, write_roberta
 from tests.test_models import build_from, config_of
 from trainer.config import ConfigError
 from trainer.config.schema import TeacherConfig
 from trainer.hub import Snapshot
+from trainer.models import save_model
 from trainer.teachers import load_cross_encoder
 
 WRITE = {"bert": write_bert, "roberta": write_roberta, "modernbert": write_modernbert}
@@ -86,3 +89,23 @@ def test_a_cross_encoder_without_its_classifier_is_refused(tmp_path):
     rename(tmp_path / "teacher", "classifier", None)
     with pytest.raises(ConfigError, match=r"lacks weights of BertForSequenceClassification.*classifier.bias"):
         load_cross_encoder(snapshot, teacher, "cpu", None)
+
+
+def test_a_model_that_is_evaluated_may_lack_no_weights_either(tmp_path):
+    saved = tmp_path / "saved"
+    save_model(build_from(config_of(tmp_path, write_bert(tmp_path / "base"), "inference-free-splade")), saved)
+    dense = write_dense(tmp_path)
+    sparse = Subject("saved", str(saved), None, False, saved)
+    loads = {
+        f"--dense: {dense}": (dense, lambda: load_dense(str(dense), trust_remote_code=False)),
+        f"model: {saved}": (saved / "document_0_Transformer", sparse.load),
+    }
+    for where, (weights, load) in loads.items():
+        load()
+        rename(weights, "layer.1.output.dense", None)
+        with pytest.raises(ConfigError) as caught:
+            load()
+        message = caught.value.format_message()
+        assert message.startswith(f"{where} lacks weights of Bert")
+        assert "which would start as random numbers: " in message
+        assert "layer.1.output.dense.bias" in message

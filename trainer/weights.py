@@ -1,6 +1,10 @@
 """Stops at weights that a model's files lack: transformers starts them at random numbers, and only logs it."""
 
-from transformers import PreTrainedModel
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedModel, modeling_utils
 
 from trainer.config import ConfigError
 
@@ -20,12 +24,34 @@ def require_weights(model: PreTrainedModel, where: str, name: str) -> None:
     """
     folder, kind = model.name_or_path, type(model)
     _, info = kind.from_pretrained(folder, config=model.config, output_loading_info=True, device_map="meta")
-    missing = sorted(tensor for tensor in info["missing_keys"] if UNREAD not in tensor)
+    _stop_at(info["missing_keys"], info["unexpected_keys"], kind, where, name)
+
+
+@contextmanager
+def whole_weights(where: str, name: str) -> Iterator[None]:
+    """As require_weights, for whatever transformers loads inside: all modules of a model, also when another library
+    loads them. Models with code of their own are passed over, since they may make weights themselves.
+    """
+
+    def report(*, model: PreTrainedModel, loading_info: Any, **others: Any) -> None:
+        if not type(model).__module__.startswith("transformers_modules."):
+            _stop_at(loading_info.missing_keys, loading_info.unexpected_keys, type(model), where, name)
+        say(model=model, loading_info=loading_info, **others)
+
+    say = modeling_utils.log_state_dict_report
+    modeling_utils.log_state_dict_report = report
+    try:
+        yield
+    finally:
+        modeling_utils.log_state_dict_report = say
+
+
+def _stop_at(missing: Iterable[str], unread: Iterable[str], kind: type, where: str, name: str) -> None:
+    missing, unread = (sorted(tensor for tensor in tensors if UNREAD not in tensor) for tensors in (missing, unread))
     if not missing:
         return
-    unread = sorted(tensor for tensor in info["unexpected_keys"] if UNREAD not in tensor)
     only_head = kind.__name__.endswith(HEADS) and not any(
-        tensor.startswith(f"{model.base_model_prefix}.") for tensor in missing
+        tensor.startswith(f"{kind.base_model_prefix}.") for tensor in missing
     )
     remedy = (
         "Name a model that was saved with its masked-language-model head" if only_head else "Its files are not whole"

@@ -12,6 +12,7 @@ import numpy as np
 
 from trainer.beir import read_records, unique
 from trainer.config import ConfigError
+from trainer.progress_bar import ProgressReport, in_columns
 from trainer.texts import Reading
 
 # OpenSearch and Elasticsearch take no longer ones.
@@ -62,7 +63,14 @@ def survey(file: Path) -> Reading:
     8 bytes are kept of each document, the hash of its id. Documents of equal hashes are looked at again.
     """
     reading = Reading()
-    hashes = np.sort(np.fromiter((hash(passage.id) for passage in read_passages(file, reading)), np.int64))
+    with ProgressReport(desc=in_columns("reading", file.name), unit="documents") as progress:
+
+        def hashed() -> Iterator[int]:
+            for passage in read_passages(file, reading):
+                progress.update()
+                yield hash(passage.id)
+
+        hashes = np.sort(np.fromiter(hashed(), np.int64))
     perhaps = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
     if perhaps:
         for _ in unique((record for record in read_records(file, Reading()) if hash(record.id) in perhaps), file):
