@@ -502,6 +502,28 @@ def test_a_run_cut_to_the_steps_it_has_ends_with_its_best_checkpoint(at_four):
     assert sum(rows.values()) in range(28, 33)  # four batches of seven or eight
 
 
+def test_the_best_checkpoint_of_a_copied_run_is_its_own(at_four):
+    """A run whose folder was copied or renamed: the state of its trainer names the folder it was written in."""
+    checkpoint = at_four / RUN / "checkpoints/checkpoint-4"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state["best_model_checkpoint"] = "models/first/checkpoints/checkpoint-2"
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    seal(checkpoint, Run.open(load_config(at_four / "tiny.yaml")).id, 4)
+    found = resume(at_four, "training.max_steps=4")
+    assert ends_with(at_four, 2)
+    assert found.manifest["best_checkpoint"] == f"{RUN}/checkpoints/checkpoint-2"
+
+
+def test_how_often_a_run_is_evaluated_does_not_change_what_it_learns(trained):
+    options = ("training.eval_steps=3", "training.save_steps=3", "training.max_steps=6")
+    loaded = load_config(trained / "tiny.yaml", options)
+    train(loaded, Run.create(loaded, "other"), say=lambda line: None)
+    for part in ("document_0_Transformer", "query_0_SparseStaticEmbedding"):
+        one, other = (load_file(trained / name / "checkpoints/checkpoint-6" / part / "model.safetensors")
+                      for name in (RUN, "models/other"))  # fmt: skip
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_the_best_checkpoint_by_other_searches_is_not_what_a_run_ends_with(at_four, folder):
     found = resume(at_four, "training.max_steps=4", f"evaluation.search=[{folder}]")
     line = next(line for line in found.said if "do not count" in line)

@@ -118,9 +118,9 @@ def newest_complete(folder: Path, run_id: str, say: Callable[[str], None]) -> Pa
 
 
 def best_of(checkpoint: Path) -> Path | None:
-    """The best checkpoint when this one was written, where that is another one."""
+    """The best checkpoint when this one was written, where that is another one. It lies beside it, also in a copied run."""
     best = json.loads((checkpoint / "trainer_state.json").read_text()).get("best_model_checkpoint")
-    return Path(best) if best and Path(best).name != checkpoint.name else None
+    return checkpoint.parent / Path(best).name if best and Path(best).name != checkpoint.name else None
 
 
 def require_unchanged(best: Path, run_id: str) -> None:

@@ -124,8 +124,13 @@ class SparseTrainer(SparseEncoderTrainer):
         return epoch, steps * self.args.gradient_accumulation_steps
 
     def _forget_best_that_cannot_be_compared(self) -> None:
-        """Choose anew from here on where the best so far was chosen by something else, or has no checkpoint."""
+        """Choose anew from here on where the best so far was chosen by something else, or has no checkpoint.
+
+        The best of a run whose folder was copied or renamed is the one in this folder.
+        """
         state, best = self.state, self.state.best_model_checkpoint
+        if best is not None:
+            state.best_model_checkpoint = best = str(Path(self.args.output_dir) / Path(best).name)
         has_checkpoint = best is not None and step_of(Path(best)) == state.best_global_step
         if not has_checkpoint or not self.progress.is_comparable(self.chosen_by):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
@@ -189,9 +194,12 @@ class SparseTrainer(SparseEncoderTrainer):
 
     @between_steps
     def _evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """An evaluation that a signal ends gives no scores, and a checkpoint is saved at once."""
+        """An evaluation that a signal ends gives no scores, and a checkpoint is saved at once.
+
+        Its loaders draw random numbers; dropout gets the same as without an evaluation, however often there is one.
+        """
         try:
-            with self.stop.cuts():
+            with self.stop.cuts(), torch.random.fork_rng(devices=[]):
                 return super()._evaluate(*args, **kwargs)
         except EvaluationCut:
             self.control.should_save = self.control.should_training_stop = True
