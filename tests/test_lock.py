@@ -48,7 +48,7 @@ def test_a_second_owner_is_refused_with_host_process_and_age_of_the_first(tmp_pa
         with pytest.raises(ConfigError) as caught, only_one_in(tmp_path, print):
             pass
         message = caught.value.format_message()
-        assert f"is being trained by process {first.pid} on {os.uname().nodename}, for 0 min" in message
+        assert f"is being trained by process {first.pid} on {os.uname().nodename}, for 0" in message
         assert "\n" not in message
     finally:
         end(first)

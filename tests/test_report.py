@@ -754,6 +754,8 @@ def test_the_mean_over_one_search_is_not_drawn_twice():
         ("number", 0.4126, "0.413"),
         ("number", 5.002, "5.00"),
         ("number", 812.4, "812"),
+        ("duration", 0.412, "0.4 s"),
+        ("duration", 0.0, "0 min 0 s"),
         ("duration", 34.39, "0 min 34 s"),
         ("duration", 3723.4, "1 h 2 min"),
         ("number", 10_412.6, "10,413"),

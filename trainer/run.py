@@ -275,7 +275,7 @@ def hash_of_model(folder: Path) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds of the manifest in hours, minutes and seconds."""
-    if seconds < 1:
+    if 0.05 <= seconds < 1:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
