@@ -21,7 +21,8 @@ SETS     = $(if $(SET),--set "$$SET")
 export PYTORCH_ENABLE_MPS_FALLBACK ?= 1
 
 # In a container or in $(VENV), as RUNTIME=auto|docker|host says; docker/run prints which, and why.
-RUN     := docker/run
+# In place of the shell, since make hands on a signal to its own child alone.
+RUN     := exec docker/run
 export CONFIG SET RUNTIME VENV NODES PROCS RENDEZVOUS PORT IMAGE
 export MODEL TASKS BASELINE DENSE REPO TO CORPUS QUERIES OUTPUT
 

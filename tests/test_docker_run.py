@@ -267,6 +267,15 @@ def test_make_maps_every_config_to_docker_run(project):
         assert made(project, "resume", f"CONFIG={name}") == ["trainer", "train", name, "--resume"]
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/comm"), reason="only Linux tells a process's name there")
+def test_no_shell_stands_between_make_and_docker_run(project):
+    """make hands on a signal, as of a scheduler that stops a job, to its own child alone."""
+    (project / "docker" / "run").write_text("#!/bin/sh\ncat /proc/$PPID/comm\n")
+    for target in ("train", "resume", "check", "show", "eval", "bm25", "publish", "export", "tensorboard", "images"):
+        command = ["make", target, "SET=a=1", "TASKS=b", "CORPUS=c"]
+        assert subprocess.run(command, cwd=project, capture_output=True, text=True).stdout == "make\n", target
+
+
 # ------------------------------------------------------------------------------------------- quoting
 ODD = 'Ola\'s data, "new" [a b]/c;d &e'
 
