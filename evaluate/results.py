@@ -23,7 +23,7 @@ class TaskScore:
 
     `metrics` are means over the task's splits and languages, from 0 to 1. `per_query` holds nDCG@10 under
     `split/subset/query id`; it is empty for results that do not carry it, such as mteb's own. `parts` holds nDCG@10 and the
-    languages by `split/subset`, `digests` the queries' there, `note` what the system says of how it searched.
+    languages by `split/subset`, `hashes` those of the queries' texts, `note` what the system says of how it searched.
     `left_out` queries chose the checkpoint, and are not in the other values.
     """
 
@@ -35,7 +35,7 @@ class TaskScore:
     revision: str | None = None
     mteb_version: str | None = None
     note: str = ""
-    digests: dict[str, str] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
     left_out: int = 0
 
     @property
@@ -54,9 +54,9 @@ class TaskScore:
             parts=kept,
         )
 
-    def without_choosers(self, manifest: dict[str, Any], digests: dict[str, str]) -> "TaskScore":
+    def without_choosers(self, manifest: dict[str, Any], hashes: dict[str, str]) -> "TaskScore":
         """The score on the queries that did not choose a run's checkpoint; `note` says how many did."""
-        kept, note = reported(manifest, self.task, self.digests or digests, self.per_query)
+        kept, note = reported(manifest, self.task, self.hashes or hashes, self.per_query)
         note = "; ".join(part for part in dict.fromkeys((self.note, note)) if part)
         if len(kept) == len(self.per_query):
             return replace(self, note=note)
@@ -158,7 +158,7 @@ class EvalFolder:
 
         Results from elsewhere do not say which queries they are of; those beside them on the same task do.
         """
-        known = {task: score.digests for other in beside.values() for task, score in other.items() if score.digests}
+        known = {task: score.hashes for other in beside.values() for task, score in other.items() if score.hashes}
         return {task: score.without_choosers(self.manifest, known.get(task, {})) for task, score in system.items()}
 
 
@@ -225,7 +225,7 @@ def read_score(file: Path) -> TaskScore:
 
 
 def _per_query(file: Path) -> dict[str, Any]:
-    """The scores per query, the queries' digests and the note beside a score file of ours: its twin in per_query/."""
+    """The scores per query, the hashes of the queries and the note beside a score file of ours: its twin in per_query/."""
     twin = file.parents[2] / "per_query" / file.parent.name / file.name if len(file.parents) > 2 else file
     if twin == file or not twin.is_file():
         return {}
@@ -235,7 +235,7 @@ def _per_query(file: Path) -> dict[str, Any]:
     return {
         "per_query": values[MAIN_METRIC],
         "note": values.get("note", ""),
-        "digests": values.get("queries", {}),
+        "hashes": values.get("queries", {}),
     }
 
 

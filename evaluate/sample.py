@@ -7,9 +7,9 @@ from typing import Any
 from mteb.abstasks import AbsTaskRetrieval
 
 from evaluate.search import language_of
-from evaluate.tasks import digest_of_queries, load
+from evaluate.tasks import load
 from trainer.beir import passage_text
-from trainer.chosen import half_of, rule_for
+from trainer.chosen import hash_of, rules_of
 
 # Enough for percentiles, few enough for minutes on a CPU.
 MAX_QUERIES, MAX_PASSAGES = 1_000, 2_000
@@ -36,17 +36,16 @@ def sample_texts(tasks: list[AbsTaskRetrieval], manifest: dict[str, Any] | None 
     What is relevant for the queries that chose the checkpoint of a run is not told: search is not measured on them.
     """
     queries, passages, relevant = {}, {}, {}
-    languages = set()
+    languages, rules = set(), rules_of(manifest or {})
     for task in tasks:
         for subset, splits in load(task).items():
             languages.add(language_of(task.metadata, subset))
             for split, data in splits.items():
                 mark = f"{task.metadata.name}/{split}/{subset}/"
                 queries |= {mark + row["id"]: row["text"] for row in data["queries"]}
-                is_halved = rule_for(manifest or {}, digest_of_queries(data)) == "half"
                 passages |= {mark + row["id"]: passage_text(row.get("title"), row["text"]) for row in data["corpus"]}
                 for query, judged in data["relevant_docs"].items():
-                    if not is_halved or half_of(query) == "test":
+                    if rules.get(hash_of(queries.get(mark + query, ""))) != "half":
                         relevant[mark + query] = {mark + passage: value for passage, value in judged.items()}
     chance = random.Random(0)
     kept = sorted(chance.sample(sorted(queries), min(MAX_QUERIES, len(queries))))

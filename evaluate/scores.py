@@ -11,7 +11,8 @@ from mteb.abstasks import AbsTaskRetrieval
 
 from evaluate.results import MAIN_METRIC, EvalFolder, Ranking, TaskScore, read_score, write_json
 from evaluate.search import SearchSystem
-from evaluate.tasks import digest_of_queries, load, reading_of
+from evaluate.tasks import load, reading_of
+from trainer.chosen import hash_of
 from trainer.config import ConfigError, one_line
 from trainer.progress_bar import going_on, in_columns
 
@@ -44,7 +45,7 @@ def score_system(
             "data": task.metadata.dataset["revision"],
             "languages": ", ".join(task.languages),
             "mteb": mteb.__version__,
-            "texts": "NFC",
+            "texts": "NFC, known by their hashes",
         }
         score = finished(folder, name, task.metadata.name, mark)
         if score is None:
@@ -95,10 +96,15 @@ def _run(name: str, search: Any, task: AbsTaskRetrieval, folder: EvalFolder, mar
     file.parent.mkdir(parents=True, exist_ok=True)
     result.task_results[0].to_disk(file)
     note = getattr(search, "note", "")
-    digests = {f"{split}/{subset}": digest_of_queries(data[subset][split]) for subset, split in recorder.found}
+    hashes = {
+        f"{split}/{subset}/{row['id']}": hash_of(row["text"])
+        for subset, split in recorder.found
+        for row in data[subset][split]["queries"]
+        if f"{split}/{subset}/{row['id']}" in per_query
+    }
     write_json(
         folder.query_file(name, task.metadata.name),
-        {"made_with": mark, "note": note, "queries": digests, MAIN_METRIC: per_query},
+        {"made_with": mark, "note": note, "queries": hashes, MAIN_METRIC: per_query},
     )
     return read_score(file)
 

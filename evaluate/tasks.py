@@ -11,8 +11,7 @@ from datasets import Dataset
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from trainer.beir import files_of, has_split, is_beir, read_records, read_search_set
-from trainer.chosen import digest_of
+from trainer.beir import files_beside, files_of, has_split, is_beir, read_records, read_search_set
 from trainer.config import ConfigError, did_you_mean, one_line
 from trainer.config.words import split_names
 from trainer.progress_bar import going_on, in_columns
@@ -136,11 +135,6 @@ def reading_of(task: AbsTaskRetrieval) -> Reading:
     return getattr(task, "reading", Reading())
 
 
-def digest_of_queries(data: dict[str, Any]) -> str:
-    """Tells whether these are the queries of a search set of training."""
-    return digest_of(dict(zip(data["queries"]["id"], data["queries"]["text"], strict=True)))
-
-
 def _in_nfc(rows: Dataset, reading: Reading) -> Dataset:
     """Texts in the one form of Unicode that training texts have too; ids are keys and stay."""
     table, before = rows.with_format("arrow")[:], reading.composed
@@ -165,6 +159,7 @@ class LocalTask(AbsTaskRetrieval):
             return
         found = read_search_set(self.folder, self.split, self.metadata.name)
         self.reading = found.reading
+        self.reading.pass_over("files", files_beside(self.folder, self.split))
         rows = list(read_records(files_of(self.folder, self.split).corpus, Reading()))
         self.dataset = {
             "default": {

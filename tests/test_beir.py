@@ -55,6 +55,7 @@ def test_beirs_own_layout_reads_as_ours_does(tmp_path):
         JUDGEMENTS,
         "q\td\tgrade\n" + JUDGEMENTS,
         HEADER.replace("\n", "\r\n") + JUDGEMENTS.replace("\n", "\r\n"),
+        "\n" + HEADER + JUDGEMENTS,
         "\ufeff" + JUDGEMENTS,
         "\ufeff" + HEADER + JUDGEMENTS,
         "q1 0 d1 2\nq2 0 d2 1\n",
@@ -123,6 +124,21 @@ def test_a_judgement_that_stands_twice_counts_once_and_is_said(tmp_path):
     found = read_search_set(write(tmp_path, **{"qrels/train.tsv": JUDGEMENTS * 2}), "train", "mine")
     assert found.relevant == {"q1": {"d1": 2}, "q2": {"d2": 1}}
     assert list(found.reading.lines()) == ["not read: 2 judgements that stand there twice", GRADES]
+
+
+def test_texts_in_which_nothing_is_to_be_seen_stay_and_are_counted(tmp_path):
+    corpus = [
+        *CORPUS,
+        {"_id": "d3", "text": None},
+        {"_id": "d4", "text": "\u200b "},
+        {"_id": "d5", "title": "e", "text": ""},
+    ]
+    queries = [QUERIES[0], {"_id": "q2", "text": ""}]
+    folder = write(tmp_path, **{"corpus.jsonl": lines(corpus), "queries.jsonl": lines(queries)})
+    found = read_search_set(folder, "train", "mine")
+    assert (len(found.corpus), found.queries["q2"]) == (5, "")
+    line = "3 passages or queries are without text, and stay in the search, where they find nothing"
+    assert list(found.reading.lines()) == [line, GRADES]
 
 
 def test_judgements_that_say_no_more_than_relevant_are_not_called_graded(tmp_path):

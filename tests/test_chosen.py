@@ -7,7 +7,7 @@ import pytest
 
 from tests.test_models import config_of
 from trainer.beir import SearchSet, read_search_set
-from trainer.chosen import choice_of, choice_words, choosers_of, digest_of, divide, half_of, read_search_splits
+from trainer.chosen import choice_of, choice_words, choosers_of, divide, half_of, hash_of, read_search_splits, reported
 from trainer.config import ConfigError
 from trainer.data import TrainingData, load_data
 from trainer.evaluators import GradedSearch, SearchEvaluator
@@ -112,12 +112,12 @@ def test_both_scores_are_of_one_ranking_and_each_of_its_own_queries():
 
 def test_without_a_choice_all_queries_are_reported(tmp_path):
     data = TrainingData({}, {}, {}, {})
-    for at_end, reported in (("false", 40), ("true", len(FORTY) - _count(FORTY, "dev"))):
+    for at_end, count in (("false", 40), ("true", len(FORTY) - _count(FORTY, "dev"))):
         config = config_of(tmp_path, tmp_path / "base", "splade", f"training.load_best_model_at_end={at_end}")
         data.search = []
         data.add_search(search_set(FORTY), None, config)
-        assert len(data.search[0].queries) == reported
-        assert len(choices_of(config, data, None)) == (reported < 40)
+        assert len(data.search[0].queries) == count
+        assert len(choices_of(config, data, None)) == (count < 40)
 
 
 def test_the_result_line_names_the_searches_whose_score_is_optimistic(tmp_path):
@@ -130,9 +130,17 @@ def test_the_result_line_names_the_searches_whose_score_is_optimistic(tmp_path):
     )
 
 
-def test_the_digest_is_of_the_queries_and_not_of_their_order():
-    assert digest_of({"a": "x", "b": "y"}) == digest_of({"b": "y", "a": "x"})
-    assert len({digest_of(queries) for queries in ({"a": "x"}, {"a": "y"}, {"b": "x"})}) == 3
+def test_queries_that_chose_are_known_in_a_changed_copy_of_their_set():
+    found = divide(search_set(FORTY))
+    manifest = {"checkpoint_chosen_by": [choice_of(found)]}
+    texts = {**found.queries, **found.chooser.queries}
+    # the copy has other ids, lacks the first query and has one more
+    copy = {f"test/default/copy-{n}": text for n, text in enumerate([*list(texts.values())[1:], "one more"])}
+    kept, note = reported(
+        manifest, "copy", {name: hash_of(text) for name, text in copy.items()}, dict.fromkeys(copy, 0.5)
+    )
+    assert sorted(copy[name] for name in kept) == sorted([*list(found.queries.values())[1:], "one more"])
+    assert note == f"{len(kept)} queries; {len(found.chooser.queries)} others chose the checkpoint and are left out"
 
 
 def test_the_verdict_leaves_out_a_score_before_training_that_was_of_other_queries():
@@ -153,11 +161,11 @@ def test_the_quickstarts_queries_are_divided():
     from trainer.data.sources import QUICKSTART
 
     found = divide(read_search_set(QUICKSTART / "search", "dev", "quickstart"))
-    assert choice_of(found) | {"digest": ""} == {
+    assert choice_of(found) | {"hashes": ""} == {
         "search": "quickstart",
         "split": "dev",
         "rule": "half",
         "queries": 31,
-        "digest": "",
+        "hashes": "",
         "also_reported": False,
     }

@@ -14,7 +14,7 @@ from scipy.stats import binom
 
 from evaluate.compare import baseline_name, compare, compare_lines, paired_interval
 from evaluate.results import EvalFolder, TaskScore, read_system, write_json
-from trainer.chosen import half_of
+from trainer.chosen import half_of, hash_of
 from trainer.config import ConfigError
 
 
@@ -373,23 +373,27 @@ def test_results_of_another_version_of_mteb_are_said_in_a_line(tmp_path):
 
 
 # ---------------------------------------------------------------------------------- queries that chose the checkpoint
-def chosen_by(rule, digest="dev queries"):
-    return {"checkpoint_chosen_by": [{"search": "s", "split": "dev", "rule": rule, "queries": 9, "digest": digest}]}
+def chosen_by(rule, other=""):
+    chose = [n for n in range(20) if rule == "all" or half_of(f"a/{n}") == "dev"]
+    hashes = " ".join(hash_of(f"question {n}{other}") for n in chose)
+    return {"checkpoint_chosen_by": [{"search": "s", "split": "dev", "rule": rule, "queries": 9, "hashes": hashes}]}
 
 
-def write_half(folder, system, digest, chose, others):
+def write_half(folder, system, knows_texts, chose, others):
     """A system's results on a task of twenty queries, with one score for those of the half that chooses."""
     results = EvalFolder(folder)
     queries = {f"dev/default/a/{n}": chose if half_of(f"a/{n}") == "dev" else others for n in range(20)}
     row = {"ndcg_at_10": 0.5, "main_score": 0.5, "languages": ["nob-Latn"], "hf_subset": "default"}
     write_json(results.score_file(system, "s"), {"task_name": "s", "scores": {"dev": [row]}})
-    twin = {"made_with": {}, "ndcg_at_10": queries} | ({"queries": {"dev/default": digest}} if digest else {})
+    twin = {"made_with": {}, "ndcg_at_10": queries}
+    if knows_texts:
+        twin["queries"] = {f"dev/default/a/{n}": hash_of(f"question {n}") for n in range(20)}
     write_json(results.query_file(system, "s"), twin)
 
 
 def test_all_systems_are_compared_on_the_queries_that_did_not_choose_the_checkpoint(tmp_path):
-    write_half(tmp_path, "main", "dev queries", chose=1.0, others=0.25)
-    write_half(tmp_path, "bm25", None, chose=0.0, others=0.5)  # an earlier result, which does not say of which queries
+    write_half(tmp_path, "main", True, chose=1.0, others=0.25)
+    write_half(tmp_path, "bm25", False, chose=0.0, others=0.5)  # an earlier result, which does not say of which queries
     left = sum(half_of(f"a/{n}") == "test" for n in range(20))
     systems = EvalFolder(tmp_path, chosen_by("half")).systems()
     assert {name: found["s"].main for name, found in systems.items()} == {"main": 0.25, "bm25": 0.5}
@@ -401,8 +405,8 @@ def test_all_systems_are_compared_on_the_queries_that_did_not_choose_the_checkpo
 
 
 def test_a_baseline_that_has_no_scores_per_query_is_not_compared_with_a_half(tmp_path):
-    write_half(tmp_path, "main", "dev queries", chose=1.0, others=0.25)
-    write_half(tmp_path, "bm25", "dev queries", chose=1.0, others=0.25)
+    write_half(tmp_path, "main", True, chose=1.0, others=0.25)
+    write_half(tmp_path, "bm25", True, chose=1.0, others=0.25)
     systems = EvalFolder(tmp_path, chosen_by("half")).systems()
     with pytest.raises(ConfigError, match="published has no scores per query, and some queries chose the checkpoint"):
         compare("main", systems | {"published": {"s": score("s", 0.9)}})
@@ -412,12 +416,12 @@ def test_a_baseline_that_has_no_scores_per_query_is_not_compared_with_a_half(tmp
     ("manifest", "note"),
     [
         ({}, ""),
-        (chosen_by("half", "other queries"), ""),
+        (chosen_by("half", other=" of another set"), ""),
         (chosen_by("all"), "these queries also chose the checkpoint, so the score is optimistic"),
     ],
 )
 def test_all_queries_are_reported_where_none_or_all_of_them_chose(tmp_path, manifest, note):
-    write_half(tmp_path, "main", "dev queries", chose=1.0, others=0.25)
+    write_half(tmp_path, "main", True, chose=1.0, others=0.25)
     found = EvalFolder(tmp_path, manifest).systems()["main"]["s"]
     assert (found.main, len(found.per_query), found.note) == (0.5, 20, note)
 

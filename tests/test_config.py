@@ -85,6 +85,12 @@ def test_malformed_yaml_is_one_line_with_its_place(tmp_path, text, says):
     assert says in error_of(tmp_path, text)
 
 
+def test_a_malformed_override_is_named_with_its_key_and_the_way_out(tmp_path):
+    message = error_of(tmp_path, TINY, "model.prompts.document=passage: ")
+    assert message.startswith("--set model.prompts.document=passage: : not valid YAML: ")
+    assert message.endswith('Should it be a text, put it in quotes: model.prompts.document="…"')
+
+
 def test_aliases_that_multiply_stop_at_once(tmp_path):
     bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
     start = time.perf_counter()

@@ -562,9 +562,12 @@ def test_resume_refuses_another_model_or_other_rows(tiny):
     assert other.returncode == 2
     assert "'model.query_init' was idf when models/tiny was started, and is ones now" in other.stderr
     write_rows(folder, text="hva var")
-    changed = run_trainer(folder, "train", "tiny.yaml", "--resume")
+    files = [folder / RUN / name for name in ("run.json", "config.yaml")]
+    before = [file.read_text() for file in files]
+    changed = run_trainer(folder, "train", "tiny.yaml", "--resume", "--set", "training.learning_rate=5")
     assert changed.returncode == 2
     assert "the rows of data set 'mine' have changed since models/tiny was started" in changed.stderr
+    assert [file.read_text() for file in files] == before  # a finished run stays one
 
 
 @pytest.mark.slow

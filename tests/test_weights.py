@@ -79,15 +79,16 @@ def test_a_dense_base_that_lacks_a_layers_weights_is_refused_and_one_without_a_p
         build_from(config_of(tmp_path, base, "csr"))
 
 
-def test_a_cross_encoder_without_its_classifier_is_refused(tmp_path):
+@pytest.mark.parametrize("part", ["classifier", "pooler"])
+def test_a_cross_encoder_without_its_classifier_is_refused(tmp_path, part):
     bert = write_bert(tmp_path / "bert")
     BertForSequenceClassification.from_pretrained(bert, num_labels=1).save_pretrained(tmp_path / "teacher")
     AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "teacher")
     snapshot = Snapshot(str(tmp_path / "teacher"), tmp_path / "teacher", None)
     teacher = TeacherConfig(model=str(tmp_path / "teacher"), kind="cross-encoder")
     load_cross_encoder(snapshot, teacher, "cpu", None)
-    rename(tmp_path / "teacher", "classifier", None)
-    with pytest.raises(ConfigError, match=r"lacks weights of BertForSequenceClassification.*classifier.bias"):
+    rename(tmp_path / "teacher", part, None)
+    with pytest.raises(ConfigError, match=rf"lacks weights of BertForSequenceClassification.*{part}.*\.bias"):
         load_cross_encoder(snapshot, teacher, "cpu", None)
 
 

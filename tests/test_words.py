@@ -23,6 +23,7 @@ from trainer.config.words import split_names, split_pairs, split_paths
         ["extends=base.yaml"],
         ["a.b=", "c.d=2"],
         ["a.b=[1, 2"],
+        ["model_card.model_name=NB] and more", "a.b=2"],
     ],
 )
 def test_pairs_come_apart_where_they_were_put_together(pairs):

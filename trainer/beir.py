@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from trainer.config import ConfigError
-from trainer.texts import IDS, Reading, id_of, listed, read_lines, read_rows, text_of
+from trainer.texts import IDS, Reading, has_text, id_of, listed, read_lines, read_rows, text_of
 
 TEXTS = ("text", "contents")
 RECORD = (*IDS, "title", *TEXTS)
@@ -17,14 +17,10 @@ ADD_OR_REMOVE = "Add it there, or remove this line"
 
 @dataclass(frozen=True)
 class Chooser:
-    """Queries of a search set that choose the checkpoint of a training: a half of a split's, or all of them.
-
-    `digest` is that of all queries of the split.
-    """
+    """Queries of a search set that choose the checkpoint of a training: a half of a split's, or all of them."""
 
     split: str
     rule: Literal["half", "all"]
-    digest: str
     queries: dict[str, str]
     relevant: dict[str, dict[str, int]]
 
@@ -174,12 +170,14 @@ def read_search_set(folder: Path, split: str, name: str, corpus: dict[str, str] 
     _, queries_file, judgements_file = files_of(folder, split)
     if corpus is None:
         corpus = read_corpus(folder, reading)
+        reading.empty = sum(not has_text(text) for text in corpus.values())
     queries = {record.id: record.text for record in unique(read_records(queries_file, reading), queries_file)}
     judged = _read_judgements(judgements_file, queries_file, queries, corpus, reading)
     relevant = {query: {p: grade for p, grade in grades.items() if grade > 0} for query, grades in judged.items()}
     relevant = {query: grades for query, grades in relevant.items() if grades}
     if not relevant:
         raise ConfigError(f"{judgements_file}: no relevant passage for any query. Grades of 1 or more say relevant")
+    reading.empty += sum(not has_text(queries[query]) for query in relevant)
     reading.highest_grade = max(max(grades.values()) for grades in relevant.values())
     # in a file that splits share, the other queries are theirs
     own = judged if queries_file.name.startswith("queries.jsonl") else queries
@@ -192,9 +190,9 @@ def _read_judgements(
 ) -> dict[str, dict[str, int]]:
     """Grades by query and passage. A judgement that stands twice counts once; two that differ are an error."""
     judged: dict[str, dict[str, int]] = {}
-    for number, query, passage, grade in _judgements(file):
+    for place, (number, query, passage, grade) in enumerate(_judgements(file)):
         if grade is None:  # no number: a header, where it names neither a query nor a passage
-            if number > 1 or query in queries or passage in corpus:
+            if place > 0 or query in queries or passage in corpus:
                 raise ConfigError(f"{file}:{number}: {JUDGEMENT}")
             continue
         if query not in queries:

@@ -1,7 +1,6 @@
 """Which queries choose a run's checkpoint, and which are left to report: a score on the queries that chose is too good."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +25,9 @@ def half_of(query: str) -> Literal["dev", "test"]:
     return "dev" if hashlib.sha256(query.encode()).digest()[-1] % 2 == 0 else "test"
 
 
-def digest_of(queries: Mapping[str, str]) -> str:
-    """The same for the same queries, whatever their order and wherever their files lie."""
-    return hashlib.sha256(json.dumps(sorted(queries.items())).encode()).hexdigest()[:32]
+def hash_of(query: str) -> str:
+    """Tells a query's text from others, in a manifest that shall not hold texts."""
+    return hashlib.sha256(query.encode()).hexdigest()[:12]
 
 
 def search_splits(folder: Path, reported: str | None = None) -> list[str]:
@@ -55,7 +54,6 @@ def divide(found: SearchSet, validation: SearchSet | None = None) -> SearchSet:
     The queries of a split `validation` choose, or else one half of the queries. Where a half has fewer than MIN_QUERIES,
     all of them choose and are reported. Raises ConfigError when the split `validation` has no query of its own.
     """
-    digest = digest_of((validation or found).queries)
     if validation is not None:
         reported = set(found.queries.values())
         own = [query for query, text in validation.queries.items() if text not in reported]
@@ -65,25 +63,24 @@ def divide(found: SearchSet, validation: SearchSet | None = None) -> SearchSet:
                 "choose the checkpoint, or remove it"
             )
         reading = found.reading + validation.reading
-        return replace(found, reading=reading, chooser=_chooser(validation, own, "all", digest))
+        return replace(found, reading=reading, chooser=_chooser(validation, own, "all"))
     halves: dict[str, list[str]] = {"dev": [], "test": []}
     for query in found.queries:
         halves[half_of(query)].append(query)
     if min(map(len, halves.values())) < MIN_QUERIES:
-        return replace(found, chooser=_chooser(found, list(found.queries), "all", digest))
+        return replace(found, chooser=_chooser(found, list(found.queries), "all"))
     return replace(
         found,
         queries={query: found.queries[query] for query in halves["test"]},
         relevant={query: found.relevant[query] for query in halves["test"]},
-        chooser=_chooser(found, halves["dev"], "half", digest),
+        chooser=_chooser(found, halves["dev"], "half"),
     )
 
 
-def _chooser(found: SearchSet, queries: list[str], rule: Literal["half", "all"], digest: str) -> Chooser:
+def _chooser(found: SearchSet, queries: list[str], rule: Literal["half", "all"]) -> Chooser:
     return Chooser(
         found.split,
         rule,
-        digest,
         {query: found.queries[query] for query in queries},
         {query: found.relevant[query] for query in queries},
     )
@@ -97,7 +94,7 @@ def choice_of(found: SearchSet) -> dict[str, Any]:
         "split": chooser.split,
         "rule": chooser.rule,
         "queries": len(chooser.queries),
-        "digest": chooser.digest,
+        "hashes": " ".join(sorted({hash_of(query) for query in chooser.queries.values()})),
         "also_reported": found.also_chooses,
     }
 
@@ -118,38 +115,35 @@ def choosers_of(manifest: dict[str, Any]) -> list[str]:
         f"{choice['queries']:,} queries of {choice['search']} ("
         + (f"half of {choice['split']}" if choice["rule"] == "half" else f"the split {choice['split']}")
         + (", which are reported too)" if choice["also_reported"] else ")")
-        if "digest" in choice
+        if "hashes" in choice
         else f"the queries of {choice['search']}, which are reported too"
         for choice in manifest.get("checkpoint_chosen_by", [])
     ]
 
 
 # ------------------------------------------------------------------------------------------- what is reported afterwards
-def rule_for(manifest: dict[str, Any], digest: str | None) -> str | None:
-    """Which of the queries with a digest chose a run's checkpoint: half, all, or None."""
-    return next(
-        (c["rule"] for c in manifest.get("checkpoint_chosen_by", []) if digest and c.get("digest") == digest), None
-    )
+def rules_of(manifest: dict[str, Any]) -> dict[str, str]:
+    """What chose a run's checkpoint: a half, or all of a split, by the hash of each query that did."""
+    choices = manifest.get("checkpoint_chosen_by", [])
+    return {known: choice["rule"] for choice in choices for known in choice.get("hashes", "").split()}
 
 
 def reported(
-    manifest: dict[str, Any], task: str, digests: Mapping[str, str], per_query: Mapping[str, float]
+    manifest: dict[str, Any], task: str, hashes: Mapping[str, str], per_query: Mapping[str, float]
 ) -> tuple[dict[str, float], str]:
     """Scores by `split/subset/query` without those of queries that chose a run's checkpoint, and what is said of it.
 
-    digests: of the queries of each `split/subset`. Where all queries chose, all stay.
+    hashes: of the texts of these queries, so that they are known in a copy of their set too. Where all queries of a split
+    chose, they stay.
     """
-    rules = {part: rule for part, digest in digests.items() if (rule := rule_for(manifest, digest))}
-    kept = {}
-    for name, value in per_query.items():
-        split, subset, query = name.split("/", 2)
-        if rules.get(f"{split}/{subset}") != "half" or half_of(query) == "test":
-            kept[name] = value
+    rules = rules_of(manifest)
+    found = {name: rules.get(hashes.get(name, "")) for name in per_query}
+    kept = {name: value for name, value in per_query.items() if found[name] != "half"}
     notes = []
     if left_out := len(per_query) - len(kept):
         notes.append(f"{len(kept):,} queries; {left_out:,} others chose the checkpoint and are left out")
-    nano = any("digest" not in choice for choice in manifest.get("checkpoint_chosen_by", []))
-    if "all" in rules.values() or (nano and task.startswith("MultilingualNano")):
+    nano = any("hashes" not in choice for choice in manifest.get("checkpoint_chosen_by", []))
+    if "all" in found.values() or (nano and task.startswith("MultilingualNano")):
         notes.append("these queries also chose the checkpoint, so the score is optimistic")
     return kept, "; ".join(notes)
 

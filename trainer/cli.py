@@ -225,7 +225,8 @@ def _train(loaded: LoadedConfig, run: "Run", resume: bool, again: str) -> None:
     except Exception as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # what broke while the interrupt was on its way out
             interrupt(error.__context__)
-        ended("failed", error)
+        if not (isinstance(error, ConfigError) and run.take_back()):
+            ended("failed", error)
         if lost_loader_worker(error):
             raise ConfigError(
                 "a loader worker was ended by the system: by hand, or because memory ran out (then lower "

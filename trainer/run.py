@@ -43,6 +43,7 @@ class Run:
 
     def __init__(self, folder: Path, is_mine: bool = True):
         self.folder, self.is_mine = folder, is_mine
+        self._before: dict[Path, str] = {}  # files of a run that is resumed, as they were
         self.manifest: dict[str, Any] = {}
 
     @property
@@ -175,7 +176,8 @@ class Run:
     def go_on_with(self, loaded: LoadedConfig, overrides: Sequence[str], say: Callable[[str], None]) -> None:
         """Take over what was changed in the config (read with these overrides) since the run started, and say it.
 
-        Raises ConfigError when a key changed that keeps its value for the whole run: trainer/config/resume.py.
+        Raises ConfigError when a key changed that keeps its value for the whole run: trainer/config/resume.py. Until
+        training begins, take_back undoes it.
         """
         started = load_config(self.folder / "config.yaml").config
         changed = list(differences(started.model_dump(), loaded.config.model_dump()))
@@ -188,6 +190,8 @@ class Run:
         changes = [{"key": ".".join(path), "from": old, "to": new} for path, old, new in changed]
         for change in changes:
             say(f"changed   {change['key']}: {change['from']} → {change['to']}")
+        files = (self.manifest_file, self.folder / "config.yaml")
+        self._before = {file: file.read_text(encoding="utf-8") for file in files if file.exists()}
         self.manifest.pop("error", None)
         self.manifest.setdefault("changes", []).extend(changes)
         try:
@@ -195,6 +199,12 @@ class Run:
             write_atomically(self.folder / "config.yaml", render(loaded))
         except OSError as error:
             raise cannot_be_written(self.folder, error) from None
+
+    def take_back(self) -> bool:
+        """Make a run that a resume was refused for what it was. False when it has trained since, or is a new one."""
+        for file, text in self._before.items():
+            write_atomically(file, text)
+        return bool(self._before)
 
     def changes_from(self, step: int) -> list[dict[str, Any]]:
         """The changes of keys so far with the step after which each holds, when training goes on from this one.
@@ -211,6 +221,8 @@ class Run:
 
     def update(self, **values: Any) -> None:
         """Set values in the manifest and write it; other readers see the old file or the new one, never half of one."""
+        if values.get("status") == "running":
+            self._before = {}
         self.manifest.update(values, updated=_now())
         if self.is_mine:
             write_atomically(self.manifest_file, json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")

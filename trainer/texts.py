@@ -39,6 +39,8 @@ class Reading:
     """Texts that were not in NFC."""
     spread: tuple[int, int] = (0, 0)
     """Rows with several negatives, and the triplets that they became."""
+    empty: int = 0
+    """Passages and queries of a search set in which nothing is to be seen."""
     highest_grade: int = 1
     """Of the judgements; 1 where they say no more than relevant."""
 
@@ -49,6 +51,7 @@ class Reading:
             self.counts + other.counts,
             self.composed + other.composed,
             (self.spread[0] + other.spread[0], self.spread[1] + other.spread[1]),
+            self.empty + other.empty,
             max(self.highest_grade, other.highest_grade),
         )
 
@@ -85,11 +88,18 @@ class Reading:
             yield f"{self.spread[0]:,} rows with several negatives became {self.spread[1]:,} triplets, one for each"
         if self.composed:
             yield f"{self.composed:,} texts were not in Unicode's form NFC, and are now"
+        if self.empty:
+            yield f"{self.empty:,} passages or queries are without text, and stay in the search, where they find nothing"
         if self.highest_grade > 1:
             yield (
                 f"grades up to {self.highest_grade}: nDCG weighs them; MRR, recall and training pairs take 1 and up for "
                 "relevant"
             )
+
+
+def has_text(text: str) -> bool:
+    """Whether there is a character that is neither blank nor invisible (zero-width, control, direction)."""
+    return any(unicodedata.category(character)[0] not in "ZC" for character in text)
 
 
 def listed(names: Iterable[str]) -> str:

@@ -10,8 +10,9 @@ from trainer.config import ConfigError
 
 # Tensors named in a message; the others are counted.
 SHOWN = 4
-# sentence-transformers reads the last hidden states, so what BERT's pooler makes of them goes nowhere.
-UNREAD = "pooler."
+# sentence-transformers reads the last hidden states, so what BERT's pooler makes of them goes nowhere; a classifier reads
+# what it makes.
+UNREAD, CLASSIFIER = "pooler.", "ForSequenceClassification"
 HEADS = ("ForMaskedLM", "LMHeadModel")
 
 
@@ -47,7 +48,10 @@ def whole_weights(where: str, name: str) -> Iterator[None]:
 
 
 def _stop_at(missing: Iterable[str], unread: Iterable[str], kind: type, where: str, name: str) -> None:
-    missing, unread = (sorted(tensor for tensor in tensors if UNREAD not in tensor) for tensors in (missing, unread))
+    reads_all = kind.__name__.endswith(CLASSIFIER)
+    missing, unread = (
+        sorted(tensor for tensor in tensors if reads_all or UNREAD not in tensor) for tensors in (missing, unread)
+    )
     if not missing:
         return
     only_head = kind.__name__.endswith(HEADS) and not any(

@@ -89,7 +89,12 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
             raise ConfigError(f"--set {override}: write it as section.key=value")
         if len(path) > MAX_DEPTH:
             raise ConfigError(f"--set {override}: no config is so deeply nested")
-        nested: Any = parse_value(text.strip())
+        try:
+            nested: Any = parse_value(text.strip())
+        except ConfigError as error:
+            problem = error.message.partition(": ")[2]
+            hint = f'. Should it be a text, put it in quotes: {key}="…"' if problem.startswith("not valid YAML") else ""
+            raise ConfigError(f"--set {override}: {problem}{hint}") from None
         for part in reversed(path):
             nested = {part: nested}
         leaf = Origin(f"--set {override}", 0)

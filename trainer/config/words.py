@@ -19,7 +19,7 @@ def split_pairs(text: str) -> list[str]:
             pairs.append(text[start:place])
             start = place = blank.end()
         else:
-            depth += (text[place] in "[{") - (text[place] in "]}")
+            depth = max(0, depth + (text[place] in "[{") - (text[place] in "]}"))
             place += 1
     return [pair for pair in (*pairs, text[start:]) if pair.strip()]
 
