@@ -143,6 +143,15 @@ def test_queries_that_chose_are_known_in_a_changed_copy_of_their_set():
     assert note == f"{len(kept)} queries; {len(found.chooser.queries)} others chose the checkpoint and are left out"
 
 
+def test_a_run_of_before_does_not_say_what_chose_and_that_is_said_of_dev_queries():
+    earlier = {"best_checkpoint": "models/x/checkpoints/checkpoint-2"}
+    for split, note in (
+        ("test", ""),
+        ("dev", "an earlier version trained the run and may have chosen its checkpoint by these queries"),
+    ):
+        assert reported(earlier, "x", {}, {f"{split}/default/q": 0.5}) == ({f"{split}/default/q": 0.5}, note)
+
+
 def test_the_verdict_leaves_out_a_score_before_training_that_was_of_other_queries():
     manifest = dict.fromkeys(("train_seconds", "total_seconds"), 125) | {
         "samples_per_second": 12.3,

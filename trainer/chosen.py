@@ -145,6 +145,12 @@ def reported(
     nano = any("hashes" not in choice for choice in manifest.get("checkpoint_chosen_by", []))
     if "all" in found.values() or (nano and task.startswith("MultilingualNano")):
         notes.append("these queries also chose the checkpoint, so the score is optimistic")
+    if (
+        manifest.get("best_checkpoint")
+        and "checkpoint_chosen_by" not in manifest
+        and any(q.startswith("dev/") for q in kept)
+    ):
+        notes.append("an earlier version trained the run and may have chosen its checkpoint by these queries")
     return kept, "; ".join(notes)
 
 
