@@ -44,6 +44,13 @@ def test_a_column_that_holds_no_text_is_refused_with_the_way_out():
         read({"anchor": ["a"], "positive": ["b"], "negative": [["c", "d"]]})
 
 
+def test_a_negative_that_is_its_rows_own_positive_is_left_out_and_counted():
+    rows = read({"anchor": ["a", "b", "c"], "positive": ["p", "q", "r"], "negative": ["x", " q ", None]})
+    assert rows.table["negative"].to_pylist() == ["x", None, None]
+    assert list(rows.reading.lines()) == ["not read: 1 negatives that are their row's own positive"]
+    assert "negative" not in read({"anchor": ["a"], "positive": ["p"], "negative": ["p"]}).table.column_names
+
+
 # ---------------------------------------------------------------------------------- several negatives
 NTUPLES = [
     {"anchor": "a", "positive": "p", "negative_1": "x", "negative_2": "y", "score": 0.1},

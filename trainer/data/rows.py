@@ -131,7 +131,7 @@ def rows_from_table(table: pa.Table, columns: Columns, language: str | None, *, 
     read = {*needed, *found, language}
     reading.pass_over("columns", (column for column in table.column_names if column not in read))
     picked = {role: _texts_of(table, columns[role], reading, where) for role in ("anchor", "positive")}
-    negatives = [_texts_of(table, column, reading, where) for column in found]
+    negatives = [_unlike(picked["positive"], _texts_of(table, column, reading, where), reading) for column in found]
     if language in table.column_names:
         picked["language"] = _language_tags(table[language], f"{where}: column '{language}'")
     else:
@@ -155,6 +155,14 @@ def _texts_of(table: pa.Table, column: str, reading: Reading, where: str) -> pa.
     # stops at the first such character, so a long text costs no more than a short one
     is_text = pc.match_substring_regex(values, VISIBLE)
     return pc.if_else(is_text, pc.utf8_trim_whitespace(values), pa.scalar(None, pa.string()))
+
+
+def _unlike(positives: pa.ChunkedArray, negatives: pa.ChunkedArray, reading: Reading) -> pa.ChunkedArray:
+    """The negatives without those that are their row's own positive, which would teach that it is no answer."""
+    same = pc.fill_null(pc.equal(negatives, positives), False)
+    count = pc.sum(same).as_py() or 0
+    reading.counts["negatives that are their row's own positive"] += count
+    return pc.if_else(same, pa.scalar(None, pa.string()), negatives) if count else negatives
 
 
 def _one_negative_a_row(rows: pa.Table, negatives: list[pa.ChunkedArray], reading: Reading) -> pa.Table:
