@@ -106,7 +106,7 @@ def test_several_processes_draw_the_batches_of_one_with_as_many_rows():
 def test_no_more_rows_sit_out_than_in_a_random_order():
     # sets so full of equal passages that hardly any order has room for all rows
     out = Counter()
-    for seed in range(60):
+    for seed in range(150):
         rng = np.random.default_rng(seed)
         rows, distinct, size = int(rng.integers(20, 300)), int(rng.integers(3, 30)), int(rng.integers(4, 16))
         dataset, lengths = rows_of(rows, distinct, seed)

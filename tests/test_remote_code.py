@@ -39,7 +39,8 @@ ARCHITECTURES = ("inference-free-splade", "splade", "csr")
 # The score that chooses the checkpoint falls with every evaluation: with the few queries of a test it is chance otherwise.
 FALLING = """
 import itertools
-from trainer.evaluators import SCORE, SearchEvaluator
+from trainer.chosen import SCORE
+from trainer.evaluators import SearchEvaluator
 scores, search = itertools.count(1, -0.1), SearchEvaluator.__call__
 SearchEvaluator.__call__ = lambda *args, **kwargs: search(*args, **kwargs) | {SCORE: next(scores)}
 """
@@ -182,9 +183,7 @@ def test_a_converted_model_that_gets_worse_ends_with_its_best_checkpoint(tmp_pat
     run = tmp_path / "models/config"
     best = tmp_path / manifest(tmp_path, "models/config")["best_checkpoint"]
     assert best.name == "checkpoint-2"
-    shutil.copytree(
-        best, tmp_path / "best", ignore=shutil.ignore_patterns(STATE, PROGRESS)
-    )  # the run's state stays with it
+    shutil.copytree(best, tmp_path / "best", ignore=shutil.ignore_patterns(STATE, PROGRESS))  # the run's own state
     assert_same_weights(run / "final", tmp_path / "best")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from trainer.chosen import choosers_of
+from trainer.chosen import REPORTED, SCORE, choosers_of
 from trainer.config import FROM_SCRATCH, Config, is_local
 from trainer.local_paths import LocalPaths
 from trainer.measured import METRIC, Measured, read_measured
@@ -300,8 +300,7 @@ def _differences(measured: Measured) -> list[str]:
 
 def _scores_in_training(manifest: dict[str, Any]) -> str:
     before, after = manifest.get("before") or {}, manifest.get("after") or {}
-    means = ("search_ndcg@10", "choosing_ndcg@10")
-    names = [key for key in after if key.endswith("_ndcg@10") and key in before and key not in means]
+    names = [key for key in after if key.endswith("_ndcg@10") and key in before and key not in (REPORTED, SCORE)]
     return "; ".join(
         f"{_cell(key.removesuffix('_ndcg@10'))}: nDCG@10 {before[key]:.3f} → {after[key]:.3f}" for key in names
     )

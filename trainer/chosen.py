@@ -13,8 +13,8 @@ from trainer.config import ConfigError
 # Queries that each half must have: what is chosen on fewer says nothing.
 MIN_QUERIES = 10
 
-# `search_ndcg@10` is the mean over the queries that are reported, `choosing_ndcg@10` over those that choose.
-NAMES_OF_MEANS = ("search", "choosing")
+# The mean nDCG@10 over all searches that is reported, and the one that picks the best checkpoint, on other queries.
+REPORTED, SCORE = "search_ndcg@10", "choosing_ndcg@10"
 
 
 def half_of(query: str) -> Literal["dev", "test"]:

@@ -10,6 +10,7 @@ from sentence_transformers.evaluation import SentenceEvaluator
 from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator, SparseNanoBEIREvaluator
 
 from trainer.beir import SearchSet
+from trainer.chosen import REPORTED, SCORE
 from trainer.config import Config
 from trainer.distributed import processes
 from trainer.hub import why_unreachable
@@ -27,8 +28,6 @@ METRICS = {
     "document_active_dims": "corpus_active_dims",
     "flops": "avg_flops",
 }
-# The mean nDCG@10 over all searches that is reported, and the one that picks the best checkpoint, on other queries.
-REPORTED, SCORE = "search_ndcg@10", "choosing_ndcg@10"
 
 
 class GradedSearch(SparseInformationRetrievalEvaluator):

@@ -27,7 +27,7 @@ from trainer.callbacks import (
     Watchdog,
 )
 from trainer.checkpoints import put_in_place, step_of
-from trainer.chosen import choice_of
+from trainer.chosen import REPORTED, SCORE, choice_of
 from trainer.config import Config, ConfigError, LoadedConfig
 from trainer.control import WeightSchedule
 from trainer.csr import AutoencoderCare
@@ -40,7 +40,7 @@ from trainer.distributed import (
     processes,
     take_weights_of_first,
 )
-from trainer.evaluators import REPORTED, SCORE, SearchEvaluator, build_evaluator
+from trainer.evaluators import SearchEvaluator, build_evaluator
 from trainer.loop import SparseTrainer
 from trainer.losses import build_loss
 from trainer.memory import memory_lines

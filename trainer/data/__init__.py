@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 
 from trainer.beir import SearchSet, files_beside, is_beir
-from trainer.chosen import NAMES_OF_MEANS, divide, read_search_splits, search_splits
+from trainer.chosen import REPORTED, SCORE, divide, read_search_splits, search_splits
 from trainer.config import Config, ConfigError
 from trainer.data.batches import MixedBatches, Mixture, NoDuplicateBatches, batch_sizes, text_ids
 from trainer.data.forward_passes import ForwardPasses, forward_passes_of, padding
@@ -265,9 +265,10 @@ def _no_name_of_a_mean(search: list[SearchSet], config: Config) -> None:
     """The score of a set called `search` would be taken for the mean. Where it is the only one, it is the mean."""
     alone = len(search) == 1 and config.evaluation.nanobeir_datasets == []
     for found in search:
-        if found.name in NAMES_OF_MEANS and not (alone and found.name == "search"):
+        score = f"{found.name}_ndcg@10"
+        if score == SCORE or (score == REPORTED and not alone):
             raise ConfigError(
-                f"evaluation.search: {found.name}_ndcg@10 is the name of the mean over all searches, so a set cannot be "
+                f"evaluation.search: {score} is the name of the mean over all searches, so a set cannot be "
                 f"called '{found.name}'. Rename its folder"
             )
 

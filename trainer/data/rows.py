@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trainer.config import ConfigError, one_line
-from trainer.texts import Reading, as_strings, is_json_lines, read_json_lines, text_of
+from trainer.texts import Reading, as_strings, have_text, is_json_lines, read_json_lines, text_of
 
 ROLES = ["anchor", "positive", "negative"]
 # What a role's texts are to a search, and so which prompt stands in front of them.
@@ -22,8 +22,6 @@ SIDES = {"anchor": "query", "positive": "document", "negative": "document"}
 LABEL = "label"  # a teacher's scores of a row; what the library takes for labels, and hands to the loss
 # Twice the languages of the largest set here; more are no languages, and would fill the plan with a line of any length.
 MOST_LANGUAGES = 12
-# A text with a character that is neither blank nor invisible (zero-width, control, direction): others have no tokens.
-VISIBLE = r"[^\p{Z}\p{C}]"
 Columns = dict[str, str]  # role -> column name in the source; `negative` stands for negative_1, negative_2, … too
 
 
@@ -152,9 +150,7 @@ def _texts_of(table: pa.Table, column: str, reading: Reading, where: str) -> pa.
         raise ConfigError(f"{where}: column '{column}' holds {table[column].type}, not text. {way}")
     _require_utf8(values, f"{where}: column '{column}'")
     values = reading.compose_column(values)
-    # stops at the first such character, so a long text costs no more than a short one
-    is_text = pc.match_substring_regex(values, VISIBLE)
-    return pc.if_else(is_text, pc.utf8_trim_whitespace(values), pa.scalar(None, pa.string()))
+    return pc.if_else(have_text(values), pc.utf8_trim_whitespace(values), pa.scalar(None, pa.string()))
 
 
 def _unlike(positives: pa.ChunkedArray, negatives: pa.ChunkedArray, reading: Reading) -> pa.ChunkedArray:

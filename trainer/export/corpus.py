@@ -63,14 +63,9 @@ def survey(file: Path) -> Reading:
     8 bytes are kept of each document, the hash of its id. Documents of equal hashes are looked at again.
     """
     reading = Reading()
-    with ProgressReport(desc=in_columns("reading", file.name), unit="documents") as progress:
-
-        def hashed() -> Iterator[int]:
-            for passage in read_passages(file, reading):
-                progress.update()
-                yield hash(passage.id)
-
-        hashes = np.sort(np.fromiter(hashed(), np.int64))
+    what = in_columns("reading", file.name)
+    with ProgressReport(read_passages(file, reading), desc=what, unit="documents") as passages:
+        hashes = np.sort(np.fromiter((hash(passage.id) for passage in passages), np.int64))
     perhaps = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
     if perhaps:
         for _ in unique((record for record in read_records(file, Reading()) if hash(record.id) in perhaps), file):
