@@ -19,7 +19,7 @@ from trainer.distributed import processes_here, wait
 from trainer.hub import MODEL_FILES, Snapshot, fetch
 from trainer.progress_bar import encoding, in_columns
 from trainer.prompts import prompts_of, quoted
-from trainer.weights import require_weights
+from trainer.weights import whole_weights
 
 Pair = tuple[str, str]
 Score = Callable[[list[Pair]], np.ndarray]
@@ -147,10 +147,12 @@ def load_cross_encoder(snapshot: Snapshot, teacher: TeacherConfig, device: str, 
     from torch import nn
 
     try:
-        model = CrossEncoder(str(snapshot.folder), device=device)
+        with whole_weights(KEY, teacher.model):
+            model = CrossEncoder(str(snapshot.folder), device=device)
+    except ConfigError:
+        raise
     except Exception as error:  # whatever a folder that is no such model raises
         raise ConfigError(f"{KEY}: {teacher.model} cannot be loaded as a cross-encoder: {one_line(error)}") from None
-    require_weights(model.model, KEY, teacher.model)
     if model.num_labels != 1:
         raise ConfigError(
             f"{KEY}: {teacher.model} gives {model.num_labels} numbers per pair; a teacher gives one score"

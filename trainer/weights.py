@@ -16,22 +16,13 @@ UNREAD, CLASSIFIER = "pooler.", "ForSequenceClassification"
 HEADS = ("ForMaskedLM", "LMHeadModel")
 
 
-def require_weights(model: PreTrainedModel, where: str, name: str) -> None:
-    """Raise ConfigError, with the tensors' names, when the files that a model was loaded from lack some of its weights.
-
-    transformers itself says which: it knows older names, tied weights, and what is made without a file. It is asked to
-    load the model once more without its numbers, which takes hundredths of a second. Only for models without code of
-    their own. where: the key that names the model; name: what the key says.
-    """
-    folder, kind = model.name_or_path, type(model)
-    _, info = kind.from_pretrained(folder, config=model.config, output_loading_info=True, device_map="meta")
-    _stop_at(info["missing_keys"], info["unexpected_keys"], kind, where, name)
-
-
 @contextmanager
 def whole_weights(where: str, name: str) -> Iterator[None]:
-    """As require_weights, for whatever transformers loads inside: all modules of a model, also when another library
-    loads them. Models with code of their own are passed over, since they may make weights themselves.
+    """Raises ConfigError, with the tensors' names, when the files of a model that is loaded inside lack weights of it.
+
+    transformers itself says which, whatever library it loads for: it knows older names, tied weights, and what is made
+    without a file. Models with code of their own are passed over, since they may make weights themselves. where: the key
+    that names the model; name: what the key says.
     """
 
     def report(*, model: PreTrainedModel, loading_info: Any, **others: Any) -> None:

@@ -18,7 +18,7 @@ from trainer.data.rows import Rows, fingerprint
 from trainer.hub import MODEL_FILES, Snapshot, fetch
 from trainer.progress_bar import encoding, going_on, in_columns
 from trainer.prompts import prompts_of, quoted
-from trainer.weights import require_weights
+from trainer.weights import whole_weights
 
 # Part of the cache's key: raised when other negatives come out of the same rows and settings.
 VERSION = "2"
@@ -276,12 +276,12 @@ def load_dense(snapshot: Snapshot, key: str, prompts: dict[str, str], device: st
     from sentence_transformers import SentenceTransformer
 
     try:
-        model = SentenceTransformer(str(snapshot.folder), device=device, prompts=prompts)
+        with whole_weights(key, snapshot.source):
+            return SentenceTransformer(str(snapshot.folder), device=device, prompts=prompts)
+    except ConfigError:
+        raise
     except Exception as error:  # whatever a folder that is no such model raises
         raise ConfigError(f"{key}: {snapshot.source} cannot be loaded as a dense model: {one_line(error)}") from None
-    if hasattr(model[0], "model"):  # not a table of static vectors
-        require_weights(model[0].model, key, snapshot.source)
-    return model
 
 
 def _mine_with_model(search: Search, settings: MiningConfig, load: Callable, of_model: str) -> pa.Table:

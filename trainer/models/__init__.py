@@ -30,6 +30,7 @@ from trainer.models.queries import START_WEIGHTS, query_tokenizer, weights_of_id
 from trainer.models.remote_code import BaseModel, check_code, check_weights, keep_code, with_own_code
 from trainer.models.scratch import build_from_scratch
 from trainer.prompts import base_prompts, in_front
+from trainer.weights import whole_weights
 
 __all__ = [
     "BaseModel",
@@ -188,7 +189,7 @@ def build_csr(config: Config, source: Path, documents: list[str]) -> list[nn.Mod
         dense = SentenceTransformer(
             str(source), trust_remote_code=config.model.trust_remote_code, device="cpu", model_kwargs=_float32()
         )
-    check_weights(dense[0].model, source, config.model.base_model)
+    check_weights(dense[0].model, source)
     _require_what_the_config_needs(dense[0], config)
     compose_first(dense.tokenizer)
     dense.max_seq_length = config.training.max_seq_length
@@ -218,7 +219,7 @@ def load_transformer(config: Config, source: Path) -> Transformer:
             processor_kwargs=trust,
             config_kwargs=trust,
         )
-    check_weights(transformer.model, source, config.model.base_model)
+    check_weights(transformer.model, source)
     _require_what_the_config_needs(transformer, config)
     compose_first(transformer.tokenizer)
     decoder, words = decoder_of(transformer, config.model.base_model), len(transformer.tokenizer)
@@ -236,9 +237,12 @@ def load_transformer(config: Config, source: Path) -> Transformer:
 
 @contextlib.contextmanager
 def _loading(config: Config) -> Iterator[None]:
-    """One line for a base model that cannot be loaded. Its own code may fail in any way."""
+    """One line for a base model that cannot be loaded, or lacks weights. Its own code may fail in any way."""
     try:
-        yield
+        with whole_weights("model.base_model", config.model.base_model):
+            yield
+    except ConfigError:
+        raise
     except Exception as error:
         expected = isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError, ImportError))
         if not expected and not config.model.trust_remote_code:

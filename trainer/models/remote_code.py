@@ -18,7 +18,6 @@ from trainer.config import Config, ConfigError
 from trainer.hub import Snapshot
 from trainer.models.norbert import FAMILIES, changes_in, convert_files
 from trainer.own_code import code_references, read_settings, references_in, settings_files
-from trainer.weights import require_weights
 
 
 @dataclass(frozen=True)
@@ -172,13 +171,12 @@ def materialise(snapshot: Snapshot, written: dict[str, str]) -> Path:
     return folder
 
 
-def check_weights(model: PreTrainedModel, folder: Path, name: str) -> None:
-    """Raise ConfigError when a base model's files lack weights: they would be random numbers.
+def check_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Raise ConfigError when the files of a base model with code of its own lack weights: they would be random numbers.
 
-    The weights of models with code of their own are saved under the names they have in memory.
+    Its weights are saved under the names they have in memory. For other models: trainer/weights.py.
     """
     if not code_references(folder):
-        require_weights(model, "model.base_model", name)
         return
     saved: set[str] = set()
     for file in folder.rglob("*.safetensors"):
