@@ -10,7 +10,7 @@ from bm25s.tokenization import STOPWORDS_NORWEGIAN, STOPWORDS_SWEDISH
 
 from evaluate.search import SearchSystem
 from trainer.config import ConfigError
-from trainer.progress_bar import going_on, in_columns
+from trainer.system.progress_bar import going_on, in_columns
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG when imported
 

@@ -9,8 +9,8 @@ from mteb.models import HybridSearch
 from evaluate.results import EvalFolder, Ranking
 from evaluate.scores import mean_ndcg
 from evaluate.search import SearchSystem
-from trainer.chosen import MIN_QUERIES, half_of
 from trainer.config import ConfigError
+from trainer.data.choosing import MIN_QUERIES, half_of
 
 # Rankings of one task, by split/subset.
 Parts = dict[str, Ranking]

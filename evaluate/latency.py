@@ -15,8 +15,8 @@ from sentence_transformers import SparseEncoder
 from evaluate.bm25 import BM25
 from evaluate.search import InvertedIndex, comparable
 from trainer.config import ConfigError
-from trainer.fused.encode import encode
-from trainer.progress_bar import ProgressReport, in_columns
+from trainer.encoding.encode import encode
+from trainer.system.progress_bar import ProgressReport, in_columns
 
 Item = TypeVar("Item")
 Clock = Callable[[], float]

@@ -16,9 +16,9 @@ from mteb.abstasks import AbsTaskRetrieval
 from scipy.sparse import csr_array
 
 from evaluate.tasks import load
-from trainer.beir import passage_text
 from trainer.config import ConfigError
-from trainer.progress_bar import ProgressReport, in_columns
+from trainer.data.beir import passage_text
+from trainer.system.progress_bar import ProgressReport, in_columns
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from trainer.chosen import means_of_parts, reported
 from trainer.config import ConfigError
-from trainer.run import write_atomically
+from trainer.runs.choice import means_of_parts, reported
+from trainer.system.files import write_atomically
 
 METRICS = ("ndcg_at_10", "mrr_at_10", "recall_at_10", "recall_at_100")
 MAIN_METRIC = "ndcg_at_10"

@@ -8,8 +8,8 @@ from mteb.abstasks import AbsTaskRetrieval
 
 from evaluate.search import language_of
 from evaluate.tasks import load
-from trainer.beir import passage_text
-from trainer.chosen import hash_of, rules_of
+from trainer.data.beir import passage_text
+from trainer.runs.choice import hash_of, rules_of
 
 # Enough for percentiles, few enough for minutes on a CPU.
 MAX_QUERIES, MAX_PASSAGES = 1_000, 2_000

@@ -12,9 +12,9 @@ from mteb.abstasks import AbsTaskRetrieval
 from evaluate.results import MAIN_METRIC, EvalFolder, Ranking, TaskScore, read_score, write_json
 from evaluate.search import SearchSystem
 from evaluate.tasks import load, reading_of
-from trainer.chosen import hash_of
 from trainer.config import ConfigError, one_line
-from trainer.progress_bar import going_on, in_columns
+from trainer.runs.choice import hash_of
+from trainer.system.progress_bar import going_on, in_columns
 
 Say = Callable[[str], None]
 # Passages kept per query, for fusion with other systems.

@@ -10,9 +10,9 @@ from mteb.models.model_meta import ModelMeta
 from sentence_transformers import SparseEncoder
 from sklearn.preprocessing import normalize
 
-from trainer.beir import passage_text
-from trainer.fused.encode import encode
-from trainer.progress_bar import ProgressReport, in_columns
+from trainer.data.beir import passage_text
+from trainer.encoding.encode import encode
+from trainer.system.progress_bar import ProgressReport, in_columns
 
 # Scores of the best passages by query.
 Found = dict[str, dict[str, float]]

@@ -28,10 +28,10 @@ from evaluate.tasks import load, select_tasks, task_names
 from evaluate.terms import terms_lines, top_terms
 from evaluate.trust import registry_entry, require_pinned_code, require_trust
 from trainer.config import ConfigError, is_commit, is_revision, one_line
-from trainer.progress_bar import in_columns
-from trainer.prompts import NAMES, by_side
-from trainer.run import Run
-from trainer.weights import whole_weights
+from trainer.models.prompts import NAMES, by_side
+from trainer.models.weights import whole_weights
+from trainer.runs.run import Run
+from trainer.system.progress_bar import in_columns
 
 BM25_NAME = "bm25"
 BM25_FINGERPRINT = f"bm25s {version('bm25s')}, Lucene, k1 {K1}, b {B}, stop words"

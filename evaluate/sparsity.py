@@ -12,8 +12,8 @@ from evaluate.results import Ranking
 from evaluate.scores import DEPTH, mean_ndcg
 from evaluate.search import InvertedIndex, comparable
 from trainer.config import ConfigError
-from trainer.fused.encode import encode
-from trainer.progress_bar import ProgressReport, in_columns
+from trainer.encoding.encode import encode
+from trainer.system.progress_bar import ProgressReport, in_columns
 
 # Dimensions kept per text, from a short query's worth to more than most documents have; None keeps all.
 PRUNED_TO = (4, 8, 16, 32, 64, 128, 256, None)

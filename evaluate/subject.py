@@ -12,9 +12,9 @@ from sentence_transformers import SparseEncoder
 from evaluate.results import EvalFolder, read_json
 from evaluate.trust import require_pinned_code
 from trainer.config import Config, ConfigError, find_config, is_commit, is_local, is_revision, load_config, one_line
-from trainer.fused.model import fuse
-from trainer.run import MODELS, hash_of_model
-from trainer.weights import whole_weights
+from trainer.encoding.fuse import fuse
+from trainer.models.weights import whole_weights
+from trainer.runs.run import MODELS, hash_of_model
 
 
 @dataclass(frozen=True)

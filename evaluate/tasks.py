@@ -11,11 +11,11 @@ from datasets import Dataset
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from trainer.beir import files_beside, files_of, has_split, is_beir, read_records, read_search_set
 from trainer.config import ConfigError, did_you_mean, one_line
 from trainer.config.words import split_names
-from trainer.progress_bar import going_on, in_columns
-from trainer.texts import Reading, as_strings
+from trainer.data.beir import files_beside, files_of, has_split, is_beir, read_records, read_search_set
+from trainer.data.texts import Reading, as_strings
+from trainer.system.progress_bar import going_on, in_columns
 
 NORWEGIAN = ("NorQuadRetrieval", "SNLRetrieval")
 DANISH = ("DanFeverRetrieval", "TV2Nordretrieval", "TwitterHjerneRetrieval")

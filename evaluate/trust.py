@@ -7,7 +7,7 @@ import mteb
 from huggingface_hub import snapshot_download
 
 from trainer.config import ConfigError, is_commit, one_line
-from trainer.own_code import code_references
+from trainer.hub.own_code import code_references
 
 # mteb's loaders that only hand settings on. The others are programs: most trust a model's code, whatever the registry says.
 PLAIN_LOADERS = ("mteb.models.sentence_transformer_wrapper", "mteb.models.instruct_wrapper")

@@ -20,8 +20,8 @@ from tests.dense_head import (
     random_case,
     whole_number_case,
 )
-from trainer.fused import triton_head
-from trainer.fused.triton_head import INTERPRETED, backward, forward
+from trainer.encoding import triton_head
+from trainer.encoding.triton_head import INTERPRETED, backward, forward
 
 # Blocks are 16 words × 16 tokens × 16 features here: each size is met below, at and above a block, and odd.
 LENGTHS = st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 33]), min_size=1, max_size=3)

@@ -3,13 +3,13 @@ from sentence_transformers.sparse_encoder import SparseEncoderTrainingArguments
 
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
 from tests.test_models import config_of
-from trainer.arguments import APPLIED_HERE, OWN_KEYS, build_arguments, query_rate_mapping
 from trainer.config.schema import TrainingConfig
-from trainer.loop import SparseTrainer
-from trainer.losses import build_loss
-from trainer.models import build_model, fetch_base_model
-from trainer.run import Run
-from trainer.sparsity import BatchStatistics
+from trainer.losses.build import build_loss
+from trainer.losses.statistics import BatchStatistics
+from trainer.models.build import build_model, fetch_base_model
+from trainer.runs.run import Run
+from trainer.training.arguments import APPLIED_HERE, OWN_KEYS, build_arguments, query_rate_mapping
+from trainer.training.trainer import SparseTrainer
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,9 @@ OTHER = {
 
 @pytest.mark.parametrize("key", sorted(set(TrainingConfig.model_fields) - OWN_KEYS - APPLIED_HERE))
 def test_every_training_key_reaches_the_library(tmp_path, bert, key, monkeypatch):
-    monkeypatch.setattr("trainer.arguments.SparseEncoderTrainingArguments", dict)  # the real ones adapt to this machine
+    monkeypatch.setattr(
+        "trainer.training.arguments.SparseEncoderTrainingArguments", dict
+    )  # the real ones adapt to this machine
     value = OTHER[key]
     assert value != TrainingConfig.model_fields[key].default
     together = {

@@ -14,22 +14,15 @@ from tests.conftest import TINY
 from tests.standins import write_dense_norbert, write_norbert
 from tests.test_models import config_of
 from tests.test_remote_code import PINNED
-from trainer.arguments import routes_of
-from trainer.callbacks import Throughput
 from trainer.config import ConfigError, load_config
-from trainer.data import TokenCollator, Tokeniser
 from trainer.data.batches import text_ids
-from trainer.fused.model import fuse, is_fused
+from trainer.data.tokens import TokenCollator, Tokeniser
+from trainer.encoding.fuse import fuse, is_fused
 from trainer.models import attention as module
-from trainer.models import (
-    build_model,
-    choose_attention,
-    fetch_base_model,
-    in_any_precision,
-    load_model,
-    plan_attention,
-    save_model,
-)
+from trainer.models.attention import choose_attention, in_any_precision, plan_attention
+from trainer.models.build import build_model, fetch_base_model, load_model, save_model
+from trainer.training.arguments import routes_of
+from trainer.training.callbacks.throughput import Throughput
 
 PACKED = ("varlen", "flash_attention_2")
 GPU = ("hardware.device=cuda", "training.bf16=true")

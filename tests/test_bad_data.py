@@ -9,11 +9,11 @@ import pytest
 
 from tests.conftest import TINY
 from trainer.config import ConfigError, load_config
-from trainer.data import load_data
 from trainer.data.rows import MOST_LANGUAGES
+from trainer.data.training_data import load_data
 from trainer.models.scratch import train_vocabulary, without_long_words
-from trainer.run import Run
-from trainer.train import train
+from trainer.runs.run import Run
+from trainer.training.train import train
 
 GOOD = [{"anchor": f"hva er {n}", "positive": f"svaret er {n}"} for n in range(30)]
 INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff\u00ad\u202e"

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from trainer.beir import files_beside, has_split, is_beir, read_corpus, read_search_set
 from trainer.config import ConfigError
+from trainer.data.beir import files_beside, has_split, is_beir, read_corpus, read_search_set
 
 CORPUS = [{"_id": "d1", "title": "Mjøsa", "text": "En innsjø."}, {"_id": "d2", "title": "", "text": "En elv."}]
 QUERIES = [{"_id": "q1", "text": "hvilken innsjø"}, {"_id": "q2", "text": "hvilken elv"}]

@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from trainer.data import ForwardPasses
 from trainer.data.batches import NoDuplicateBatches
 from trainer.data.buckets import bucket_lengths, next_length
-from trainer.data.forward_passes import padding
+from trainer.data.forward_passes import ForwardPasses, padding
 
 
 def rows_of(count, distinct=None, seed=0):

@@ -2,8 +2,9 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from trainer.callbacks import SIGNS, Throughput, Watchdog
-from trainer.sparsity import BatchStatistics
+from trainer.losses.statistics import BatchStatistics
+from trainer.training.callbacks.throughput import Throughput
+from trainer.training.callbacks.watchdog import SIGNS, Watchdog
 
 
 def vectors(rows, vocabulary, active):

@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from tests.conftest import ROOT
-from trainer.card import build_model_card
 from trainer.config import ConfigError
-from trainer.run import Run, hash_of_model
+from trainer.publish.card import build_model_card
+from trainer.runs.run import Run, hash_of_model
 
 
 def card_of(name="tiny", repo="org/model"):

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_trainer
-from trainer import checkpoints
-from trainer.checkpoints import (
+from trainer.config import ConfigError
+from trainer.runs import checkpoints
+from trainer.runs.checkpoints import (
     checkpoints_in,
     fault_of,
     newest_complete,
@@ -18,7 +19,6 @@ from trainer.checkpoints import (
     seal,
     written_aside,
 )
-from trainer.config import ConfigError
 
 FILES = {"model.safetensors": b"weights" * 100, "sub/optimizer.pt": b"moments" * 100}
 

@@ -6,12 +6,13 @@ import subprocess
 import pytest
 
 from tests.test_models import config_of
-from trainer.beir import SearchSet, read_search_set
-from trainer.chosen import choice_of, choice_words, choosers_of, divide, half_of, hash_of, read_search_splits, reported
 from trainer.config import ConfigError
-from trainer.data import TrainingData, load_data
-from trainer.evaluators import GradedSearch, SearchEvaluator
-from trainer.train import _which_checkpoint, choices_of, verdict
+from trainer.data.beir import SearchSet, read_search_set
+from trainer.data.choosing import choice_of, choice_words, divide, half_of, read_search_splits
+from trainer.data.training_data import TrainingData, load_data
+from trainer.runs.choice import choosers_of, hash_of, reported
+from trainer.training.evaluators import GradedSearch, SearchEvaluator
+from trainer.training.train import _which_checkpoint, choices_of, verdict
 
 
 def search_set(queries, split="dev", name="mine"):

@@ -9,7 +9,7 @@ from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-import trainer.train
+import trainer.training.train
 from tests.checkpoints import DOCUMENTS, SHAPE, write_bert, write_modernbert
 from tests.standins import write_norbert
 from tests.test_attention import text_by_text
@@ -17,10 +17,10 @@ from tests.test_models import build_from, config_of, dense_vectors
 from tests.test_remote_code import PINNED
 from trainer.config import ConfigError, load_config
 from trainer.data.buckets import bucket_lengths
-from trainer.fused.model import fuse, transformers_of
+from trainer.encoding.fuse import fuse, transformers_of
 from trainer.models.attention import VARLEN, set_attention
 from trainer.models.compiled import compile_networks, layers_of
-from trainer.run import Run
+from trainer.runs.run import Run
 
 LENGTHS = bucket_lengths(32, 3)
 
@@ -199,9 +199,9 @@ def test_scoring_is_not_compiled_and_a_saved_model_knows_nothing_of_it(tmp_path)
 
 def test_a_training_compiles_the_lengths_of_its_batches_and_nothing_else(tiny, monkeypatch):
     counter, lines = CompileCounter(), []
-    monkeypatch.setattr(trainer.train, "compile_networks", partial(compile_networks, backend=counter))
+    monkeypatch.setattr(trainer.training.train, "compile_networks", partial(compile_networks, backend=counter))
     loaded = load_config(tiny, ["training.torch_compile=true", "training.max_steps=4"])
-    trainer.train.train(loaded, Run.create(loaded), say=lines.append)
+    trainer.training.train.train(loaded, Run.create(loaded), say=lines.append)
     (says,) = (line for line in lines if line.startswith("compile "))
     lengths = [int(length) for length in re.findall(r"\d+", says)]
     assert 1 <= counter.frame_count <= len(lengths)

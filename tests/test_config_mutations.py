@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from trainer.config import ConfigError, load_config, render
-from trainer.plan import plan
+from trainer.training.plan import plan
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHIPPED = sorted(CONFIGS.glob("training_config_*.yaml"))

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from tests.conftest import ROOT
 from tests.test_distributed import EVEN, losses, write_even_rows
-from trainer.run import REQUIREMENTS, lock_hash
+from trainer.runs.run import REQUIREMENTS, lock_hash
 
 pytestmark = pytest.mark.docker
 

@@ -9,10 +9,10 @@ from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
 from tests.conftest import TINY, run_trainer
 from tests.test_models import build, config_of
 from tests.test_training import assert_same_weights, manifest, weights
-from trainer.control import STATE, DimsController, WeightSchedule
-from trainer.losses import build_loss
-from trainer.penalties import Step
-from trainer.sparsity import BatchStatistics
+from trainer.losses.build import build_loss
+from trainer.losses.dims_controller import STATE, DimsController, WeightSchedule
+from trainer.losses.regularizers import Step
+from trainer.losses.statistics import BatchStatistics
 
 # About what tests/benchmarks/target.yaml did: dims by weight, and FLOPS by dims.
 WEIGHTS, HELD = np.log([1e-6, 2e-5, 1e-4, 1e-3, 0.03, 0.1, 0.4, 2]), np.log([500, 450, 400, 290, 200, 100, 45, 15])

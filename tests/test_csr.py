@@ -7,7 +7,7 @@ from tests.checkpoints import DOCUMENTS, write_dense
 from tests.conftest import run_trainer
 from tests.test_models import build, config_of, dense_vectors
 from tests.test_training import RUN, assert_same_weights
-from trainer.csr import AutoencoderCare, k_at
+from trainer.training.callbacks.autoencoder import AutoencoderCare, k_at
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,13 @@ from tests.soak.processes import CACHED, gone
 from tests.test_training import assert_same_weights
 from trainer import cli
 from trainer.config import ConfigError, load_config
-from trainer.data import NoDuplicateBatches, batch_sizes, load_data
-from trainer.device import choose_device
-from trainer.launch import exit_status
-from trainer.plan import data_lines, schedule_of
-from trainer.resume import check_same_batches
-from trainer.run import Run
+from trainer.data.batches import NoDuplicateBatches, batch_sizes
+from trainer.data.training_data import load_data
+from trainer.runs.run import Run
+from trainer.system.device import choose_device
+from trainer.system.launch import exit_status
+from trainer.training.plan import data_lines, schedule_of
+from trainer.training.resume import check_same_batches
 
 QUICKSTART = ROOT / "trainer" / "data" / "quickstart"
 
@@ -221,7 +222,7 @@ def test_a_device_that_is_not_here_is_named_once_for_all_processes(tiny):
 
 
 def test_a_run_folder_that_is_not_shared_is_named(tiny, monkeypatch):
-    monkeypatch.setattr("trainer.run.SHARED_SECONDS", 0.1)
+    monkeypatch.setattr("trainer.runs.run.SHARED_SECONDS", 0.1)
     loaded = load_config(tiny)
     Run.create(loaded)
     manifest = json.loads(Path("models/tiny/run.json").read_text())
@@ -270,7 +271,7 @@ def hold():
 ONE_OF_TWO = (
     LAST_NUMBERS_HELD
     + """
-from trainer.distributed import connect, ending_together, is_first, total
+from trainer.system.distributed import connect, ending_together, is_first, total
 
 context = eval(sys.argv[1])
 with context():

@@ -13,7 +13,7 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.test_shipped_configs import NAMES
-from trainer.run import lock_hash
+from trainer.runs.run import lock_hash
 
 # All that docker/run calls besides docker, nvidia-smi and sudo.
 TOOLS = ("bash", "sh", "env", "make", "uname", "id", "git", "sed", "awk", "cut", "cat", "df", "ls", "mkdir", "basename")

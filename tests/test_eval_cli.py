@@ -23,11 +23,11 @@ from evaluate.scores import ndcg_per_query
 from tests.checkpoints import write_dense
 from tests.conftest import ROOT, run_trainer
 from tests.test_models import build
-from trainer.beir import read_search_set
+from trainer.data.beir import read_search_set
 from trainer.data.sources import QUICKSTART
-from trainer.measured import read_measured
-from trainer.models import save_model
-from trainer.run import Run
+from trainer.models.build import save_model
+from trainer.runs.measured import read_measured
+from trainer.runs.run import Run
 
 
 def evaluate(where, *arguments):

@@ -25,7 +25,7 @@ from evaluate.tasks import GROUPS, LANGUAGES, load, local_task, select_tasks, ta
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense
 from tests.test_models import build
 from trainer.config import ConfigError
-from trainer.fused.encode import encode
+from trainer.encoding.encode import encode
 
 LINES = []
 

@@ -9,9 +9,10 @@ from sentence_transformers.sparse_encoder.evaluation import SparseNanoBEIREvalua
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
 from tests.oracles import mean_ndcg
 from tests.test_models import config_of
-from trainer.beir import SearchSet
-from trainer.evaluators import SCORE, GradedSearch, SearchEvaluator, _in_nfc, build_evaluator
-from trainer.models import build_model, fetch_base_model
+from trainer.data.beir import SearchSet
+from trainer.models.build import build_model, fetch_base_model
+from trainer.runs.choice import SCORE
+from trainer.training.evaluators import GradedSearch, SearchEvaluator, _in_nfc, build_evaluator
 
 MODEL = torch.nn.Sequential(torch.nn.Identity())
 
@@ -73,7 +74,7 @@ def test_nanobeir_is_searched_when_the_hub_is_reachable(tmp_path, monkeypatch):
         "queries": [{"_id": f"q{i}", "text": text} for i, text in enumerate(QUERIES)],
         "qrels": [{"query-id": f"q{i}", "corpus-id": f"d{(i + 1) % 4}"} for i in range(4)],
     }
-    monkeypatch.setattr("trainer.evaluators.why_unreachable", lambda repository: None)
+    monkeypatch.setattr("trainer.training.evaluators.why_unreachable", lambda repository: None)
     monkeypatch.setattr(
         SparseNanoBEIREvaluator,
         "_load_dataset_subset_split",
@@ -94,7 +95,7 @@ def test_nanobeir_is_searched_when_the_hub_is_reachable(tmp_path, monkeypatch):
 
 
 def test_nothing_is_asked_of_the_hub_when_nanobeir_is_switched_off(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.evaluators.why_unreachable", lambda *a: pytest.fail("asked the hub"))
+    monkeypatch.setattr("trainer.training.evaluators.why_unreachable", lambda *a: pytest.fail("asked the hub"))
     config = config_of(tmp_path, write_bert(tmp_path / "base"), "splade")
     assert build_evaluator(config, [], print) is None
 

@@ -21,16 +21,16 @@ from tests.checkpoints import DOCUMENTS, QUERIES, write_dense
 from tests.conftest import run_trainer
 from tests.test_models import build_from, config_of
 from trainer.config import ConfigError
-from trainer.export import export
 from trainer.export.corpus import Passage, Shard, read_passages, survey
 from trainer.export.documents import claim, write_documents
+from trainer.export.export import export
 from trainer.export.formats import LineFile
 from trainer.export.lines import Elasticsearch, Lucene, OpenSearch, kept_bits
 from trainer.export.parquet import Parquet
 from trainer.export.request import Request
 from trainer.export.vectors import Encoder, escaped, matrix_of, require_distinct, vectors_of
-from trainer.models import save_model
-from trainer.run import Run
+from trainer.models.build import save_model
+from trainer.runs.run import Run
 
 TEXTS = [*DOCUMENTS, "3.14 er ikke et helt tall. Det vet alle.", "", "😀 på fjellet 100% sikkert"]
 

@@ -22,7 +22,7 @@ from trainer.config import ConfigError
 from trainer.export.ml_commons import require_same_documents, traced, write_models
 from trainer.export.query_side import queries_by_files, require_same_queries, write_query_tokenizer
 from trainer.export.vectors import Encoder
-from trainer.models import static_embedding
+from trainer.models.build import static_embedding
 
 FOLDER = "models/tiny/export/opensearch"
 LENGTHS = [*DOCUMENTS, "kort", " ".join(DOCUMENTS) * 3, "", "😀 3.14 ÅÆØ"]  # one of them longer than the model reads

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import TINY, run_trainer
 from tests.test_training import RUN, assert_same_weights, manifest, run_python
-from trainer.checkpoints import checkpoints_in, fault_of
+from trainer.runs.checkpoints import checkpoints_in, fault_of
 
 
 @contextlib.contextmanager
@@ -91,16 +91,16 @@ def test_a_disk_that_is_full_at_any_write_is_one_line_and_the_run_goes_on_once_t
 
 FULL_FROM = """
 import errno, builtins, os
-import trainer.checkpoints as c, trainer.loop, trainer.run, trainer.train
+import trainer.runs.checkpoints as c, trainer.training.trainer, trainer.runs.run, trainer.training.train
 def full(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 {patch}
 """
 WRITES = {
-    "the seal": "trainer.loop.seal = full",
-    "the rename": "trainer.loop.put_in_place = full",
-    "the final model": "trainer.train.save_model = full",
-    "the training texts": "import trainer.data; trainer.data.TrainingData.write_texts = full",
+    "the seal": "trainer.training.trainer.seal = full",
+    "the rename": "trainer.training.trainer.put_in_place = full",
+    "the final model": "trainer.training.train.save_model = full",
+    "the training texts": "import trainer.data.training_data; trainer.data.training_data.TrainingData.write_texts = full",
     "TensorBoard": "from torch.utils.tensorboard import SummaryWriter; SummaryWriter.add_scalar = full",
 }
 
@@ -118,7 +118,7 @@ def test_a_disk_full_at_each_kind_of_write_leaves_no_half_written_checkpoint(tin
 # ------------------------------------------------------------------------------------------- processes and clocks
 KILL_WORKER = """
 import os, signal, pathlib
-from trainer.loop import SparseTrainer
+from trainer.training.trainer import SparseTrainer
 step = SparseTrainer.training_step
 def killing(self, *args, **kwargs):
     if self.state.global_step == 3:
@@ -164,13 +164,13 @@ def test_a_clock_that_jumps_back_and_forth_changes_nothing_that_is_trained(tiny,
 def test_checkpoints_with_times_from_the_past_are_kept_by_their_step(tiny):
     """The library sorts by file time: with a clock set back it would remove the newest."""
     older = """
-import os, trainer.loop
-put = trainer.loop.put_in_place
+import os, trainer.training.trainer
+put = trainer.training.trainer.put_in_place
 def dated(written, place):
     put(written, place)
     if place.name.startswith("checkpoint-"):
         os.utime(place, (1e9 - int(place.name[11:]),) * 2)
-trainer.loop.put_in_place = dated
+trainer.training.trainer.put_in_place = dated
 """
     tiny.write_text(TINY.replace("save_total_limit: 3", "save_total_limit: 1"))
     result = run_python(tiny.parent, older)
@@ -182,7 +182,7 @@ trainer.loop.put_in_place = dated
 # ------------------------------------------------------------------------------------------- numbers
 NAN_IN_A_BATCH = """
 import torch
-from trainer.loop import SparseTrainer
+from trainer.training.trainer import SparseTrainer
 collect = SparseTrainer.collect_features
 def poisoned(self, inputs):
     features, labels = collect(self, inputs)

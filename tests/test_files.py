@@ -2,7 +2,7 @@
 
 import os
 
-from trainer.files import write_atomically, written_whole
+from trainer.system.files import write_atomically, written_whole
 
 
 def test_two_writers_with_equal_pids_do_not_write_into_one_temporary_file(tmp_path, monkeypatch):

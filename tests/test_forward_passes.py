@@ -14,17 +14,19 @@ from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
 from tests.conftest import TINY
 from tests.test_attention import GPU, flash  # noqa: F401
 from tests.test_tokens import TEXTS, built, triplets
-from trainer.arguments import routes_of
-from trainer.callbacks import Throughput
 from trainer.config import load_config
-from trainer.data import PLACE, ForwardPasses, TokenCollator, Tokeniser, forward_passes_of, load_data
 from trainer.data.batches import text_ids
 from trainer.data.buckets import bucket_lengths
-from trainer.data.forward_passes import CPU_POSITIONS, padding
-from trainer.fused.model import transformers_of
-from trainer.losses import SpladeLoss, build_loss, embed
-from trainer.models import build_model, choose_attention, fetch_base_model
-from trainer.sparsity import BatchStatistics
+from trainer.data.forward_passes import CPU_POSITIONS, ForwardPasses, forward_passes_of, padding
+from trainer.data.tokens import PLACE, TokenCollator, Tokeniser
+from trainer.data.training_data import load_data
+from trainer.encoding.fuse import transformers_of
+from trainer.losses.build import SpladeLoss, build_loss, embed
+from trainer.losses.statistics import BatchStatistics
+from trainer.models.attention import choose_attention
+from trainer.models.build import build_model, fetch_base_model
+from trainer.training.arguments import routes_of
+from trainer.training.callbacks.throughput import Throughput
 
 SHARED = ForwardPasses(shared=True, positions=24)
 

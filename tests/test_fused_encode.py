@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense, write_roberta
 from tests.test_models import build, dense_vectors
 from trainer.config import ConfigError
-from trainer.fused.encode import encode, static_queries
-from trainer.fused.model import fuse
-from trainer.models import static_embedding
+from trainer.encoding.encode import encode, static_queries
+from trainer.encoding.fuse import fuse
+from trainer.models.build import static_embedding
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.fused import tiles
-from trainer.fused.head import pack, reference, splade_max
+from trainer.encoding import tiles
+from trainer.encoding.fused_head import pack, reference, splade_max
 
 ACTIVATIONS = ["relu", "log1p_relu"]
 MASKS = ["full", "right", "left", "gaps", "some empty", "all empty"]

@@ -13,7 +13,7 @@ from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_modernbert, 
 from tests.standins import SHAPES, write_norbert
 from tests.test_models import build, build_from, config_of, dense_vectors
 from tests.test_remote_code import PINNED
-from trainer.fused.model import fuse, transformers_of, unfuse
+from trainer.encoding.fuse import fuse, transformers_of, unfuse
 
 FUSED = "fused, without logits"
 PLAIN = {"bert": write_bert, "roberta": write_roberta, "modernbert": write_modernbert}

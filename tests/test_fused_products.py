@@ -8,8 +8,8 @@ from torch import nn
 from transformers.activations import GELUActivation
 
 from tests.standins.norbert4.modeling_gptbert import CastedLinearIn, MultiCastedLinearOrthoIn
-from trainer.fused import products
-from trainer.fused.products import use_onednn, use_torch
+from trainer.encoding import products
+from trainer.encoding.products import use_onednn, use_torch
 
 
 def outputs_and_gradients(layer, inputs):

@@ -18,8 +18,8 @@ from tests.dense_head import (
 )
 
 triton = pytest.importorskip("triton", reason="Triton has wheels for Linux on x86_64 only")
-from trainer.fused import triton_head  # noqa: E402
-from trainer.fused.triton_head import CONFIGS, backward, forward  # noqa: E402
+from trainer.encoding import triton_head  # noqa: E402
+from trainer.encoding.triton_head import CONFIGS, backward, forward  # noqa: E402
 
 REALISTIC = [512, 3, 0, 129, 1, 480, 64, 31, 257]
 CONFIG_LIST = [(precision, config) for precision, configs in CONFIGS.items() for config in configs]

@@ -7,8 +7,8 @@ import pytest
 
 from tests.conftest import TINY
 from trainer.config import load_config
-from trainer.data import load_data
-from trainer.plan import data_lines, schedule_of
+from trainer.data.training_data import load_data
+from trainer.training.plan import data_lines, schedule_of
 
 
 def load(folder, **sets):

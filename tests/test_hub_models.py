@@ -13,7 +13,7 @@ from tests.test_models import config_of
 from tests.test_remote_code import ARCHITECTURES, both_routes, reopen_elsewhere
 from tests.test_training import assert_same_weights
 from trainer.config import load_config
-from trainer.models import load_model
+from trainer.models.build import load_model
 
 pytestmark = pytest.mark.network
 

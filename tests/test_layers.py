@@ -1,101 +1,95 @@
+"""The map of the house: which room may import from which, lowest first."""
+
 import ast
 
 import pytest
 
 from tests.conftest import ROOT
 
-# Lowest first: a module imports only from rows above its own, never from a neighbour.
-ROWS = [
-    {"trainer.config"},
-    {"trainer.distributed", "trainer.files", "trainer.local_paths", "trainer.own_code", "trainer.texts"},
-    {"trainer.progress_bar"},
-    {
-        "trainer.hub",
-        "trainer.beir",
-        "trainer.device",
-        "trainer.run",
-        "trainer.checkpoints",
-        "trainer.sparsity",
-        "trainer.penalties",
-        "trainer.fused",
-        "trainer.stock",
-        "trainer.upload",
-    },
-    {"trainer.cache", "trainer.chosen", "trainer.prompts", "trainer.weights"},
-    {"trainer.data"},
-    {
-        "trainer.models",
-        "trainer.losses",
-        "trainer.arguments",
-        "trainer.callbacks",
-        "trainer.control",
-        "trainer.csr",
-        "trainer.evaluators",
-        "trainer.measured",
-        "trainer.lock",
-        "trainer.progress",
-    },
-    {"trainer.teachers", "trainer.memory"},
-    {"trainer.loop", "trainer.plan", "trainer.card", "trainer.resume"},
-    {"trainer.train", "trainer.launch", "trainer.publish", "trainer.export"},
-    {"trainer.cli"},
-    {"trainer.__main__"},
+# A room imports from those above its own in this list, and from itself.
+TRAINER = [
+    "config",  # YAML files, their schema, one line for every mistake
+    "system",  # device, processes, files, progress on the terminal
+    "hub",  # downloads, uploads, the cache, code that a model names
+    "runs",  # the run folder: manifest, lock, checkpoints, results
+    "encoding",  # the fused head, sparse rows
+    "models",  # three architectures from a base model, NorBERT's code
+    "data",  # rows, search sets, hard negatives, token ids, batches
+    "losses",  # contrastive loss, regularizers, dims controller, teachers
+    "training",  # prepare, train, evaluate, resume, callbacks
+    "publish",  # the card, the upload
+    "export",  # files for search engines
+    "cli",
+    "__main__",
+]
+EVALUATE = [
+    {"results", "trust"},
+    {"tasks", "search", "subject", "terms"},
+    {"bm25", "scores", "sample"},
+    {"sparsity", "latency", "leakage", "hybrid", "compare"},
+    {"report"},
+    {"session"},
+    {"cli"},
+    {"__main__"},
 ]
 # What evaluate may import of the trainer: nothing that trains.
-SHARED = {
-    "trainer.config",
-    "trainer.run",
-    "trainer.beir",
-    "trainer.chosen",
-    "trainer.texts",
-    "trainer.fused",
-    "trainer.prompts",
-    "trainer.own_code",
-    "trainer.weights",
-    "trainer.progress_bar",
-}
-EVALUATE_ROWS = [
-    {"evaluate.results", "evaluate.trust"},
-    {"evaluate.tasks", "evaluate.search", "evaluate.subject", "evaluate.terms"},
-    {"evaluate.bm25", "evaluate.scores", "evaluate.sample"},
-    {"evaluate.sparsity", "evaluate.latency", "evaluate.leakage", "evaluate.hybrid", "evaluate.compare"},
-    {"evaluate.report"},
-    {"evaluate.session"},
-    {"evaluate.cli"},
-    {"evaluate.__main__"},
-]
-
-
-def part_of(module):
-    """trainer.data.rows -> trainer.data."""
-    return ".".join(module.split(".")[:2])
+SHARED = {"config", "system", "hub", "runs", "encoding", "models", "data"}
 
 
 def imports(package):
-    """(importing part, imported module) for every import within the project."""
+    """(importing module, imported module) for every import within the project."""
     for file in (ROOT / package).rglob("*.py"):
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for node in ast.walk(ast.parse(file.read_text())):
-            if (
-                isinstance(node, ast.ImportFrom)
-                and node.module
-                and node.module.split(".")[0] in ("trainer", "evaluate")
-            ):
-                yield part_of(module), node.module
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("trainer", "evaluate"):
+                yield module, node.module
             elif isinstance(node, ast.Import):
                 for alias in node.names:
                     if alias.name.split(".")[0] in ("trainer", "evaluate"):
-                        yield part_of(module), alias.name
+                        yield module, alias.name
 
 
-@pytest.mark.parametrize("package,rows", [("trainer", ROWS), ("evaluate", EVALUATE_ROWS)])
-def test_every_module_has_a_row_and_imports_only_from_lower_ones(package, rows):
-    row = {module: number for number, modules in enumerate(rows) for module in modules}
-    found = [(importer, part_of(imported)) for importer, imported in imports(package)]
-    assert {importer for importer, _ in found} - {package} <= row.keys()
+def room_of(module):
+    """trainer.data.rows -> data."""
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("package,rows", [("trainer", [{room} for room in TRAINER]), ("evaluate", EVALUATE)])
+def test_every_room_imports_only_from_lower_ones(package, rows):
+    row = {room: number for number, rooms in enumerate(rows) for room in rooms}
+    found = [(room_of(a), room_of(b)) for a, b in imports(package) if b.startswith(f"{package}.")]
+    assert {importer for importer, _ in found} <= row.keys()
     assert len(found) > 25
-    upward = [(a, b) for a, b in found if a != b and b.startswith(package) and row[b] >= row[a]]
-    assert upward == []
+    assert [(a, b) for a, b in found if a != b and row[b] >= row[a]] == []
+
+
+def test_every_folder_of_the_trainer_is_a_room_that_only_says_what_it_offers():
+    folders = [file.parent for file in (ROOT / "trainer").glob("*/__init__.py")]
+    assert {folder.name for folder in folders} == set(TRAINER) - {"cli", "__main__"}
+    for folder in folders:
+        docstring, *rest = ast.parse((folder / "__init__.py").read_text()).body
+        assert isinstance(docstring.value, ast.Constant)
+        assert all(isinstance(node, (ast.ImportFrom, ast.Assign)) for node in rest)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    found = {}
+    for package in ("trainer", "evaluate"):
+        for importer, imported in imports(package):
+            found.setdefault(importer, set()).add(imported)
+    done, path = set(), []
+
+    def visit(module):
+        assert module not in path, f"{' → '.join([*path, module])}"
+        if module not in done:
+            path.append(module)
+            for imported in sorted(found.get(module, ())):
+                visit(imported)
+            done.add(path.pop())
+
+    for module in sorted(found):
+        visit(module)
+    assert len(done) > 100
 
 
 def test_the_trainer_never_imports_evaluate():
@@ -103,6 +97,6 @@ def test_the_trainer_never_imports_evaluate():
 
 
 def test_evaluate_imports_no_training_code():
-    found = {part_of(imported) for _, imported in imports("evaluate") if imported.startswith("trainer")}
+    found = {room_of(imported) for _, imported in imports("evaluate") if imported.startswith("trainer.")}
     assert found
     assert found <= SHARED

@@ -13,12 +13,12 @@ import pytest
 
 from tests.conftest import ROOT, run_trainer
 from trainer.config import ConfigError
-from trainer.lock import only_one_in
+from trainer.runs.lock import only_one_in
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from trainer.lock import only_one_in
+from trainer.runs.lock import only_one_in
 with only_one_in(Path(sys.argv[1]), print):
     if sys.argv[2] == "worker":
         import os
@@ -126,7 +126,7 @@ def test_of_eight_that_start_at_once_one_holds_the_lock(tmp_path):
 HELD_UP = """
 import os, time
 from pathlib import Path
-from trainer.loop import SparseTrainer
+from trainer.training.trainer import SparseTrainer
 step = SparseTrainer.training_step
 def held_up(self, *args, **kwargs):
     Path("process").write_text(str(os.getpid()))

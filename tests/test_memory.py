@@ -12,8 +12,8 @@ from tests.standins import SHAPES, write_norbert
 from tests.test_models import build_from, config_of
 from tests.test_plan import line_with, lines_of
 from tests.test_remote_code import PINNED
-from trainer.fused.model import fuse, transformers_of
-from trainer.memory import kept_per_text
+from trainer.encoding.fuse import fuse, transformers_of
+from trainer.training.memory import kept_per_text
 
 PLAIN = {"bert": write_bert, "roberta": write_roberta}
 

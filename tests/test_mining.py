@@ -7,15 +7,15 @@ import pytest
 
 from tests.checkpoints import write_dense
 from tests.conftest import TINY
-from trainer.cache import kept, kept_in_parts
 from trainer.config import ConfigError, load_config
 from trainer.config.schema import MiningConfig
-from trainer.data import load_data
 from trainer.data.mining import fill_negatives, is_near_duplicate
 from trainer.data.rows import Rows
-from trainer.hub import HubUnreachable
-from trainer.plan import data_lines, schedule_of
-from trainer.progress_bar import ProgressReport
+from trainer.data.training_data import load_data
+from trainer.hub.cache import kept, kept_in_parts
+from trainer.hub.download import HubUnreachable
+from trainer.system.progress_bar import ProgressReport
+from trainer.training.plan import data_lines, schedule_of
 
 # The query's words are in all passages but the last; the second and third positives are near copies of the first.
 PASSAGES = [

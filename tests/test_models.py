@@ -8,9 +8,9 @@ from sentence_transformers.sparse_encoder.modules import Router, SparseAutoEncod
 from tests.checkpoints import DOCUMENTS, QUERIES, nfd, write_bert, write_dense, write_modernbert, write_roberta
 from tests.conftest import TINY
 from trainer.config import ConfigError, load_config, render
-from trainer.losses import build_loss
-from trainer.models import build_model, fetch_base_model, static_embedding
-from trainer.sparsity import BatchStatistics
+from trainer.losses.build import build_loss
+from trainer.losses.statistics import BatchStatistics
+from trainer.models.build import build_model, fetch_base_model, static_embedding
 
 
 def config_of(folder, base, architecture, *overrides):

@@ -23,7 +23,7 @@ from tests.checkpoints import DOCUMENTS
 from tests.standins import SHAPES, changes_of, code_of, write_norbert
 from tests.test_attention import text_by_text
 from trainer.config import ConfigError
-from trainer.fused.model import fuse
+from trainer.encoding.fuse import fuse
 from trainer.models.norbert import FAMILIES, convert, convert_files
 
 TRUST = {"trust_remote_code": True}

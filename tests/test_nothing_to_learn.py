@@ -8,10 +8,10 @@ from sentence_transformers import util
 
 from tests.conftest import TINY, run_trainer
 from trainer.config import ConfigError, load_config
-from trainer.data import load_data
-from trainer.losses import RankingLoss
-from trainer.plan import comparison_lines, plan
-from trainer.sparsity import BatchStatistics
+from trainer.data.training_data import load_data
+from trainer.losses.build import RankingLoss
+from trainer.losses.statistics import BatchStatistics
+from trainer.training.plan import comparison_lines, plan
 
 
 def config_of(folder, rows, *overrides, file="rows.jsonl", source="eval_rows: 0"):

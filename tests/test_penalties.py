@@ -8,10 +8,10 @@ from torch import nn
 
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
 from tests.test_models import build, config_of
-from trainer.distributed import ending_together
-from trainer.losses import build_loss
-from trainer.penalties import Penalty, flops, idf_flops, l1, over_cap
-from trainer.sparsity import BatchStatistics
+from trainer.losses.build import build_loss
+from trainer.losses.regularizers import Penalty, flops, idf_flops, l1, over_cap
+from trainer.losses.statistics import BatchStatistics
+from trainer.system.distributed import ending_together
 
 WIDTH, VOCABULARY = 8, 40
 
@@ -192,7 +192,7 @@ def test_evaluation_leaves_no_trace():
 
 
 def test_idf_flops_presses_common_words_of_the_training_documents_harder(tmp_path):
-    from trainer.models import document_idf
+    from trainer.models.build import document_idf
 
     bert = write_bert(tmp_path / "bert")
     config = config_of(tmp_path, bert, "inference-free-splade", "loss.penalty=idf-flops")

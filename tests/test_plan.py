@@ -7,10 +7,10 @@ from tests.checkpoints import write_bert
 from tests.conftest import ROOT, TINY, run_trainer
 from tests.test_models import config_of
 from trainer.config import load_config
-from trainer.data import load_data
-from trainer.plan import plan, schedule_of
-from trainer.run import Run
-from trainer.train import train
+from trainer.data.training_data import load_data
+from trainer.runs.run import Run
+from trainer.training.plan import plan, schedule_of
+from trainer.training.train import train
 
 
 def lines_of(file, *overrides):

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from trainer import progress_bar as module
-from trainer.hub import bytes_of
-from trainer.progress_bar import ProgressReport, counting_texts, going_on, in_columns
+from trainer.hub.download import bytes_of
+from trainer.system import progress_bar as module
+from trainer.system.progress_bar import ProgressReport, counting_texts, going_on, in_columns
 
 
 class Terminal(io.StringIO):

@@ -8,15 +8,15 @@ from sentence_transformers import SentenceTransformer, SparseEncoder
 
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense
 from tests.test_models import build, config_of
-from trainer.arguments import routes_of
 from trainer.config import ConfigError, load_config
-from trainer.data import Tokeniser
 from trainer.data.batches import text_ids
-from trainer.fused.encode import encode
-from trainer.models import build_model, document_idf, fetch_base_model, load_model, save_model
-from trainer.prompts import SETTINGS, own_prompts, prompt_lines
-from trainer.run import Run
-from trainer.train import train
+from trainer.data.tokens import Tokeniser
+from trainer.encoding.encode import encode
+from trainer.models.build import build_model, document_idf, fetch_base_model, load_model, save_model
+from trainer.models.prompts import SETTINGS, own_prompts, prompt_lines
+from trainer.runs.run import Run
+from trainer.training.arguments import routes_of
+from trainer.training.train import train
 
 PROMPTS = {"query": "hva er: ", "document": "tekst: "}
 GIVEN = [f"model.prompts.{side}='{text}'" for side, text in PROMPTS.items()]
@@ -221,7 +221,7 @@ def test_a_run_with_prompts_is_the_run_whose_texts_have_them_written_in_front(tm
 # ------------------------------------------------------------------------------------------- other models' own
 def test_a_dense_teacher_reads_its_own_prompts_and_is_known_by_them(tmp_path, dense, monkeypatch):
     from trainer.config.schema import ModelConfig, PromptsConfig, TeacherConfig
-    from trainer.teachers import teach
+    from trainer.losses.teachers import teach
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf"))
     teacher = TeacherConfig(model=str(dense), kind="dense")
@@ -246,8 +246,8 @@ def test_a_dense_teacher_reads_its_own_prompts_and_is_known_by_them(tmp_path, de
 
 def test_a_mining_model_reads_its_own_prompts(dense):
     from trainer.data.mining import load_dense
-    from trainer.hub import Snapshot
-    from trainer.prompts import prompts_of
+    from trainer.hub.download import Snapshot
+    from trainer.models.prompts import prompts_of
 
     with_prompts(dense, query=PROMPTS["query"], passage=PROMPTS["document"])
     snapshot = Snapshot(str(dense), dense, None)

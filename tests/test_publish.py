@@ -21,9 +21,10 @@ from tests.test_models import build_from, config_of
 from tests.test_upload import hub_environment
 from trainer.config import Config, ConfigError, load_config, render
 from trainer.config.schema import HubSource, LocalSource
-from trainer.local_paths import FILE_KEYS, LocalPaths
-from trainer.models import save_model
-from trainer.publish import (
+from trainer.encoding.stock import encode_both, open_model
+from trainer.models.build import save_model
+from trainer.publish.local_paths import FILE_KEYS, LocalPaths
+from trainer.publish.publish import (
     build_upload_folder,
     encode_in_a_fresh_process,
     largest_difference,
@@ -31,8 +32,7 @@ from trainer.publish import (
     require_no_secrets,
     sample_texts,
 )
-from trainer.run import Run
-from trainer.stock import encode_both, open_model
+from trainer.runs.run import Run
 
 TOKEN = "hf_" + "planted" * 5
 
@@ -213,7 +213,7 @@ def test_every_text_of_the_schema_is_known_to_name_files_or_not():
 
 # ---------------------------------------------------------------------------------- the check
 def test_a_dry_run_checks_the_vectors_lists_the_files_with_their_sizes_and_leaves_nothing_behind(trained, monkeypatch):
-    monkeypatch.setattr("trainer.publish.upload", lambda *arguments, **settings: pytest.fail("uploaded"))
+    monkeypatch.setattr("trainer.publish.publish.upload", lambda *arguments, **settings: pytest.fail("uploaded"))
     before = set(trained.rglob("*"))
     lines = []
     publish(Run.finished("tiny"), "org/model", dry_run=True, say=lines.append)
@@ -254,7 +254,7 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(trained, monkeypatch):
     def full(*arguments, **settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trainer.publish.build_upload_folder", full)
+    monkeypatch.setattr("trainer.publish.publish.build_upload_folder", full)
     with pytest.raises(
         ConfigError, match=r"the upload folder cannot be made in models/tiny: .*No space left on device"
     ):

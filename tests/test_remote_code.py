@@ -19,28 +19,28 @@ from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SparseEncoder
 
-import trainer.device
-import trainer.train
+import trainer.system.device
+import trainer.training.train
 from tests.checkpoints import DOCUMENTS, QUERIES, nfd, write_bert
 from tests.conftest import run_trainer
 from tests.standins import COMMIT, SHAPES, code_of, write_dense_norbert, write_norbert
 from tests.test_models import build_from, config_of, dense_vectors
 from tests.test_training import assert_same_weights, manifest
 from trainer.config import ConfigError, load_config
-from trainer.control import STATE
-from trainer.loop import SparseTrainer
-from trainer.models import fetch_base_model, load_model, save_model
-from trainer.progress import FILE as PROGRESS
-from trainer.run import Run
-from trainer.train import train
+from trainer.losses.dims_controller import STATE
+from trainer.models.build import fetch_base_model, load_model, save_model
+from trainer.runs.run import Run
+from trainer.training.progress import FILE as PROGRESS
+from trainer.training.train import train
+from trainer.training.trainer import SparseTrainer
 
 PINNED = ("model.trust_remote_code=true", f"model.revision='{COMMIT}'")
 ARCHITECTURES = ("inference-free-splade", "splade", "csr")
 # The score that chooses the checkpoint falls with every evaluation: with the few queries of a test it is chance otherwise.
 FALLING = """
 import itertools
-from trainer.chosen import SCORE
-from trainer.evaluators import SearchEvaluator
+from trainer.runs.choice import SCORE
+from trainer.training.evaluators import SearchEvaluator
 scores, search = itertools.count(1, -0.1), SearchEvaluator.__call__
 SearchEvaluator.__call__ = lambda *args, **kwargs: search(*args, **kwargs) | {SCORE: next(scores)}
 """
@@ -133,9 +133,9 @@ def test_checkpoints_and_final_models_of_every_architecture_give_the_trained_vec
         save_model(model, folder)
         expected[str(tmp_path / folder).replace(".final", "final")] = both_routes(model)
 
-    monkeypatch.setattr(trainer.device, "bfloat16_time", lambda: 1.0)  # slow bf16 is fine here
+    monkeypatch.setattr(trainer.system.device, "bfloat16_time", lambda: 1.0)  # slow bf16 is fine here
     monkeypatch.setattr(SparseTrainer, "_save", save_checkpoint)
-    monkeypatch.setattr(trainer.train, "save_model", save_final)
+    monkeypatch.setattr(trainer.training.train, "save_model", save_final)
     # What must also work.
     also = {
         "inference-free-splade": ["hardware.gradient_checkpointing=true"],

@@ -221,7 +221,7 @@ def write_scores(folder, scores, language_of):
 
 
 def write_logs(folder):
-    """Event files with the tags of trainer/callbacks.py."""
+    """Event files with the tags of trainer/training/callbacks/throughput.py."""
     with SummaryWriter(str(folder)) as writer:
         for step in range(10, 401, 10):
             writer.add_scalar("loss/total", 0.6 + 2 * math.exp(-step / 60) + 0.05 * math.sin(step), step)

@@ -22,27 +22,29 @@ from transformers import TrainerControl, TrainerState
 from tests.checkpoints import write_bert
 from tests.test_models import build_from, config_of
 from tests.test_training import RUN, weights
-from trainer.arguments import build_arguments
-from trainer.callbacks import TensorBoardLog
-from trainer.card import changes_on_the_way
-from trainer.checkpoints import seal
 from trainer.config import Config, ConfigError, LoadedConfig, load_config
 from trainer.config.resume import ROWS, RULES, why_refused
 from trainer.config.schema import DatasetsConfig, LocalSource
 from trainer.config.tree import Origin
-from trainer.control import DimsController
-from trainer.csr import AutoencoderCare
-from trainer.data import LABEL, MixedBatches, load_data
-from trainer.evaluators import build_evaluator
-from trainer.loop import SparseTrainer
-from trainer.losses import build_csr_loss
-from trainer.models import load_model, save_model
-from trainer.penalties import Step
-from trainer.plan import schedule_of
-from trainer.progress import Progress
-from trainer.run import Run
-from trainer.sparsity import BatchStatistics
-from trainer.train import train
+from trainer.data.batches import MixedBatches
+from trainer.data.rows import LABEL
+from trainer.data.training_data import load_data
+from trainer.losses.build import build_csr_loss
+from trainer.losses.dims_controller import DimsController
+from trainer.losses.regularizers import Step
+from trainer.losses.statistics import BatchStatistics
+from trainer.models.build import load_model, save_model
+from trainer.publish.card import changes_on_the_way
+from trainer.runs.checkpoints import seal
+from trainer.runs.run import Run
+from trainer.training.arguments import build_arguments
+from trainer.training.callbacks.autoencoder import AutoencoderCare
+from trainer.training.callbacks.tensorboard_log import TensorBoardLog
+from trainer.training.evaluators import build_evaluator
+from trainer.training.plan import schedule_of
+from trainer.training.progress import Progress
+from trainer.training.train import train
+from trainer.training.trainer import SparseTrainer
 
 
 def sections_of(field):
@@ -85,7 +87,7 @@ def going_on(tmp_path, monkeypatch, path, old, new):
         dumps = SimpleNamespace(model_dump=lambda mode="python": value)
         return LoadedConfig("tiny", tmp_path / "tiny.yaml", dumps, {path: Origin("tiny.yaml", 7)})
 
-    monkeypatch.setattr("trainer.run.load_config", lambda file: loaded(old))
+    monkeypatch.setattr("trainer.config.load.load_config", lambda file: loaded(old))
     run, said = Run(tmp_path / "tiny"), []
     run.folder.mkdir(exist_ok=True)
     run.go_on_with(loaded(new), [], said.append)
@@ -174,7 +176,7 @@ def resume(folder, *overrides, patches=()):
             super().__init__(*args, **kwargs)
 
     with ExitStack() as stack:
-        for target, value in (("trainer.train.SparseTrainer", Kept), *patches):
+        for target, value in (("trainer.training.train.SparseTrainer", Kept), *patches):
             stack.enter_context(patch(target, value))
         loaded = load_config(folder / "tiny.yaml", overrides)
         run = Run.open(loaded)
@@ -218,7 +220,9 @@ def resumed(trained_once, tmp_path_factory):
         asked.append(lengths)
         return "as the test says"
 
-    patches = [(f"trainer.train.{found.__name__}", found) for found in (teach, choose_device, compile_networks)]
+    patches = [
+        (f"trainer.training.train.{found.__name__}", found) for found in (teach, choose_device, compile_networks)
+    ]
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         found = resume(folder, *(f"{key}={value}" for key, value in CHANGES.items()), patches=patches)
@@ -268,7 +272,7 @@ def arguments_of(**keys):
         **{section: getattr(BASE, section).model_copy(update={key: keys[f"{section}__{key}"]})},
     )
     run = SimpleNamespace(checkpoints="checkpoints")
-    with patch("trainer.arguments.SparseEncoderTrainingArguments", dict):
+    with patch("trainer.training.arguments.SparseEncoderTrainingArguments", dict):
         return build_arguments(config, run, nn.Linear(1, 1), nn.Linear(1, 1), "cuda", best_metric=None)
 
 
@@ -322,8 +326,11 @@ def searches_with(**keys):
     evaluation = BASE.evaluation.model_copy(update=keys)
     config = SimpleNamespace(training=BASE.training, evaluation=evaluation)
     with (
-        patch("trainer.evaluators.why_unreachable", lambda repository: None),
-        patch("trainer.evaluators.SparseNanoBEIREvaluator", lambda **found: SimpleNamespace(**found, evaluators=[])),
+        patch("trainer.training.evaluators.why_unreachable", lambda repository: None),
+        patch(
+            "trainer.training.evaluators.SparseNanoBEIREvaluator",
+            lambda **found: SimpleNamespace(**found, evaluators=[]),
+        ),
     ):
         parts = build_evaluator(config, [], print).parts
     return {found.dataset_id.rpartition("-")[2]: found.dataset_names for found in parts.values()}

@@ -16,11 +16,11 @@ from tests.test_models import build, config_of
 from tests.test_training import manifest
 from trainer.config import ConfigError, load_config
 from trainer.config.schema import TeacherConfig
-from trainer.hub import HubUnreachable
-from trainer.losses import build_loss
+from trainer.hub.download import HubUnreachable
+from trainer.losses.build import build_loss
+from trainer.losses.statistics import BatchStatistics
+from trainer.losses.teachers import ScoreStore, fetch_teacher, teach
 from trainer.models.scratch import train_tokenizer
-from trainer.sparsity import BatchStatistics
-from trainer.teachers import ScoreStore, fetch_teacher, teach
 
 
 def write_cross_encoder(folder, seed=1, labels=1):
@@ -106,7 +106,7 @@ def test_a_pair_is_scored_once_and_known_by_its_content_and_teacher(tmp_path, cr
 
 
 def test_scoring_goes_on_where_it_was_killed(cross_encoder, monkeypatch):
-    monkeypatch.setattr("trainer.teachers.PAIRS_PER_PART", 3)
+    monkeypatch.setattr("trainer.losses.teachers.PAIRS_PER_PART", 3)
     teacher, calls = teacher_of(cross_encoder), []
     predict = CrossEncoder.predict
 

@@ -10,7 +10,7 @@ import pytest
 
 from trainer.config import ConfigError
 from trainer.data.rows import fingerprint, read_files, rows_from_table
-from trainer.texts import MOST_NAMES, Reading, listed
+from trainer.data.texts import MOST_NAMES, Reading, listed
 
 ROLES = {role: role for role in ("anchor", "positive", "negative")}
 

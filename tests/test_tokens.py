@@ -11,18 +11,20 @@ from sentence_transformers.sparse_encoder import SparseEncoderTrainer
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense, write_modernbert, write_roberta
 from tests.standins import COMMIT, SHAPES, write_norbert
 from tests.test_models import config_of
-from trainer.arguments import build_arguments, routes_of
 from trainer.config import ConfigError, load_config
-from trainer.data import ForwardPasses, TokenCollator, Tokeniser, load_data
 from trainer.data import tokens as module
 from trainer.data.batches import text_ids
+from trainer.data.forward_passes import ForwardPasses
 from trainer.data.rows import SIDES
 from trainer.data.token_file import PART, TokenFile
-from trainer.losses import build_loss
-from trainer.models import build_model, fetch_base_model, load_model, save_model
-from trainer.progress_bar import ProgressReport
-from trainer.run import Run
-from trainer.sparsity import BatchStatistics
+from trainer.data.tokens import TokenCollator, Tokeniser
+from trainer.data.training_data import load_data
+from trainer.losses.build import build_loss
+from trainer.losses.statistics import BatchStatistics
+from trainer.models.build import build_model, fetch_base_model, load_model, save_model
+from trainer.runs.run import Run
+from trainer.system.progress_bar import ProgressReport
+from trainer.training.arguments import build_arguments, routes_of
 
 LONG = " ".join(DOCUMENTS)  # longer than max_seq_length
 TEXTS = [*DOCUMENTS, LONG, "Å", "x " * 40]

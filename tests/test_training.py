@@ -17,11 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.checkpoints import write_bert, write_dense
 from tests.conftest import ROOT, TINY, run_trainer
 from tests.test_models import config_of
-from trainer.checkpoints import fault_of, newest_complete, seal
 from trainer.config import load_config
-from trainer.data import load_data
-from trainer.run import Run
-from trainer.train import train
+from trainer.data.training_data import load_data
+from trainer.runs.checkpoints import fault_of, newest_complete, seal
+from trainer.runs.run import Run
+from trainer.training.train import train
 
 RUN = "models/tiny"
 SENTENCES = ["Mjøsa er Norges største innsjø.", "Älgen är skogens konung."]
@@ -85,7 +85,7 @@ def test_the_manifest_says_how_the_model_came_about(trained):
 
 def test_the_scores_in_the_manifest_are_those_of_the_saved_model(trained):
     from tests.oracles import mean_ndcg
-    from trainer.beir import read_search_set
+    from trainer.data.beir import read_search_set
     from trainer.data.sources import QUICKSTART
 
     model = SparseEncoder(str(trained / RUN / "final"), device="cpu")
@@ -360,7 +360,7 @@ def test_a_stopped_run_saves_its_step_says_how_to_go_on_and_does(tiny, number, c
 
 SIGNAL_IN_EVALUATION = """
 import os, signal, time
-from trainer.evaluators import SearchEvaluator
+from trainer.training.evaluators import SearchEvaluator
 evaluate, calls = SearchEvaluator.__call__, []
 def endless(self, *args, **kwargs):
     calls.append(1)
@@ -456,7 +456,7 @@ def test_a_device_that_is_not_here_is_named():
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     from trainer.config import ConfigError
-    from trainer.device import choose_device
+    from trainer.system.device import choose_device
 
     config = load_config(ROOT / "configs/training_config_splade_h100.yaml").config
     with pytest.raises(ConfigError, match=r"hardware.device is cuda, but torch .* finds no such device"):
@@ -464,7 +464,8 @@ def test_a_device_that_is_not_here_is_named():
 
 
 def test_neither_evaluating_nor_saving_takes_time_of_the_steps(tiny, monkeypatch):
-    from trainer import evaluators, loop
+    from trainer.training import evaluators
+    from trainer.training import trainer as loop
 
     slept = []
 
@@ -489,7 +490,7 @@ def test_neither_evaluating_nor_saving_takes_time_of_the_steps(tiny, monkeypatch
 
 
 def test_the_verdict_names_no_score_where_nothing_was_searched():
-    from trainer.train import verdict
+    from trainer.training.train import verdict
 
     manifest = {"train_seconds": 125.4, "total_seconds": 190.0, "samples_per_second": 12.34, "padding_share": 0.082}
     assert verdict({}, {}, None, manifest | {"peak_memory_gib": 1.25}) == (
@@ -616,29 +617,29 @@ def test_the_model_card_shows_no_row_of_the_training_data(trained):
 )
 def test_what_this_machine_cannot_do_is_one_line(tiny, monkeypatch, overrides, says):
     from trainer.config import ConfigError
-    from trainer.device import choose_device
+    from trainer.system.device import choose_device
 
-    monkeypatch.setattr("trainer.device.bfloat16_time", lambda: 13.2)
+    monkeypatch.setattr("trainer.system.device.bfloat16_time", lambda: 13.2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=says):
         choose_device(load_config(tiny, overrides).config)
 
 
 def test_bfloat16_is_taken_where_the_cpu_is_no_slower_in_it_and_only_the_first_process_tries(tiny, monkeypatch):
-    from trainer.device import choose_device
+    from trainer.system.device import choose_device
 
     config = load_config(tiny, ["training.bf16=true"]).config
-    monkeypatch.setattr("trainer.device.bfloat16_time", lambda: 0.4996)
+    monkeypatch.setattr("trainer.system.device.bfloat16_time", lambda: 0.4996)
     says = "hardware.device says so; a matrix product in bfloat16 takes 0.5 times as long as in float32"
     assert choose_device(config) == ("cpu", says)
-    monkeypatch.setattr("trainer.device.bfloat16_time", lambda: 13.2)
+    monkeypatch.setattr("trainer.system.device.bfloat16_time", lambda: 13.2)
     monkeypatch.setenv("RANK", "1")
     assert choose_device(config) == ("cpu", "hardware.device says so")
 
 
 @pytest.mark.parametrize(("plain", "half"), [(0.002, 0.01), (0.01, 0.002)])
 def test_the_time_of_bfloat16_is_measured(monkeypatch, plain, half):
-    from trainer.device import bfloat16_time
+    from trainer.system.device import bfloat16_time
 
     monkeypatch.setattr(torch, "mm", lambda a, b: time.sleep(half if a.dtype == torch.bfloat16 else plain))
     assert bfloat16_time.__wrapped__() == pytest.approx(half / plain, rel=0.5)
@@ -646,7 +647,7 @@ def test_the_time_of_bfloat16_is_measured(monkeypatch, plain, half):
 
 def test_several_gpus_want_to_be_counted(tiny, monkeypatch):
     from trainer.config import ConfigError
-    from trainer.device import choose_device
+    from trainer.system.device import choose_device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)

@@ -15,8 +15,8 @@ from tests.checkpoints import write_dense
 from trainer.config import ConfigError
 from trainer.config.schema import TeacherConfig
 from trainer.data import mining
-from trainer.hub import Snapshot
-from trainer.teachers import TEACHERS
+from trainer.hub.download import Snapshot
+from trainer.losses.teachers import TEACHERS
 
 NEEDS_CODE = "Alibaba-NLP/gte-multilingual-base"
 COMMIT = "ca1791e0bcc104f6db161f27de1340241b13c5a4"

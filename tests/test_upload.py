@@ -13,7 +13,7 @@ from tests.hub import LARGE, Hub
 SCRIPT = """
 import sys
 from pathlib import Path
-from trainer.upload import upload, require_repo_name
+from trainer.hub.upload import upload, require_repo_name
 _, repo, public, *names = sys.argv
 require_repo_name(repo)
 files = {name: Path(name) for name in names}

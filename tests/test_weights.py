@@ -12,9 +12,9 @@ from tests.checkpoints import write_bert, write_dense, write_modernbert, write_r
 from tests.test_models import build_from, config_of
 from trainer.config import ConfigError
 from trainer.config.schema import TeacherConfig
-from trainer.hub import Snapshot
-from trainer.models import save_model
-from trainer.teachers import load_cross_encoder
+from trainer.hub.download import Snapshot
+from trainer.losses.teachers import load_cross_encoder
+from trainer.models.build import save_model
 
 WRITE = {"bert": write_bert, "roberta": write_roberta, "modernbert": write_modernbert}
 # The first tensor, by name, of each head, as the model's own authors named it.

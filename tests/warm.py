@@ -14,7 +14,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PRELOADED = ["trainer.train", "trainer.cli", "evaluate.cli", "mteb", "tensorboard", "torch.utils.tensorboard"]
+PRELOADED = ["trainer.training.train", "trainer.cli", "evaluate.cli", "mteb", "tensorboard", "torch.utils.tensorboard"]
 
 
 def run_warm(folder: Path, module: str, arguments: tuple[str, ...], code: str, seconds: float):

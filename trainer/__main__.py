@@ -1,7 +1,7 @@
 """Runs the command line: python -m trainer."""
 
 from trainer.cli import main
-from trainer.distributed import ending_together
+from trainer.system.distributed import ending_together
 
 if __name__ == "__main__":
     with ending_together():

@@ -18,7 +18,7 @@ from trainer.config import ConfigError, LoadedConfig, find_config, json_schema, 
 from trainer.config.words import split_pairs
 
 if TYPE_CHECKING:
-    from trainer.run import Run
+    from trainer.runs.run import Run
 
 
 def config_options(command: Callable) -> Callable:
@@ -63,7 +63,7 @@ def train(
     verbose: bool,
 ) -> None:
     """Train CONFIG into models/<name>/."""
-    from trainer.distributed import end_with_launcher
+    from trainer.system.distributed import end_with_launcher
 
     file = find_config(config)
     loaded = load_config(file, overrides)
@@ -81,9 +81,9 @@ def train(
 
 def _alone_in(name: str, resume: bool) -> contextlib.AbstractContextManager[None]:
     """The lock of the run folder; several processes of one training are one owner, and the first holds it."""
-    from trainer.distributed import is_first
-    from trainer.lock import only_one_in
-    from trainer.run import MODELS
+    from trainer.runs.lock import only_one_in
+    from trainer.runs.run import MODELS
+    from trainer.system.distributed import is_first
 
     there_is_nothing_to_resume = resume and not (MODELS / name).is_dir()
     if there_is_nothing_to_resume or not is_first():
@@ -93,7 +93,7 @@ def _alone_in(name: str, resume: bool) -> contextlib.AbstractContextManager[None
 
 def _how_to_go_on(config: str, name: str | None) -> str:
     """The command that resumes this run, as it was started."""
-    from trainer.distributed import processes, processes_here
+    from trainer.system.distributed import processes, processes_here
 
     together = {"processes": processes_here(), "nodes": processes() // processes_here()}
     together = {key: str(number) for key, number in together.items() if number > 1}
@@ -114,7 +114,7 @@ SAME_ERROR_SECONDS = 2.0
 @contextlib.contextmanager
 def _one_of_several(again: str) -> Iterator[None]:
     """End quietly when another process of the training has gone: it has said why, unless it was killed."""
-    from trainer.distributed import is_first, launcher_has_ended, lost_another
+    from trainer.system.distributed import is_first, launcher_has_ended, lost_another
 
     try:
         yield
@@ -137,8 +137,8 @@ def _one_of_several(again: str) -> Iterator[None]:
 def _launch(loaded: LoadedConfig, name: str | None, processes: int, nodes: int, rendezvous: str | None) -> None:
     """Start this command in several processes, and exit as they do."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported: no stack per closed connection
-    from trainer.device import choose_device
-    from trainer.launch import launch
+    from trainer.system.device import choose_device
+    from trainer.system.launch import launch
 
     os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"] = str(processes * nodes), str(processes)
     os.environ["NORDSPARSE_LAUNCHER"] = str(os.getpid())
@@ -163,12 +163,12 @@ def _open_run(
 
     Of several processes the first makes or opens it, and the others follow.
     """
-    from trainer.distributed import from_first, is_first, processes
-    from trainer.run import Run
+    from trainer.runs.run import Run
+    from trainer.system.distributed import from_first, is_first, processes
 
     if processes() > 1:
-        from trainer.device import choose_device
-        from trainer.distributed import connect
+        from trainer.system.device import choose_device
+        from trainer.system.distributed import connect
 
         connect(choose_device(loaded.config)[0])
     run = None
@@ -190,9 +190,9 @@ def _open_run(
 
 def _train(loaded: LoadedConfig, run: "Run", resume: bool, again: str) -> None:
     """Train; note how it ended in the manifest, and turn what can go wrong into one line each."""
-    from trainer.callbacks import NonFiniteLoss
-    from trainer.distributed import is_first, wait
-    from trainer.train import Stopped, is_disk_full, lost_loader_worker, train
+    from trainer.system.distributed import is_first, wait
+    from trainer.training.callbacks.non_finite_loss import NonFiniteLoss
+    from trainer.training.train import Stopped, is_disk_full, lost_loader_worker, train
 
     def ended(status: str, error: BaseException) -> None:
         with contextlib.suppress(OSError):  # a full disk: the error itself matters more than the note of it
@@ -243,7 +243,7 @@ def check(config: str, overrides: tuple[str, ...]) -> None:
     """Print the plan of CONFIG without training: model, rates, rows, steps, memory, output."""
     loaded = load_config(find_config(config), overrides)
     set_up_libraries(verbose=False)
-    from trainer.plan import plan
+    from trainer.training.plan import plan
 
     for line in plan(loaded):
         click.echo(line)
@@ -268,11 +268,11 @@ def publish(config: str, repo: str, public: bool, dry_run: bool, name: str | Non
 
     The access token is taken from HF_TOKEN or from `hf auth login`.
     """
-    from trainer.run import Run
+    from trainer.runs.run import Run
 
     run = Run.finished(name or load_config(find_config(config)).name)
     set_up_libraries(verbose=False)
-    from trainer.publish import publish
+    from trainer.publish.publish import publish
 
     publish(run, repo, public=public, dry_run=dry_run, say=click.echo)
 
@@ -320,12 +320,12 @@ def export(
 
     Run it again after a kill: it goes on where it stopped. The files are read back and scored before it ends.
     """
-    from trainer.run import Run
+    from trainer.runs.run import Run
 
     run = Run.finished(name or load_config(find_config(config)).name)
     set_up_libraries(verbose=False)
-    from trainer.export import FORMATS, export
     from trainer.export.corpus import Shard
+    from trainer.export.export import FORMATS, export
     from trainer.export.processes import count_processes, run_shards
     from trainer.export.qdrant import upsert as upload_points
     from trainer.export.request import Request
@@ -369,7 +369,7 @@ def _expect_lost_workers() -> None:
     before = sys.unraisablehook
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        from trainer.train import lost_loader_worker
+        from trainer.training.train import lost_loader_worker
 
         if not lost_loader_worker(unraisable.exc_value):
             before(unraisable)

@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from evaluate.report.plots import Plot, Points, bars, finite, histogram, intervals, line_chart, pareto
 from evaluate.results import System
 from evaluate.subject import Subject
-from trainer.chosen import choosers_of
-from trainer.run import duration
+from trainer.runs.choice import choosers_of
+from trainer.runs.run import duration
 
 PARTS = ("sparsity", "latency", "leakage", "hybrid", "terms", "failed")
 # Points per training curve that a plot of 300 pixels can show.

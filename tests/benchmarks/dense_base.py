@@ -14,8 +14,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-from trainer.beir import read_search_set
 from trainer.config.schema import FromScratchConfig
+from trainer.data.beir import read_search_set
 from trainer.models.scratch import build_from_scratch
 
 

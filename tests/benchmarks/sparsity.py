@@ -17,8 +17,8 @@ from sentence_transformers.sparse_encoder.losses import FlopsLoss
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from trainer.beir import read_search_set
-from trainer.penalties import Penalty, flops
+from trainer.data.beir import read_search_set
+from trainer.losses.regularizers import Penalty, flops
 
 CONFIG = Path(__file__).with_name("target.yaml")
 SETS = ("norquad", "swequad")

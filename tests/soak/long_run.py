@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.soak.one_process import Board, start
 from tests.soak.work import ended_well, wait_for
-from trainer.loop import SparseTrainer
+from trainer.training.trainer import SparseTrainer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EVERY = 50  # steps between two looks

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-import trainer.train
+import trainer.training.train
 from tests.soak.compare import differences, outcome
 from tests.soak.report import Kill, Report
 from tests.soak.work import SECONDS, STEPS, ended_well, newest_step, wait_for, write_work
 from trainer.cli import main as trainer_command
-from trainer.loop import SparseTrainer
+from trainer.training.trainer import SparseTrainer
 
 # Where a run is killed. In `loader` it is a worker that dies, and the run has to end by itself.
 PHASES = ("start", "step", "save", "evaluation", "loader", "final")
@@ -51,7 +51,7 @@ class Board:
 def watched(board: Board, name: str) -> None:
     """Make this process's trainer show its phases on the board, and note the rows of every step in <name>.order."""
     step, save, evaluate = SparseTrainer.training_step, SparseTrainer._save_checkpoint, SparseTrainer.evaluate
-    final = trainer.train.save_final
+    final = trainer.training.train.save_final
 
     def shown(phase: str, method: Callable) -> Callable:
         @functools.wraps(method)
@@ -73,7 +73,7 @@ def watched(board: Board, name: str) -> None:
     SparseTrainer.training_step = shown("step", noted)
     SparseTrainer._save_checkpoint = shown("save", save)
     SparseTrainer.evaluate = shown("evaluation", evaluate)
-    trainer.train.save_final = shown("final", final)
+    trainer.training.train.save_final = shown("final", final)
 
 
 def start(folder: Path, name: str, board: Board, *arguments: str) -> int:

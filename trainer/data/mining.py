@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from trainer.cache import digest, folder_of, identity, kept, kept_in_parts
 from trainer.config import ConfigError, one_line
 from trainer.config.schema import MiningConfig, ModelConfig
 from trainer.data.rows import Rows, fingerprint
-from trainer.hub import MODEL_FILES, Snapshot, fetch
-from trainer.progress_bar import encoding, going_on, in_columns
-from trainer.prompts import prompts_of, quoted
-from trainer.weights import whole_weights
+from trainer.hub.cache import digest, folder_of, identity, kept, kept_in_parts
+from trainer.hub.download import MODEL_FILES, Snapshot, fetch
+from trainer.models.prompts import prompts_of, quoted
+from trainer.models.weights import whole_weights
+from trainer.system.progress_bar import encoding, going_on, in_columns
 
 # Part of the cache's key: raised when other negatives come out of the same rows and settings.
 VERSION = "2"

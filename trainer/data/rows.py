@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trainer.config import ConfigError, one_line
-from trainer.texts import Reading, as_strings, have_text, is_json_lines, read_json_lines, text_of
+from trainer.data.texts import Reading, as_strings, have_text, is_json_lines, read_json_lines, text_of
 
 ROLES = ["anchor", "positive", "negative"]
 # What a role's texts are to a search, and so which prompt stands in front of them.

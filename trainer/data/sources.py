@@ -9,20 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.beir import SearchSet, files_beside, has_split, is_beir, read_search_set
-from trainer.chosen import read_search_splits, search_splits
 from trainer.config import ConfigError, is_local, one_line
-from trainer.config.schema import (
-    DatasetsConfig,
-    FamilySource,
-    HubSource,
-    LocalSource,
-    MiningConfig,
-    ScandiQaConfig,
-)
+from trainer.config.schema import DatasetsConfig, FamilySource, HubSource, LocalSource, MiningConfig, ScandiQaConfig
+from trainer.data.beir import SearchSet, files_beside, has_split, is_beir, read_search_set
+from trainer.data.choosing import read_search_splits, search_splits
 from trainer.data.rows import Columns, Rows, join, read_files, read_parquet, rows_from_table
-from trainer.hub import Snapshot, fetch
-from trainer.texts import Reading, listed
+from trainer.data.texts import Reading, listed
+from trainer.hub.download import Snapshot, fetch
 
 QUICKSTART = Path(__file__).parent / "quickstart"
 QA: Columns = {"anchor": "question", "positive": "context"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from trainer.files import written_whole
+from trainer.system.files import written_whole
 
 # Texts per part of a file.
 PART = 10_000

@@ -22,13 +22,13 @@ from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import Router, SparseStaticEmbedding
 from torch import nn
 
-from trainer.cache import folder_of
 from trainer.config import ConfigError, one_line
 from trainer.data.buckets import next_length
 from trainer.data.forward_passes import ForwardPasses
 from trainer.data.rows import LABEL, ROLES, SIDES
 from trainer.data.token_file import PART, TokenFile
-from trainer.progress_bar import ProgressReport, in_columns
+from trainer.hub.cache import folder_of
+from trainer.system.progress_bar import ProgressReport, in_columns
 
 Say = Callable[[str], None]
 Features = dict[str, Any]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from trainer.beir import read_search_set
 from trainer.config import ConfigError
+from trainer.data.beir import read_search_set
 from trainer.data.sources import QUICKSTART
-from trainer.files import write_atomically
+from trainer.system.files import write_atomically
 
 DEPTH = 10
 # What float32 sums in another order may differ by, as a share: no export can keep apart what is nearer than that.

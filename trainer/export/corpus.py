@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from trainer.beir import read_records, unique
 from trainer.config import ConfigError
-from trainer.progress_bar import ProgressReport, in_columns
-from trainer.texts import Reading
+from trainer.data.beir import read_records, unique
+from trainer.data.texts import Reading
+from trainer.system.progress_bar import ProgressReport, in_columns
 
 # OpenSearch and Elasticsearch take no longer ones.
 MAX_ID_BYTES = 512

@@ -16,9 +16,9 @@ from trainer.export.query_side import require_same_queries
 from trainer.export.request import Request
 from trainer.export.sample import CHUNK, Sample, choose_scale
 from trainer.export.vectors import Encoder, vectors_of
-from trainer.files import write_once
-from trainer.progress_bar import ProgressReport, in_columns
-from trainer.run import hash_of_model
+from trainer.runs.run import hash_of_model
+from trainer.system.files import write_once
+from trainer.system.progress_bar import ProgressReport, in_columns
 
 Say = Callable[[str], None]
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import ConfigError
-from trainer.fused.model import unfuse
+from trainer.encoding.fuse import unfuse
 
 
 class DocumentGraph(nn.Module):

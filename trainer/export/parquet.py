@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from trainer.export.formats import Format, Store, full
 from trainer.export.request import Request
 from trainer.export.vectors import Encoder, Vector
-from trainer.files import flush
+from trainer.system.files import flush
 
 SCHEMA = pa.schema(
     [

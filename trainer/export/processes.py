@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import IO
 
 from trainer.config import ConfigError
-from trainer.device import find_device
+from trainer.system.device import find_device
 
 Say = Callable[[str], None]
 

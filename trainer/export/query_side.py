@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from trainer.config import ConfigError
 from trainer.export.graph import copy_of
 from trainer.export.vectors import Encoder, nine_digits
-from trainer.models import static_embedding
+from trainer.models.build import static_embedding
 
 # transformers' model_max_length of tokenizers that read texts of any length is greater.
 NO_LIMIT = 10**9

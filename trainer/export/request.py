@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.device import find_device
 from trainer.export.corpus import Shard
-from trainer.run import Run
+from trainer.runs.run import Run
+from trainer.system.device import find_device
 
 
 @dataclass(frozen=True)

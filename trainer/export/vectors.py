@@ -10,10 +10,10 @@ import scipy.sparse as sp
 from sklearn.preprocessing import normalize
 
 from trainer.config import ConfigError
-from trainer.fused.encode import encode
-from trainer.fused.model import fuse
-from trainer.progress_bar import ProgressReport
-from trainer.stock import carries_code, open_model
+from trainer.encoding.encode import encode
+from trainer.encoding.fuse import fuse
+from trainer.encoding.stock import carries_code, open_model
+from trainer.system.progress_bar import ProgressReport
 
 Vector = dict[str, float]
 

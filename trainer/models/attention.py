@@ -13,7 +13,7 @@ from transformers import AttentionInterface, DataCollatorWithFlattening
 
 from trainer.config import Config, ConfigError, one_line
 from trainer.config.schema import PACKED_ATTENTION
-from trainer.fused.model import PROBE, transformers_of
+from trainer.encoding.fuse import PROBE, transformers_of
 
 # torch's own flash attention, on texts of varying length one after the other; by this name transformers finds it here.
 VARLEN = "varlen"

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from trainer.config import ConfigError
-from trainer.fused.model import transformers_of
-from trainer.fused.products import use_torch
+from trainer.encoding.fuse import transformers_of
+from trainer.encoding.products import use_torch
 
 
 def compile_networks(

@@ -6,7 +6,7 @@ from sentence_transformers.sparse_encoder.modules import Transformer
 from torch import nn
 
 from trainer.config import ConfigError
-from trainer.fused.model import SILENT, fuse, unfuse
+from trainer.encoding.fuse import SILENT, fuse, unfuse
 
 
 def decoder_of(transformer: Transformer, name: str) -> nn.Linear:

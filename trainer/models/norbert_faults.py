@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable
 
+from trainer.encoding.fuse import SILENT
 from trainer.models.code_change import Change
-from trainer.models.heads import SILENT
 
 
 def before_the_classes(functions: str) -> tuple[str, Callable[[re.Match], str]]:

@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from trainer.cache import folder_of
 from trainer.config import Config, ConfigError
-from trainer.hub import Snapshot
+from trainer.hub.cache import folder_of
+from trainer.hub.download import Snapshot
+from trainer.hub.own_code import code_references, read_settings, references_in, settings_files
 from trainer.models.norbert import FAMILIES, changes_in, convert_files
-from trainer.own_code import code_references, read_settings, references_in, settings_files
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def materialise(snapshot: Snapshot, written: dict[str, str]) -> Path:
 def check_weights(model: PreTrainedModel, folder: Path) -> None:
     """Raise ConfigError when the files of a base model with code of its own lack weights: they would be random numbers.
 
-    Its weights are saved under the names they have in memory. For other models: trainer/weights.py.
+    Its weights are saved under the names they have in memory. For other models: trainer/models/weights.py.
     """
     if not code_references(folder):
         return

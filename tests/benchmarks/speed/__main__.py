@@ -19,7 +19,7 @@ import torch
 
 from tests.benchmarks.speed.process import ROOT, fresh
 from tests.benchmarks.speed.step import prepare
-from trainer.files import write_atomically
+from trainer.system.files import write_atomically
 
 OUTPUT = ROOT / "models" / "benchmarks"
 NOT_HERE = "not measured here (no CUDA device)"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tests.benchmarks.speed.process import answer
-from trainer.fused.head import reference, splade_max
+from trainer.encoding.fused_head import reference, splade_max
 
 TEXTS, LENGTH, WIDTH, WORDS = 32, 512, 960, 51_200
 BIAS = -3.95

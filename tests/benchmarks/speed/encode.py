@@ -10,10 +10,10 @@ from sentence_transformers import SparseEncoder
 from tests.benchmarks.speed.process import answer, best_seconds, peak_mib
 from tests.benchmarks.speed.step import config_of
 from trainer.config import load_config
-from trainer.fused.encode import encode
-from trainer.fused.model import fuse
-from trainer.models import build_model, fetch_base_model
-from trainer.texts import read_json_lines
+from trainer.data.texts import read_json_lines
+from trainer.encoding.encode import encode
+from trainer.encoding.fuse import fuse
+from trainer.models.build import build_model, fetch_base_model
 
 DOCUMENTS, QUERIES, BATCH = 128, 500, 32
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tests.benchmarks.speed.process import answer, best_seconds, forget_peak, peak_mib
-from trainer.fused.head import reference, splade_max
+from trainer.encoding.fused_head import reference, splade_max
 
 TEXTS, LENGTH, WORDS = 16, 256, 50_000
 # With logits of standard deviation 1, the largest of 256 is above this for 1 % of the words.

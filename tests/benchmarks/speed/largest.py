@@ -12,14 +12,15 @@ from torch import nn
 
 from tests.benchmarks.speed.process import answer, peak_mib
 from tests.benchmarks.speed.step import config_of, stock_parts
-from trainer.arguments import ROUTES
 from trainer.cli import set_up_libraries
 from trainer.config import load_config
-from trainer.data import ForwardPasses, TokenCollator, Tokeniser, forward_passes_of
 from trainer.data.batches import text_ids
-from trainer.fused.model import fuse, transformers_of
-from trainer.losses import build_loss
-from trainer.sparsity import BatchStatistics
+from trainer.data.forward_passes import ForwardPasses, forward_passes_of
+from trainer.data.tokens import TokenCollator, Tokeniser
+from trainer.encoding.fuse import fuse, transformers_of
+from trainer.losses.build import build_loss
+from trainer.losses.statistics import BatchStatistics
+from trainer.training.arguments import ROUTES
 
 # Each a fifth to a half more than the one before.
 SIZES = [2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024]

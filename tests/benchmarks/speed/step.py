@@ -16,18 +16,18 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-import trainer.train
+import trainer.training.train
 from tests.benchmarks.speed.process import ROOT, answer, peak_mib
-from trainer.arguments import ROUTES
-from trainer.beir import read_search_set
 from trainer.cli import set_up_libraries
 from trainer.config import Config, load_config
 from trainer.config.schema import FromScratchConfig
-from trainer.fused.model import transformers_of
-from trainer.loop import SparseTrainer
-from trainer.models import build_model, fetch_base_model
+from trainer.data.beir import read_search_set
+from trainer.encoding.fuse import transformers_of
+from trainer.models.build import build_model, fetch_base_model
 from trainer.models.scratch import build_from_scratch
-from trainer.run import Run
+from trainer.runs.run import Run
+from trainer.training.arguments import ROUTES
+from trainer.training.trainer import SparseTrainer
 
 DATA = ROOT.parent / "shared" / "data"
 SETS = ("norquad", "swequad", "squadsv_mt")
@@ -181,8 +181,10 @@ def train_ours(loaded, folder: Path, clock: StepClock) -> None:
             super().__init__(*args, **kwargs)
             self.add_callback(clock)
 
-    trainer.train.SparseTrainer = Timed
-    trainer.train.train(loaded, Run.create(loaded, str(folder / f"run-{time.time_ns()}")), say=lambda line: None)
+    trainer.training.train.SparseTrainer = Timed
+    trainer.training.train.train(
+        loaded, Run.create(loaded, str(folder / f"run-{time.time_ns()}")), say=lambda line: None
+    )
 
 
 def stock_parts(config: Config, rows: Dataset) -> tuple[SparseEncoder, SpladeLoss]:

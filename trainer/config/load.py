@@ -1,0 +1,273 @@
+"""Loads a config file: `extends`, overrides, types, contradictions; every mistake is one line with file:line.
+
+loaded = load_config(Path("configs/training_config_splade.yaml"), ["training.max_steps=50"])
+loaded.config.training.learning_rate
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from trainer.config.checks import find_contradictions, is_commit, is_local
+from trainer.config.errors import ConfigError, did_you_mean, one_line
+from trainer.config.resume import why_refused
+from trainer.config.schema import FROM_SCRATCH, Config, is_revision, section_at
+from trainer.config.tree import MAX_DEPTH, Origin, Origins, Path_, is_file, merge, parse_value, read_file
+
+__all__ = [
+    "CONFIG_DIR",
+    "FROM_SCRATCH",
+    "Config",
+    "ConfigError",
+    "LoadedConfig",
+    "config_name",
+    "did_you_mean",
+    "find_config",
+    "is_commit",
+    "is_local",
+    "is_revision",
+    "json_schema",
+    "load_config",
+    "one_line",
+    "render",
+    "why_refused",
+]
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+PREFIX = "training_config_"
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A valid config, its name, and where each value came from."""
+
+    name: str
+    file: Path
+    config: Config
+    origins: Origins
+
+    def where(self, *path: str | int) -> str:
+        """'file:line' of a key, or of the nearest section above it that was written down."""
+        return str(_origin(path, self.origins, self.file))
+
+
+def config_name(file: Path) -> str:
+    """The run's name: the file name without its ending and without `training_config_`."""
+    return file.stem.removeprefix(PREFIX)
+
+
+def find_config(name: str) -> Path:
+    """The file for what a user typed after CONFIG=: a shipped config's name, or a path."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if is_file(path):
+            return path
+        raise ConfigError(f"there is no config file {path}")
+    file = CONFIG_DIR / f"{PREFIX}{name}.yaml"
+    if not is_file(file):
+        known = [config_name(f) for f in CONFIG_DIR.glob(f"{PREFIX}*.yaml")]
+        raise ConfigError(f"there is no config '{name}' in {_short(CONFIG_DIR)}.{did_you_mean(name, known)}")
+    return _short(file)
+
+
+def _short(path: Path) -> Path:
+    """The path as the user would type it from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def load_config(file: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """The config in `file`, with `key.path=value` overrides on top. Raises ConfigError, one line, for any mistake."""
+    values, origins = read_file(file)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        path = tuple(key.strip().split("."))
+        if not equals or not all(path):
+            raise ConfigError(f"--set {override}: write it as section.key=value")
+        if len(path) > MAX_DEPTH:
+            raise ConfigError(f"--set {override}: no config is so deeply nested")
+        try:
+            nested: Any = parse_value(text.strip())
+        except ConfigError as error:
+            problem = error.message.partition(": ")[2]
+            hint = f'. Should it be a text, put it in quotes: {key}="…"' if problem.startswith("not valid YAML") else ""
+            raise ConfigError(f"--set {override}: {problem}{hint}") from None
+        for part in reversed(path):
+            nested = {part: nested}
+        leaf = Origin(f"--set {override}", 0)
+        values = merge(values, nested, origins, dict.fromkeys((path[: i + 1] for i in range(len(path))), leaf))
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        path, message = _explain(error, values)
+        raise ConfigError(f"{_origin(path, origins, file)}: {message}") from None
+    for path, message in find_contradictions(config):
+        raise ConfigError(f"{_origin(path, origins, file)}: {message}")
+    loaded = LoadedConfig(config_name(file), file, config, origins)
+    _check_siblings(loaded)
+    return loaded
+
+
+def _origin(path: Path_, origins: Origins, file: Path) -> Origin:
+    """Where a key was written, or the nearest section above it, or the file's first line."""
+    for end in range(len(path), 0, -1):
+        if path[:end] in origins:
+            return origins[path[:end]]
+    return Origin(str(file), 1)
+
+
+def _check_siblings(loaded: LoadedConfig) -> None:
+    """No two configs in one folder may write to the same run folder or the same hub repository."""
+    for sibling in sorted(loaded.file.parent.glob("*.yaml")):
+        if sibling.resolve() == loaded.file.resolve():
+            continue
+        if config_name(sibling) == loaded.name:
+            raise ConfigError(
+                f"{loaded.file}:1: {sibling.name} has the same name '{loaded.name}', so both would write to "
+                f"models/{loaded.name}. Rename one."
+            )
+        repo = loaded.config.hub.repo
+        if not repo:
+            continue
+        try:
+            other, _ = read_file(sibling)
+        except ConfigError:
+            continue  # a broken sibling is reported when it is itself used
+        hub = other.get("hub")
+        if isinstance(hub, dict) and hub.get("repo") == repo:
+            raise ConfigError(
+                f"{loaded.where('hub', 'repo')}: {sibling.name} pushes to the same 'hub.repo' {repo}. Change one."
+            )
+
+
+# ------------------------------------------------------------------------------------------- messages
+TYPE_WORDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "model_type": "a section (key: value lines)",
+    "dict_type": "a section (key: value lines)",
+    "model_attributes_type": "a section (key: value lines)",
+}
+
+
+def _explain(error: ValidationError, values: dict[str, Any]) -> tuple[Path_, str]:
+    """The first error of a validation, as the key's path and one line."""
+    errors = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    first = errors[0]
+    path: Path_ = first["loc"]
+    dotted = ".".join(map(str, path))
+    kind, given = first["type"], first["input"]
+    if _is_unknown_dataset(path, kind):
+        hint = did_you_mean(str(path[1]), _keys_at(("datasets",)))
+        return path[:2], (f"'datasets.{path[1]}' has no 'source', and is not a data set this project knows.{hint}")
+    if kind == "extra_forbidden":
+        return path, f"unknown key '{dotted}'.{did_you_mean(str(path[-1]), _keys_at(path[:-1]))}"
+    if kind == "missing":
+        return path, f"missing key '{dotted}': {_describe(path)}"
+    if kind == "literal_error":
+        choices = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        hint = did_you_mean(given, choices) if isinstance(given, str) else ""
+        return path, f"'{dotted}' is {_quote(given)}, but must be one of {', '.join(choices)}.{hint.split(' Known')[0]}"
+    if kind in TYPE_WORDS:
+        return path, f"'{dotted}' must be {TYPE_WORDS[kind]}, not {_quote(given)}"
+    message = first["msg"].replace("Input should be", "must be")
+    return path, f"'{dotted}' {message}, not {_quote(given)}"
+
+
+def _is_unknown_dataset(path: Path_, kind: str) -> bool:
+    return (
+        len(path) == 3
+        and path[0] == "datasets"
+        and path[1] not in _keys_at(("datasets",))
+        and (kind == "missing" and path[2] == "source")
+    )
+
+
+def _quote(value: Any) -> str:
+    """A value as the user wrote it, short enough for one line."""
+    if value is None:
+        return "empty"
+    if isinstance(value, dict):
+        return "a section"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = text.replace('"', "'") if isinstance(value, str) else text
+    return f"the text {text[:60]}" if isinstance(value, str) else text[:60]
+
+
+def _keys_at(path: Path_) -> list[str]:
+    section = section_at(path)
+    return list(section.model_fields) if section else []
+
+
+def _describe(path: Path_) -> str:
+    section = section_at(path[:-1])
+    field = section.model_fields.get(str(path[-1])) if section else None
+    return " ".join((field.description or "a required section").split()) if field else "required"
+
+
+# ------------------------------------------------------------------------------------------- show
+def render(loaded: LoadedConfig, *, origins: bool = True) -> str:
+    """The resolved config as YAML that is itself a valid config, each value with its origin as a comment."""
+    lines = list(_render(loaded.config.model_dump(mode="json"), (), loaded if origins else None))
+    return "\n".join(lines) + "\n"
+
+
+def _render(values: dict[str, Any], path: Path_, loaded: LoadedConfig | None) -> Iterator[str]:
+    for key, value in values.items():
+        here = (*path, key)
+        indent = "  " * len(path)
+        if isinstance(value, dict) and value:
+            yield f"{indent}{_scalar(key)}:"
+            yield from _render(value, here, loaded)
+        elif value is not None:  # a key that is not set has no line: what is not given is not a choice
+            text = f"{indent}{_scalar(key)}: {_scalar(value)}"
+            origin = "" if loaded is None else loaded.origins.get(here, "default")
+            yield f"{text:<60}  # {origin}" if origin else text
+
+
+def _scalar(value: Any) -> str:
+    """A scalar or list in YAML's flow style that reads back as itself."""
+    if isinstance(value, list):
+        return "[" + ", ".join(_scalar(item) for item in value) + "]"
+    if isinstance(value, str) and _is_plain(value):
+        return value
+    # YAML refuses some characters that are not printable, and takes others (U+0085, U+2028) for line breaks
+    quoted = json.dumps(value, ensure_ascii=False)
+    return "".join(character if character.isprintable() else f"\\U{ord(character):08x}" for character in quoted)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text can stand in YAML without quotes, also inside a flow list."""
+    if any(c in text for c in "#,[]{}:&*!|>'\"%@`\\") or not text or text != text.strip() or text[0] in "-?~=":
+        return False
+    if not text.isprintable():
+        return False
+    return parse_value(text) == text
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a config file for editors: every key optional, since a file may extend another."""
+    schema = Config.model_json_schema()
+
+    def relax(node: Any) -> None:
+        if isinstance(node, dict):
+            node.pop("required", None)
+            for child in node.values():
+                relax(child)
+        elif isinstance(node, list):
+            for child in node:
+                relax(child)
+
+    relax(schema)
+    schema["properties"]["extends"] = {
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+        "description": "Config files this one is laid over, relative to it; later ones win.",
+    }
+    return schema

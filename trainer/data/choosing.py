@@ -1,0 +1,100 @@
+"""Queries that choose the checkpoint apart from those that are reported: the split `validation`, or half of the queries."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.config import ConfigError
+from trainer.data.beir import Chooser, SearchSet, has_split, read_search_set
+from trainer.runs.choice import hash_of
+
+# Queries that each half must have: what is chosen on fewer says nothing.
+MIN_QUERIES = 10
+
+
+def half_of(query: str) -> Literal["dev", "test"]:
+    """dev, the half that chooses, when the SHA-256 of the query's id is even; test is reported.
+
+    The id alone counts: a query that a task has in several languages is in the same half in each.
+    """
+    return "dev" if hashlib.sha256(query.encode()).digest()[-1] % 2 == 0 else "test"
+
+
+def search_splits(folder: Path, reported: str | None = None) -> list[str]:
+    """The split of a folder that is searched in training, dev unless another is wanted, and `validation` beside it, which
+    chooses the checkpoint; empty when the folder has neither."""
+    if reported is None:
+        return [split for split in ("dev", "validation") if has_split(folder, split)]
+    return [reported, *(["validation"] if reported != "validation" and has_split(folder, "validation") else [])]
+
+
+def read_search_splits(
+    folder: Path, splits: list[str], name: str, corpus: dict[str, str] | None = None
+) -> tuple[SearchSet | None, SearchSet | None]:
+    """The split that is reported and the one that chooses, over the same passages; None for what is not there."""
+    found: list[SearchSet | None] = []
+    for split in splits:
+        found.append(read_search_set(folder, split, name, found[0].corpus if found else corpus))
+    return (*found, None, None)[:2]
+
+
+def divide(found: SearchSet, validation: SearchSet | None = None) -> SearchSet:
+    """The search set with the queries that choose the checkpoint apart from those that are reported.
+
+    The queries of a split `validation` choose, or else one half of the queries. Where a half has fewer than MIN_QUERIES,
+    all of them choose and are reported. Raises ConfigError when the split `validation` has no query of its own.
+    """
+    if validation is not None:
+        reported = set(found.queries.values())
+        own = [query for query, text in validation.queries.items() if text not in reported]
+        if not own:
+            raise ConfigError(
+                f"{found.name}: the queries of the split validation are those of {found.split}. Give it others, which "
+                "choose the checkpoint, or remove it"
+            )
+        reading = found.reading + validation.reading
+        return replace(found, reading=reading, chooser=_chooser(validation, own, "all"))
+    halves: dict[str, list[str]] = {"dev": [], "test": []}
+    for query in found.queries:
+        halves[half_of(query)].append(query)
+    if min(map(len, halves.values())) < MIN_QUERIES:
+        return replace(found, chooser=_chooser(found, list(found.queries), "all"))
+    return replace(
+        found,
+        queries={query: found.queries[query] for query in halves["test"]},
+        relevant={query: found.relevant[query] for query in halves["test"]},
+        chooser=_chooser(found, halves["dev"], "half"),
+    )
+
+
+def _chooser(found: SearchSet, queries: list[str], rule: Literal["half", "all"]) -> Chooser:
+    return Chooser(
+        found.split,
+        rule,
+        {query: found.queries[query] for query in queries},
+        {query: found.relevant[query] for query in queries},
+    )
+
+
+def choice_of(found: SearchSet) -> dict[str, Any]:
+    """What a run's manifest keeps of a search set that chooses its checkpoint."""
+    chooser = found.chooser
+    return {
+        "search": found.name,
+        "split": chooser.split,
+        "rule": chooser.rule,
+        "queries": len(chooser.queries),
+        "hashes": " ".join(sorted({hash_of(query) for query in chooser.queries.values()})),
+        "also_reported": found.also_chooses,
+    }
+
+
+def choice_words(found: SearchSet) -> str:
+    """Which queries choose the checkpoint, behind the number of those that are reported."""
+    if found.chooser is None:
+        return ""
+    if found.also_chooses:
+        return "; these queries also choose the checkpoint, so their score is optimistic"
+    whose = f"half of {found.split}" if found.chooser.rule == "half" else f"the split {found.chooser.split}"
+    return f"; {len(found.chooser.queries):,} others choose the checkpoint ({whose})"

@@ -1,0 +1,357 @@
+"""Loads the data sets of a config: clean rows, triplets apart from pairs, held-out rows, and the batch order."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict
+
+from trainer.config import Config, ConfigError
+from trainer.data.batches import MixedBatches, Mixture, NoDuplicateBatches, batch_sizes, text_ids
+from trainer.data.beir import SearchSet, files_beside, is_beir
+from trainer.data.choosing import divide, read_search_splits, search_splits
+from trainer.data.forward_passes import ForwardPasses, forward_passes_of, padding
+from trainer.data.held_out import hold_out
+from trainer.data.mining import fill_negatives
+from trainer.data.rows import LABEL, ROLES, fingerprint
+from trainer.data.sources import LoadedSource, mining_of, sample, sources_of
+from trainer.data.tokens import PLACE, TokenCollator, Tokeniser, TokenRows, folder_of_tokens, static_routes
+from trainer.hub.download import HubUnreachable
+from trainer.runs.choice import REPORTED, SCORE
+from trainer.system.distributed import processes
+from trainer.system.files import written_whole
+from trainer.system.progress_bar import going_on, in_columns
+
+__all__ = [
+    "LABEL",
+    "PLACE",
+    "ForwardPasses",
+    "MixedBatches",
+    "Mixture",
+    "NoDuplicateBatches",
+    "SearchSet",
+    "SetSummary",
+    "TokenCollator",
+    "Tokeniser",
+    "TrainingData",
+    "folder_of_tokens",
+    "forward_passes_of",
+    "load_data",
+    "static_routes",
+]
+
+# The padding of a pass over a half is counted on so many of its batches: a loop over those of a million rows takes seconds.
+COUNTED_BATCHES = 1000
+
+
+@dataclass
+class SetSummary:
+    """What is known of one data set before training: the plan prints it, the manifest keeps it."""
+
+    name: str
+    rows: int
+    triplets: int
+    pairs: int
+    eval_rows: int
+    languages: dict[str, int]
+    left_out: dict[str, int]
+    eval_left_out: dict[str, int]
+    revisions: dict[str, str | None]
+    fingerprint: str
+    mined: dict[str, int | str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # what was not read, and what of the texts is not as it came
+    rows_seen: int = 0
+    rows_drawn: int = 0
+
+
+@dataclass
+class TrainingData:
+    """Everything training reads. `train` and `eval` map `<name>`, or `<name>-triplets` and `<name>-pairs`, to rows."""
+
+    train: DatasetDict
+    eval: DatasetDict
+    halves: dict[str, list[str]]
+    summaries: dict[str, SetSummary]
+    search: list[SearchSet] = field(default_factory=list)
+    tokens: dict[str, TokenRows] = field(default_factory=dict)  # of the rows in `train` and `eval`, by `tokenise`
+    eval_tokens: dict[str, TokenRows] = field(default_factory=dict)
+    _text_ids: dict[str, np.ndarray] = field(default_factory=dict)
+    _batches: dict[str, NoDuplicateBatches] = field(default_factory=dict)
+
+    def add_search(self, found: SearchSet, validation: SearchSet | None, config: Config) -> None:
+        """One more search set, with the queries that choose the checkpoint, if one is chosen, apart from those reported.
+
+        The names of search sets keep their scores apart.
+        """
+        if any(found.name == other.name for other in self.search):
+            raise ConfigError(
+                f"evaluation.search: two search sets are called '{found.name}'. Rename one of the folders"
+            )
+        self.search.append(divide(found, validation) if config.training.load_best_model_at_end else found)
+
+    def mixture(self, config: Config) -> Mixture:
+        """The order in which batches of the sets are drawn."""
+        groups = [[len(self._sizes(half, config)) for half in halves] for halves in self.halves.values()]
+        datasets = config.datasets
+        return Mixture(groups, datasets.sampling_strategy, datasets.epoch, config.training.seed)
+
+    def _sizes(self, half: str, config: Config) -> list[int]:
+        """Rows of each batch of one pass over a half; a batch is shared by all processes."""
+        together = config.training.per_device_train_batch_size * processes()
+        return batch_sizes(len(self.train[half]), together, processes())
+
+    def rows_left_over(self, config: Config, name: str) -> int:
+        """Rows of a set that sit out each pass, because what is left cannot be shared equally by all processes."""
+        return sum(len(self.train[half]) - sum(self._sizes(half, config)) for half in self.halves[name])
+
+    def tokenise(self, tokeniser: Tokeniser) -> None:
+        """Make the token ids of all rows. Raises ConfigError."""
+        self._batches.clear()
+        for name, halves in self.halves.items():
+            for half in halves:
+                content = self.summaries[name].fingerprint
+                self.tokens[half] = tokeniser.rows(half, self.train[half], self.text_ids(half), content)
+        for half, dataset in self.eval.items():
+            content = fingerprint(dataset.with_format("arrow")[:])
+            self.eval_tokens[half] = tokeniser.rows(half, dataset, text_ids(dataset), content)
+
+    def text_ids(self, half: str) -> np.ndarray:
+        """[rows, columns] numbers of the texts of a half, the same for equal texts."""
+        if half not in self._text_ids:
+            self._text_ids[half] = text_ids(self.train[half])
+        return self._text_ids[half]
+
+    def batches(self, half: str, config: Config) -> NoDuplicateBatches:
+        """The batches of a half; rows of about the same length together, where the lengths are known."""
+        if half not in self._batches:
+            self._batches[half] = NoDuplicateBatches(
+                self.train[half],
+                config.training.per_device_train_batch_size,
+                seed=config.training.seed,
+                processes=processes(),
+                ids=self.text_ids(half),
+                lengths=self.tokens[half].longest_passages() if half in self.tokens else None,
+                window=1 if config.model.packs_texts else config.datasets.length_window,
+            )
+        return self._batches[half]
+
+    def rows_without_a_batch(self, config: Config, name: str) -> int:
+        """Rows of a set that sit out its first pass, because every batch already holds one of their texts."""
+        samplers = [self.batches(half, config) for half in self.halves[name]]
+        return sum(int(sampler.sizes.sum()) - sum(map(len, sampler.batches(0))) for sampler in samplers)
+
+    def batches_of_one(self, half: str, config: Config) -> tuple[int, int]:
+        """Batches of a half's first pass whose one row is compared with no other passage, and the batches of that pass."""
+        return _batches_of_one(self.train[half], self.batches(half, config))
+
+    def eval_batches_of_one(self, half: str, config: Config) -> tuple[int, int]:
+        """The same of held-out rows."""
+        training, rows = config.training, self.eval[half]
+        batches = NoDuplicateBatches(rows, training.per_device_eval_batch_size, training.seed, processes())
+        return _batches_of_one(rows, batches)
+
+    def padding(self, config: Config, device: str) -> tuple[float, float]:
+        """The share of padding in what the network will compute: in our batches, and in batches of any lengths.
+
+        Counted on the first pass of each half, which counts as often as its set is drawn.
+        """
+        passes, rng = forward_passes_of(config, device), np.random.default_rng(config.training.seed)
+        tokens, ours, at_random = 0.0, 0.0, 0.0
+        for name, halves in self.halves.items():
+            times = self.summaries[name].rows_drawn / self.summaries[name].rows
+            for half in halves:
+                every, rows = self.batches(half, config).batches(0), self.tokens[half]
+                lengths = rows.lengths()
+                batches = every[:: -(-len(every) // COUNTED_BATCHES)]
+                shuffled = np.split(rng.permutation(np.concatenate(batches)), np.cumsum([*map(len, batches)])[:-1])
+                (found, positions), (_, positions_at_random) = (
+                    padding(each, lengths, rows.passages, passes, processes()) for each in (batches, shuffled)
+                )
+                share = times * len(every) / len(batches)
+                tokens, ours = tokens + share * found, ours + share * positions
+                at_random += share * positions_at_random
+        return 1 - tokens / max(ours, 1), 1 - tokens / max(at_random, 1)
+
+    def sample(self, rows: int, seed: int) -> "TrainingData":
+        """The same with at most so many rows of each half to train on, and none held out."""
+        rng = np.random.default_rng(seed)
+        picked = {
+            half: dataset.select(np.sort(rng.permutation(len(dataset))[:rows])) for half, dataset in self.train.items()
+        }
+        return TrainingData(DatasetDict(picked), DatasetDict(), self.halves, self.summaries, self.search)
+
+    def rows_of(self, config: Config, mixture: Mixture, first: int, last: int) -> dict[str, tuple[int, int]]:
+        """How many rows of each set the batches of a run from number `first` up to `last` hold, and in how many different
+        batches' worth of rows."""
+        found = {}
+        for (name, halves), before, after in zip(
+            self.halves.items(), mixture.drawn(first), mixture.drawn(last), strict=True
+        ):
+            sizes = {
+                (number, batch): size
+                for number, half in enumerate(halves)
+                for batch, size in enumerate(self._sizes(half, config))
+            }
+            times = {batch: after[batch] - before[batch] for batch in sizes}
+            found[name] = (
+                sum(size * times[batch] for batch, size in sizes.items()),
+                sum(size for batch, size in sizes.items() if times[batch]),
+            )
+        return found
+
+    def manifest(self) -> dict[str, dict]:
+        """What the manifest keeps of every set."""
+        return {name: asdict(summary) for name, summary in self.summaries.items()}
+
+    def write_texts(self, file: Path) -> None:
+        """Store every different training text per data set, to measure its overlap with evaluation data later."""
+        schema = pa.schema([("dataset", pa.string()), ("text", pa.string())])
+        with written_whole(file) as aside, pq.ParquetWriter(aside, schema, compression="zstd") as writer:
+            for name, halves in self.halves.items():
+                columns = [column.cast(pa.string()) for half in halves for column in self._texts_of(half).itercolumns()]
+                texts = pc.unique(
+                    pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
+                )
+                writer.write_table(pa.table({"dataset": pa.repeat(name, len(texts)), "text": texts}, schema))
+
+    def _texts_of(self, half: str) -> pa.Table:
+        """The columns that are read as texts; a teacher's labels are none."""
+        table = self.train[half].with_format("arrow")[:]
+        return table.select([role for role in ROLES if role in table.column_names])
+
+    def texts(self, *roles: str) -> list[str]:
+        """Every different training text in the given columns, in a fixed order."""
+        found: dict[str, None] = {}
+        for dataset in self.train.values():
+            for role in roles:
+                if role in dataset.column_names:
+                    found.update(dict.fromkeys(dataset.with_format("arrow")[:][role].to_pylist()))
+        return list(found)
+
+
+def _batches_of_one(rows: Dataset, batches: NoDuplicateBatches) -> tuple[int, int]:
+    """Those in which a query has one passage alone to choose from. A row's own negative is one more."""
+    sizes = [len(batch) for batch in batches.batches(0)]
+    return 0 if "negative" in rows.column_names else sizes.count(1), len(sizes)
+
+
+def load_data(config: Config, missing: dict[str, HubUnreachable] | None = None) -> TrainingData:
+    """Every enabled data set, ready to train on. Raises ConfigError, one line, when a source cannot be used.
+
+    With `missing`, sets that need the hub are noted there and left out: for the plan, never for training.
+    """
+    data = TrainingData(DatasetDict(), DatasetDict(), {}, {})
+    sources: dict[str, LoadedSource] = {}
+    for name, load in sources_of(config.datasets).items():
+        with _noting(name, missing), going_on(in_columns("reading", name)):
+            sources[name] = _usable(name, load(), config)
+    if sources:
+        hold_out(list(sources.values()), config.training.seed)
+    for name, source in sources.items():
+        with _noting(name, missing):
+            _add_set(data, name, source, config)
+    for folder in config.evaluation.search:
+        with going_on(in_columns("reading", folder)):
+            data.add_search(*_search_folder(folder), config)
+    _no_name_of_a_mean(data.search, config)
+    return data
+
+
+def _no_name_of_a_mean(search: list[SearchSet], config: Config) -> None:
+    """The score of a set called `search` would be taken for the mean. Where it is the only one, it is the mean."""
+    alone = len(search) == 1 and config.evaluation.nanobeir_datasets == []
+    for found in search:
+        score = f"{found.name}_ndcg@10"
+        if score == SCORE or (score == REPORTED and not alone):
+            raise ConfigError(
+                f"evaluation.search: {score} is the name of the mean over all searches, so a set cannot be "
+                f"called '{found.name}'. Rename its folder"
+            )
+
+
+@contextlib.contextmanager
+def _noting(name: str, missing: dict[str, HubUnreachable] | None) -> Iterator[None]:
+    """Note a set that needs the hub, where there is a place for it."""
+    try:
+        yield
+    except HubUnreachable as error:
+        if missing is None:
+            raise
+        missing[name] = error
+
+
+def _search_folder(folder: str) -> tuple[SearchSet, SearchSet | None]:
+    path = Path(folder).expanduser()
+    splits = search_splits(path) if is_beir(path) else []
+    if not splits:
+        raise ConfigError(f"evaluation.search: {folder} is not a folder in BEIR layout with a dev split")
+    found, validation = read_search_splits(path, splits, path.name)
+    found.reading.pass_over("files", files_beside(path, *splits))
+    return found, validation
+
+
+def _usable(name: str, source: LoadedSource, config: Config) -> LoadedSource:
+    """A source with as many rows as are asked for. Raises ConfigError when it has none."""
+    if not len(source.rows):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in source.rows.left_out.items())
+        raise ConfigError(f"datasets.{name}: no rows to train on{f' ({reasons})' if reasons else ''}")
+    if mining_of(config.datasets, name):
+        source.everything = [part.table for part in (source.rows, source.eval_rows) if part is not None]
+    if source.max_samples:
+        source.rows = sample(source.rows, source.max_samples, config.training.seed)
+    return source
+
+
+def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config) -> None:
+    """Mine a source's missing negatives, and split its rows, those held out too, into triplets and pairs."""
+    rows, held_out, mined = source.rows, source.eval_rows, {}
+    if mining := mining_of(config.datasets, name):
+        rows, mined = fill_negatives(name, rows, source.everything, mining, config.model)
+    halves = _split(name, rows.table)
+    data.halves[name] = list(halves)
+    data.train.update({half: Dataset(table) for half, table in halves.items()})
+    if held_out is not None and len(held_out):
+        for half, table in _split(name, held_out.table).items():
+            if table.num_rows < processes():  # every process evaluates an equal part of each batch
+                rows.left_out[f"held out in vain: too few to evaluate in {processes()} processes"] = table.num_rows
+            else:
+                data.eval[half] = Dataset(table)
+    if source.search:
+        data.add_search(source.search, source.validation, config)
+    reading = source.rows.reading
+    if source.eval_rows is not None:  # the counts of rows are those of the rows that are trained on
+        reading += replace(source.eval_rows.reading, spread=(0, 0))
+    triplets = sum(table.num_rows for table in halves.values() if "negative" in table.column_names)
+    data.summaries[name] = SetSummary(
+        name=name,
+        rows=len(rows),
+        triplets=triplets,
+        pairs=len(rows) - triplets,
+        eval_rows=len(held_out) if held_out is not None else 0,
+        eval_left_out=dict(+held_out.left_out) if held_out is not None else {},
+        languages=rows.languages,
+        left_out=dict(rows.left_out),
+        revisions=source.revisions,
+        fingerprint=fingerprint(rows.table),
+        mined=mined,
+        notes=list(reading.lines()),
+    )
+
+
+def _split(name: str, table: pa.Table) -> dict[str, pa.Table]:
+    """Triplets and pairs of one set; a set that has only one kind keeps its name."""
+    table = table.combine_chunks()
+    if "negative" not in table.column_names or table["negative"].null_count == table.num_rows:
+        return {name: table.select(["anchor", "positive"])}
+    if table["negative"].null_count == 0:
+        return {name: table.select(ROLES)}
+    has_negative = pc.is_valid(table["negative"])
+    return {
+        f"{name}-triplets": table.filter(has_negative).select(ROLES),
+        f"{name}-pairs": table.filter(pc.invert(has_negative)).select(["anchor", "positive"]),
+    }

@@ -1,1 +1,0 @@
-"""The SPLADE head without logits."""

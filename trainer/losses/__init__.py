@@ -1,0 +1,1 @@
+"""What training minimises: contrastive loss, regularizers, the control of active dims, teacher scores."""

@@ -1,0 +1,291 @@
+"""Builds the three architectures from a base model: inference-free SPLADE, SPLADE, and CSR."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers.sparse_encoder.modules import (
+    Router,
+    SparseAutoEncoder,
+    SparseStaticEmbedding,
+    SpladePooling,
+    Transformer,
+)
+from torch import nn
+
+from trainer.config import FROM_SCRATCH, Config, ConfigError, one_line
+from trainer.config.schema import FromScratchConfig
+from trainer.hub.download import MODEL_FILES, fetch
+from trainer.models.attention import choose_attention, in_any_precision, plan_attention
+from trainer.models.card import build_card
+from trainer.models.compiled import compile_networks
+from trainer.models.heads import check_not_dense, decoder_of, silence_special_tokens
+from trainer.models.normalizers import compose_first, composes_first
+from trainer.models.prompts import base_prompts, in_front
+from trainer.models.queries import START_WEIGHTS, query_tokenizer, weights_of_idf
+from trainer.models.remote_code import BaseModel, check_code, check_weights, keep_code, with_own_code
+from trainer.models.scratch import build_from_scratch
+from trainer.models.weights import whole_weights
+from trainer.system.distributed import is_first, share_files
+
+__all__ = [
+    "BaseModel",
+    "build_model",
+    "choose_attention",
+    "compile_networks",
+    "composes_first",
+    "document_idf",
+    "fetch_base_model",
+    "in_any_precision",
+    "keep_code",
+    "load_model",
+    "plan_attention",
+    "save_model",
+    "static_embedding",
+    "train_only_what_the_config_says",
+    "vocabulary_of",
+]
+
+PROBE_TEXTS = 8
+
+
+def build_model(
+    config: Config, base: BaseModel | None, queries: list[str], documents: list[str], device: str
+) -> SparseEncoder:
+    """The untrained encoder. Raises ConfigError when the base model cannot be loaded or cannot become sparse.
+
+    `base` is what fetch_base_model gave for this config. `queries` and `documents` are the training texts: a model from
+    scratch is built from them, query weights start at the documents' IDF, and a few documents are the probe that a base
+    model which can never be sparse fails.
+    """
+    name = config.model.base_model
+    prompts = base_prompts(config.model, base.folder if base else None)
+    # as the model will read them
+    read_queries, read_documents = in_front(prompts["query"], queries), in_front(prompts["document"], documents)
+    with tempfile.TemporaryDirectory() as folder:
+        source = base.folder if base else Path(folder)
+        if base is None:
+            if is_first():  # transformers saves in the first process only
+                build_from_scratch(
+                    config.model.from_scratch or FromScratchConfig(), read_queries + read_documents, source
+                )
+            share_files(source)
+        modules = ARCHITECTURES[config.model.architecture](config, source, read_documents)
+    model = SparseEncoder(
+        modules=modules,
+        trust_remote_code=config.model.trust_remote_code,
+        device=device,
+        similarity_fn_name="cosine" if config.model.architecture == "csr" else "dot",
+        prompts=prompts,
+        model_card_data=build_card(config),
+    )
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.model.config._name_or_path = name  # a temporary folder or a cache path says nothing to a reader
+    _require_room_behind_prompts(model, config)
+    if config.model.architecture != "csr":
+        check_not_dense(model, documents[:PROBE_TEXTS], name)
+    train_only_what_the_config_says(model, config)
+    return model
+
+
+def load_model(folder: Path, config: Config, device: str) -> SparseEncoder:
+    """The encoder saved in a checkpoint, ready to go on training. Raises ConfigError when its code is missing or edited,
+    or when it cannot do what the config has asked of it since."""
+    check_code(folder)
+    trust = config.model.trust_remote_code
+    with _loading(config):
+        model = SparseEncoder(str(folder), trust_remote_code=trust, device=device, model_card_data=build_card(config))
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            _require_what_the_config_needs(module, config)
+        if isinstance(module, (Transformer, SparseStaticEmbedding)):
+            module.tokenizer.model_max_length = module.max_seq_length = config.training.max_seq_length
+    _require_room_behind_prompts(model, config)
+    train_only_what_the_config_says(model, config)
+    return model
+
+
+def save_model(model: SparseEncoder, folder: Path) -> None:
+    """Save the encoder so that stock sentence-transformers opens it, with its own code where it has any."""
+    model.save_pretrained(str(folder))
+    keep_code(folder)
+
+
+def fetch_base_model(config: Config) -> BaseModel | None:
+    """The base model's files in a local folder, its code converted; None for a model from scratch.
+
+    Raises ConfigError when it cannot be had, or brings code that the config does not trust or that cannot be converted.
+    """
+    name = config.model.base_model
+    if name == FROM_SCRATCH:
+        return None
+    snapshot = fetch(
+        name, config.model.revision, kind="model", why="the base model", key="model.base_model", patterns=MODEL_FILES
+    )
+    return with_own_code(snapshot, config)
+
+
+def static_embedding(model: SparseEncoder) -> SparseStaticEmbedding | None:
+    """The query weights of inference-free SPLADE."""
+    return next((module for module in model.modules() if isinstance(module, SparseStaticEmbedding)), None)
+
+
+def vocabulary_of(model: SparseEncoder) -> int:
+    """Dimensions of the vectors."""
+    for module in model.modules():
+        if isinstance(module, SparseAutoEncoder):
+            return module.hidden_dim
+    transformer = next(module for module in model.modules() if isinstance(module, Transformer))
+    return transformer.model.get_output_embeddings().out_features
+
+
+def document_idf(config: Config, model: SparseEncoder, documents: list[str]) -> torch.Tensor | None:
+    """IDF of every word in the training documents, [vocabulary]; None unless the loss needs it."""
+    if config.loss.penalty != "idf-flops":
+        return None
+    return weights_of_idf(model.tokenizer, in_front(model.prompts.get("document") or "", documents))
+
+
+def train_only_what_the_config_says(model: SparseEncoder, config: Config) -> None:
+    """Freeze CSR's dense model unless csr_train_base, and the query weights if freeze_static_embedding."""
+    if config.model.architecture == "csr" and not config.model.csr_train_base:
+        for module in model.children():
+            if not isinstance(module, SparseAutoEncoder):
+                module.requires_grad_(False)
+                for part in module.modules():
+                    if isinstance(part, nn.Dropout):
+                        part.p = 0.0  # a frozen model's vectors are data: no noise in them
+    if (embedding := static_embedding(model)) is not None:
+        embedding.weight.requires_grad_(not config.model.freeze_static_embedding)
+
+
+# ------------------------------------------------------------------------------------------- architectures
+def build_inference_free_splade(config: Config, source: Path, documents: list[str]) -> list[nn.Module]:
+    """Queries: a weight per token. Documents: masked language model and SpladePooling (arXiv 2411.04403)."""
+    transformer, pooling = build_splade(config, source, documents)
+    tokenizer = transformer.tokenizer
+    weights = START_WEIGHTS[config.model.query_init](tokenizer, documents)
+    weights[tokenizer.all_special_ids] = 0.0
+    frozen = config.model.freeze_static_embedding
+    query = SparseStaticEmbedding(query_tokenizer(tokenizer), weight=weights, frozen=frozen)
+    return [Router.for_query_document(query_modules=[query], document_modules=[transformer, pooling])]
+
+
+def build_splade(config: Config, source: Path, documents: list[str]) -> list[nn.Module]:
+    """Queries and documents both through masked language model and SpladePooling (arXiv 2109.10086)."""
+    transformer = load_transformer(config, source)
+    silence_special_tokens(transformer, config.model.base_model)
+    return [transformer, SpladePooling(config.model.pooling_strategy, config.model.activation_function)]
+
+
+def build_csr(config: Config, source: Path, documents: list[str]) -> list[nn.Module]:
+    """The dense model's own modules, and a sparse autoencoder on top (arXiv 2503.01776)."""
+    with _loading(config):
+        dense = SentenceTransformer(
+            str(source), trust_remote_code=config.model.trust_remote_code, device="cpu", model_kwargs=_float32()
+        )
+    check_weights(dense[0].model, source)
+    _require_what_the_config_needs(dense[0], config)
+    compose_first(dense.tokenizer)
+    dense.max_seq_length = config.training.max_seq_length
+    autoencoder = SparseAutoEncoder(
+        input_dim=dense.get_embedding_dimension(),
+        hidden_dim=config.model.csr_hidden_dim,
+        k=config.model.csr_k,
+        k_aux=config.model.csr_k_aux,
+    )
+    return [*dense.children(), autoencoder]
+
+
+def load_transformer(config: Config, source: Path) -> Transformer:
+    """The base model with its masked-language-model head, in float32."""
+    if (source / "router_config.json").is_file():
+        raise ConfigError(
+            f"model.base_model: {config.model.base_model} is a trained inference-free model, queries and all. "
+            "Name the masked language model it was made from"
+        )
+    trust = {"trust_remote_code": config.model.trust_remote_code}
+    with _loading(config):
+        transformer = Transformer(
+            str(source),
+            transformer_task="fill-mask",
+            max_seq_length=config.training.max_seq_length,
+            model_kwargs=trust | _float32(),
+            processor_kwargs=trust,
+            config_kwargs=trust,
+        )
+    check_weights(transformer.model, source)
+    _require_what_the_config_needs(transformer, config)
+    compose_first(transformer.tokenizer)
+    decoder, words = decoder_of(transformer, config.model.base_model), len(transformer.tokenizer)
+    # Vocabularies padded to a round number: the extra dimensions have no word, and query weights are saved one per token.
+    if decoder.out_features != words:
+        if type(decoder) is not nn.Linear:
+            raise ConfigError(
+                f"model.base_model: {config.model.base_model} has {decoder.out_features} dimensions but {words} tokens, "
+                f"and its {type(decoder).__name__} cannot be cut"
+            )
+        transformer.model.resize_token_embeddings(words)
+    transformer.max_seq_length = config.training.max_seq_length
+    return transformer
+
+
+@contextlib.contextmanager
+def _loading(config: Config) -> Iterator[None]:
+    """One line for a base model that cannot be loaded, or lacks weights. Its own code may fail in any way."""
+    try:
+        with whole_weights("model.base_model", config.model.base_model):
+            yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        expected = isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError, ImportError))
+        if not expected and not config.model.trust_remote_code:
+            raise
+        raise ConfigError(f"model.base_model: {config.model.base_model} cannot be loaded: {one_line(error)}") from None
+
+
+def _require_what_the_config_needs(transformer: Transformer, config: Config) -> None:
+    """Stop before training when the base model lacks what would otherwise fail in the middle of it."""
+    name, settings = config.model.base_model, transformer.model.config
+    if transformer.tokenizer.pad_token is None:
+        raise ConfigError(
+            f"model.base_model: the tokenizer of {name} has no pad token, so texts cannot be batched. "
+            'Add one to its tokenizer_config.json ("pad_token": "<pad>")'
+        )
+    positions = getattr(settings, "max_position_embeddings", None) or getattr(settings, "max_sequence_length", None)
+    if positions and settings.model_type in ("roberta", "xlm-roberta", "camembert"):
+        positions -= settings.pad_token_id + 1  # these count positions from behind the padding's
+    if positions and config.training.max_seq_length > positions:
+        raise ConfigError(
+            f"training.max_seq_length: {config.training.max_seq_length} tokens are more than {name} can read ({positions})"
+        )
+    if config.hardware.gradient_checkpointing and not transformer.model.supports_gradient_checkpointing:
+        raise ConfigError(f"hardware.gradient_checkpointing: {name} does not support it. Set it to false")
+
+
+def _require_room_behind_prompts(model: SparseEncoder, config: Config) -> None:
+    """Stop before training when a prompt leaves no token for the text behind it."""
+    for side, prompt in model.prompts.items():
+        if prompt and (tokens := len(model.tokenizer(prompt)["input_ids"])) >= config.training.max_seq_length:
+            raise ConfigError(
+                f"training.max_seq_length: {config.training.max_seq_length} tokens leave none for the text: the {side} "
+                f"prompt alone has {tokens}. Raise it, or shorten model.prompts.{side}"
+            )
+
+
+def _float32() -> dict[str, torch.dtype]:
+    """transformers 5 loads weights in the precision they were saved in; optimizers need float32 copies of them."""
+    return {"dtype": torch.float32}
+
+
+ARCHITECTURES: dict[str, Callable[[Config, Path, list[str]], list[nn.Module]]] = {
+    "inference-free-splade": build_inference_free_splade,
+    "splade": build_splade,
+    "csr": build_csr,
+}

@@ -1,0 +1,1 @@
+"""A trained model on the hub: its card, the check in a fresh process, the upload."""

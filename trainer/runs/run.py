@@ -1,0 +1,298 @@
+"""The run folder models/<name>/: everything of one training run, and the manifest that says how it came about."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.config import Config, ConfigError, LoadedConfig, load_config, render, why_refused
+from trainer.system.files import write_atomically
+
+MODELS = Path("models")
+REQUIREMENTS = Path(__file__).parents[2] / "docker" / "requirements"
+# How long a network file system may take to show another machine a new file: NFS keeps what it knows for 3 to 60 s.
+SHARED_SECONDS = 60.0
+# What makes a model: a hash of these tells whether two folders hold the same one.
+MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".py")
+PACKAGES = (
+    "torch",
+    "sentence-transformers",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "tokenizers",
+    "numpy",
+    "pyarrow",
+)
+
+
+class Run:
+    """One run folder. run.json is written first, and replaced atomically at every change.
+
+    Of several processes that train together only the first writes; in the others, `is_mine` is False.
+    """
+
+    def __init__(self, folder: Path, is_mine: bool = True):
+        self.folder, self.is_mine = folder, is_mine
+        self._before: dict[Path, str] = {}  # files of a run that is resumed, as they were
+        self.manifest: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """The run's name, and the folder's."""
+        return self.folder.name
+
+    @property
+    def manifest_file(self) -> Path:
+        """run.json."""
+        return self.folder / "run.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training state, one folder per saved step."""
+        return self.folder / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """TensorBoard's event files."""
+        return self.folder / "logs"
+
+    @property
+    def final(self) -> Path:
+        """The trained model."""
+        return self.folder / "final"
+
+    @property
+    def training_texts(self) -> Path:
+        """Every different text that was trained on, by data set."""
+        return self.folder / "training_texts.parquet"
+
+    @property
+    def id(self) -> str:
+        """Tells this run's checkpoints from those of another."""
+        return self.manifest["id"]
+
+    @classmethod
+    def create(cls, loaded: LoadedConfig, name: str | None = None, overrides: Sequence[str] = ()) -> "Run":
+        """A new run folder. Raises ConfigError when there is one already: nothing trained is overwritten."""
+        run = cls(MODELS / (name or loaded.name))
+        again = f"{loaded.file}" if loaded.file.parent.name != "configs" else loaded.name
+        if run.manifest_file.exists() and not cls.open(loaded, name).is_empty():
+            raise ConfigError(
+                f"{run.folder} exists. To continue it: make resume CONFIG={again}. "
+                f"To train anew: remove the folder, or copy the config under a new name."
+            )
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            run.manifest = {
+                "id": uuid.uuid4().hex,
+                "name": run.name,
+                "status": "starting",
+                "started": _now(),
+                # of several processes, the launcher's
+                "command": f"python -m trainer {os.environ.get('NORDSPARSE_COMMAND') or shlex.join(sys.argv[1:])}",
+                "config_file": str(loaded.file),
+                "overrides": list(overrides),
+                "git_commit": git_commit(),
+                "image": os.environ.get("NORDSPARSE_IMAGE"),  # docker/run says it: a container does not know its image
+                "lock": lock_hash(),
+                "python": sys.version.split()[0],
+                "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
+            }
+            run.update()
+            write_atomically(run.folder / "config.yaml", render(loaded))
+        except OSError as error:
+            raise cannot_be_written(run.folder, error) from None
+        return run
+
+    @classmethod
+    def open(cls, loaded: LoadedConfig, name: str | None = None) -> "Run":
+        """An existing run folder, to continue."""
+        run = cls(MODELS / (name or loaded.name))
+        if not run.manifest_file.exists():
+            raise ConfigError(f"{run.folder} holds no run to resume. Start one: make train CONFIG={loaded.name}")
+        run._read()
+        return run
+
+    @classmethod
+    def follow(cls, loaded: LoadedConfig, name: str | None, manifest: dict[str, Any]) -> "Run":
+        """The run that the first process opened, as another process sees it: never written.
+
+        Raises ConfigError when models/ is not one folder for all of them.
+        """
+        run = cls(MODELS / (name or loaded.name), is_mine=False)
+        run.manifest = manifest
+        deadline = time.monotonic() + SHARED_SECONDS
+        while not run._is_on_disk():
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{run.folder} on {socket.gethostname()} is not the folder that the first process writes to. "
+                    f"Training over several machines needs one {MODELS}/ that all of them share"
+                )
+            time.sleep(0.2)
+        return run
+
+    def _is_on_disk(self) -> bool:
+        try:
+            return json.loads(self.manifest_file.read_text(encoding="utf-8"))["id"] == self.id
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def _read(self) -> None:
+        try:
+            self.manifest = json.loads(self.manifest_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self.manifest_file} cannot be read: {error}. Remove the folder to train anew"
+            ) from None
+
+    @classmethod
+    def finished(cls, name: str) -> "Run":
+        """A run that ended with a model. Raises ConfigError when there is none."""
+        run = cls(MODELS / name)
+        if not run.manifest_file.exists():
+            raise ConfigError(f"{run.folder} holds no trained model. Train it first: make train CONFIG={name}")
+        run._read()
+        status = run.manifest.get("status")
+        if status != "finished" or not run.final.is_dir():
+            raise ConfigError(
+                f"{run.folder} holds no finished run (its status is '{status}'). To finish it: make resume CONFIG={name}"
+            )
+        return run
+
+    def config(self) -> Config:
+        """The resolved config of the run."""
+        return load_config(self.folder / "config.yaml").config
+
+    def go_on_with(self, loaded: LoadedConfig, overrides: Sequence[str], say: Callable[[str], None]) -> None:
+        """Take over what was changed in the config (read with these overrides) since the run started, and say it.
+
+        Raises ConfigError when a key changed that keeps its value for the whole run: trainer/config/resume.py. Until
+        training begins, take_back undoes it.
+        """
+        started = load_config(self.folder / "config.yaml").config
+        changed = list(differences(started.model_dump(), loaded.config.model_dump()))
+        for path, old, new in changed:
+            if reason := why_refused(path, old, new):
+                raise ConfigError(
+                    f"{loaded.where(*path)}: '{'.'.join(path)}' was {old} when {self.folder} was started, and is {new} "
+                    f"now. A resume cannot change it: {reason}. Put it back, or copy the config under a new name"
+                )
+        changes = [{"key": ".".join(path), "from": old, "to": new} for path, old, new in changed]
+        for change in changes:
+            say(f"changed   {change['key']}: {change['from']} → {change['to']}")
+        files = (self.manifest_file, self.folder / "config.yaml")
+        self._before = {file: file.read_text(encoding="utf-8") for file in files if file.exists()}
+        self.manifest.pop("error", None)
+        self.manifest.setdefault("changes", []).extend(changes)
+        try:
+            self.update(status="starting", overrides=list(overrides))
+            write_atomically(self.folder / "config.yaml", render(loaded))
+        except OSError as error:
+            raise cannot_be_written(self.folder, error) from None
+
+    def take_back(self) -> bool:
+        """Make a run that a resume was refused for what it was. False when it has trained since, or is a new one."""
+        for file, text in self._before.items():
+            write_atomically(file, text)
+        return bool(self._before)
+
+    def changes_from(self, step: int) -> list[dict[str, Any]]:
+        """The changes of keys so far with the step after which each holds, when training goes on from this one.
+
+        One that an earlier resume made later in the run holds from here, too; from step 0 on the run is another.
+        """
+        changes = self.manifest.get("changes", []) if step else []
+        return [change | {"step": min(change.get("step", step), step)} for change in changes]
+
+    def is_empty(self) -> bool:
+        """Whether the run ended before its first step, so that a new one loses nothing."""
+        ended = self.manifest.get("status") in ("failed", "interrupted")
+        return ended and not self.final.exists() and not any(self.checkpoints.glob("checkpoint-*"))
+
+    def update(self, **values: Any) -> None:
+        """Set values in the manifest and write it; other readers see the old file or the new one, never half of one."""
+        if values.get("status") == "running":
+            self._before = {}
+        self.manifest.update(values, updated=_now())
+        if self.is_mine:
+            write_atomically(self.manifest_file, json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def cannot_be_written(folder: Path, error: OSError) -> ConfigError:
+    """The one line for a run folder that cannot be written, with the remedy where it belongs to somebody else."""
+    return ConfigError(f"{folder} cannot be written: {error.strerror}{_remedy(error)}")
+
+
+def differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """(path, old value, new value) of every leaf that differs between two configs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from differences(old.get(key), new.get(key), (*path, key))
+    elif old != new:
+        yield path, old, new
+
+
+def _remedy(error: OSError) -> str:
+    """What to do about a folder of someone else: in a container, to be that one."""
+    if not isinstance(error, PermissionError):
+        return ""
+    owner = MODELS.stat()
+    if "NORDSPARSE_COMMIT" in os.environ:
+        return f". {MODELS} belongs to {owner.st_uid}:{owner.st_gid}: set CONTAINER_USER={owner.st_uid}:{owner.st_gid}"
+    return f": sudo chown -R {os.getuid()}:{os.getgid()} {MODELS}"
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with '+changes' when files differ from it; in an image, that of the checkout it was built
+    from. None where neither is known."""
+    if built_from := os.environ.get("NORDSPARSE_COMMIT"):
+        return built_from if built_from != "unknown" else None
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        return f"{commit}+changes" if changed.strip() else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def lock_hash() -> str:
+    """SHA-256 of the requirement files that the packages here were installed from, as in the label of an image."""
+    kind = "cpu" if importlib.metadata.version("torch").endswith("+cpu") else "cuda"
+    files = [REQUIREMENTS / name for name in ("base.txt", f"torch-{kind}.txt")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def hash_of_model(folder: Path) -> str:
+    """The same for two folders that hold the same model, whatever their cards, evaluations and reports say."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder)
+        if inside.parts[0] not in ("eval", "report") and file.suffix in MODEL_FILES and file.is_file():
+            digest.update(str(inside).encode())
+            with file.open("rb") as data:
+                digest.update(hashlib.file_digest(data, "sha256").digest())
+    return digest.hexdigest()
+
+
+def duration(seconds: float) -> str:
+    """Seconds of the manifest in hours, minutes and seconds."""
+    if 0.05 <= seconds < 1:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,68 @@
+"""How far training and its evaluations have come."""
+
+import time
+from collections.abc import Callable
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from trainer.system.progress_bar import ProgressReport, in_columns
+
+
+class EvaluationProgress(TrainerCallback):
+    """How far the evaluation loss of a set has come."""
+
+    progress: ProgressReport | None = None
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs) -> None:
+        """One batch more."""
+        if self.progress is None:
+            self.progress = ProgressReport(
+                desc=in_columns("evaluating", "loss"), total=len(eval_dataloader), unit="batches"
+            )
+        self.progress.update()
+
+    def on_evaluate(self, *args, **kwargs) -> None:
+        """Called once for every set."""
+        if self.progress is not None:
+            self.progress.close()
+        self.progress = None
+
+
+class ProgressBar(ProgressCallback):
+    """The progress bar with the loss behind it; no printed dictionary per log line, no bar per evaluation."""
+
+    def on_prediction_step(self, *args, **kwargs) -> None:
+        """An evaluation has a bar of ours, if it takes long."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Show the loss."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
+
+
+class ProgressLines(TrainerCallback):
+    """A line now and then, where nobody sees a bar move: log files, containers, CI."""
+
+    SECONDS = 10.0
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Start the clock."""
+        self.start = self.last = time.perf_counter()
+        self.first_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """A line if the last one is long ago, or training is at its end."""
+        now = time.perf_counter()
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        if now - self.last < self.SECONDS and state.global_step < state.max_steps:
+            return
+        self.last = now
+        left = (now - self.start) / max(state.global_step - self.first_step, 1) * (state.max_steps - state.global_step)
+        self.say(
+            f"step {state.global_step:,} of {state.max_steps:,}, loss {float(logs['loss']):.3f}, {left:.0f} s left"
+        )

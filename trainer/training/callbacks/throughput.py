@@ -1,0 +1,81 @@
+"""Rows and tokens per second, and the seconds that steps took."""
+
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from trainer.system.distributed import total
+
+
+class Throughput:
+    """Rows and tokens that went through the model in all processes, padding with them, and the seconds it took: in the
+    current interval, and in all.
+
+    `restart` and `read` are called by every process at the same steps.
+    """
+
+    def __init__(self, static_routes: Collection[str] = (), clock: Callable[[], float] = time.perf_counter):
+        """static_routes: tasks whose texts do not go through the network, where padding costs nothing."""
+        self.static_routes, self.clock = static_routes, clock
+        self.total_rows = self.total_tokens = self.total_encoded = self.total_padding = 0
+        self.total_seconds = self.seconds = 0.0
+        self.since: float | None = None  # the clock stands still until `restart`
+        self.rows, self.positions, self.tokens, self.encoded = 0, 0, [], []
+
+    def restart(self) -> None:
+        """Count what was seen towards the totals, and start a new interval."""
+        self.settle()
+        self.since = self.clock()
+
+    def settle(self) -> None:
+        """Count what was seen towards the totals."""
+        rows, tokens, encoded, positions = self._seen()
+        self.total_rows += rows
+        self.total_tokens += tokens
+        self.total_encoded += encoded
+        self.total_padding += positions - encoded
+        self.rows, self.positions, self.tokens, self.encoded = 0, 0, [], []
+        self.total_seconds += self.elapsed()
+        self.seconds, self.since = 0.0, None if self.since is None else self.clock()
+
+    def elapsed(self) -> float:
+        """Seconds of the current interval."""
+        return self.seconds + (0.0 if self.since is None else self.clock() - self.since)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done in here, evaluating or saving, takes no time of the steps."""
+        was_running = self.since is not None
+        self.seconds, self.since = self.elapsed(), None
+        try:
+            yield
+        finally:
+            self.since = self.clock() if was_running else None
+
+    def _seen(self) -> tuple[int, int, int, int]:
+        tokens, encoded = (int(sum(counts)) for counts in (self.tokens, self.encoded))
+        return tuple(int(count) for count in total(self.rows, tokens, encoded, self.positions))
+
+    def add(self, features: list[dict[str, Any]]) -> None:
+        """The columns of one batch, with their attention masks [rows, length], or packed: with where each text begins."""
+        first = features[0]
+        self.rows += len(first["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in first else len(first["input_ids"])
+        for column in features:
+            # the sums stay on the device: reading them here would wait for the GPU at every step
+            positions = column["input_ids"].numel()
+            count = column["attention_mask"].sum() if "attention_mask" in column else positions
+            self.tokens.append(count)
+            if column.get("task") not in self.static_routes:
+                self.encoded.append(count)
+                self.positions += positions
+
+    def read(self) -> dict[str, float]:
+        """Rows (samples) and tokens per second of the current interval, and which share of the positions was padding."""
+        seconds = self.elapsed()
+        rows, tokens, encoded, positions = self._seen()
+        return {
+            "samples_per_second": rows / seconds,
+            "tokens_per_second": tokens / seconds,
+            "padding_share": 1 - encoded / max(positions, 1),
+        }

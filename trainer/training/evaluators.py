@@ -1,0 +1,146 @@
+"""What the model is measured with during training: searches in held-out passages, NanoBEIR when the hub is reachable."""
+
+import copy
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any
+
+from sentence_transformers import SparseEncoder
+from sentence_transformers.evaluation import SentenceEvaluator
+from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator, SparseNanoBEIREvaluator
+
+from trainer.config import Config
+from trainer.data.beir import SearchSet
+from trainer.data.texts import Reading
+from trainer.hub.download import why_unreachable
+from trainer.runs.choice import REPORTED, SCORE
+from trainer.system.distributed import processes
+from trainer.system.progress_bar import encoding, going_on, in_columns
+
+NANOBEIR = "lightonai/NanoBEIR-{}"
+
+# Our names for the library's metrics.
+METRICS = {
+    "ndcg@10": "ndcg@10",
+    "mrr@10": "mrr@10",
+    "recall@10": "recall@10",
+    "query_active_dims": "query_active_dims",
+    "document_active_dims": "corpus_active_dims",
+    "flops": "avg_flops",
+}
+
+
+class GradedSearch(SparseInformationRetrievalEvaluator):
+    """The library's evaluator with an nDCG that weighs grades, as trec_eval's does; the library's takes all for 1.
+
+    Its other metrics need a yes or no: passages of grade 1 and up are relevant. The queries that choose the checkpoint are
+    searched together with those that are reported, so passages are encoded once; all metrics but choosing_ndcg are of the
+    reported ones.
+    """
+
+    def __init__(self, found: SearchSet, batch_size: int):
+        parts = [found] if found.chooser is None or found.also_chooses else [found, found.chooser]
+        # two splits may give one id to two queries
+        self.grades = {
+            f"{n}/{query}": grades for n, part in enumerate(parts) for query, grades in part.relevant.items()
+        }
+        self.reported = len(found.queries)
+        super().__init__(
+            queries={f"{n}/{query}": text for n, part in enumerate(parts) for query, text in part.queries.items()},
+            corpus=found.corpus,
+            relevant_docs={query: set(grades) for query, grades in self.grades.items()},
+            name=found.name,
+            batch_size=batch_size,
+            ndcg_at_k=[10],
+            mrr_at_k=[10],
+            accuracy_at_k=[1],
+            precision_recall_at_k=[10],
+            map_at_k=[100],
+            write_csv=False,
+        )
+
+    def compute_metrics(self, queries_result_list: list[list[dict[str, Any]]]) -> dict[str, dict[int, float]]:
+        """The library's metrics, with our nDCG in the place of its own, and that of the queries that choose."""
+        size = self.reported
+        reported = copy.copy(self)
+        reported.queries, reported.queries_ids = self.queries[:size], self.queries_ids[:size]
+        metrics = super(GradedSearch, reported).compute_metrics(queries_result_list[:size])
+        for k in self.ndcg_at_k:
+            scores = [self._ndcg(*found, k) for found in zip(self.queries_ids, queries_result_list, strict=True)]
+            metrics["ndcg@k"][k] = fmean(scores[:size])
+            metrics.setdefault("choosing_ndcg@k", {})[k] = fmean(scores[size:] or scores)
+        return metrics
+
+    def _ndcg(self, query: str, hits: list[dict[str, Any]], k: int) -> float:
+        grades = self.grades[query]
+        ranked = sorted(hits, key=lambda hit: (-hit["score"], hit["corpus_id"]))  # equal scores as the library has them
+        gains = [grades.get(hit["corpus_id"], 0) for hit in ranked[:k]]
+        best = sorted(grades.values(), reverse=True)
+        return float(self.compute_dcg_at_k(gains, k) / self.compute_dcg_at_k(best, k))
+
+
+class SearchEvaluator(SentenceEvaluator):
+    """Runs several searches and averages their nDCG@10: of the queries that are reported, and of those that choose.
+
+    Not SequentialEvaluator: that one averages each evaluator's first metric, which is accuracy@1, and the metrics of two
+    languages of NanoBEIR have the same names.
+    """
+
+    def __init__(self, parts: dict[str, SentenceEvaluator]):
+        super().__init__()
+        self.parts = parts
+        self.primary_metric = SCORE
+
+    def __call__(
+        self, model: SparseEncoder, output_path: str | None = None, epoch: int = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """`<search>_<metric>` for every search and metric, REPORTED and SCORE."""
+        results: dict[str, float] = {}
+        choosing = []
+        for name, part in self.parts.items():
+            searches = getattr(part, "evaluators", [part])  # NanoBEIR's topics
+            texts = sum(len(search.queries) + len(search.corpus) for search in searches)
+            with encoding(model[0], in_columns("scoring", name), texts, share=processes()):
+                metrics = part(model, None, epoch, steps)
+            prefix = part.primary_metric.rpartition("_")[0]
+            for ours, theirs in METRICS.items():
+                key = f"{prefix}_{theirs}"
+                # sparsity is not a matter of the similarity function, so its names lack that part
+                results[f"{name}_{ours}"] = metrics[key if key in metrics else f"{prefix.rpartition('_')[0]}_{theirs}"]
+            choosing.append(metrics.get(f"{prefix}_choosing_ndcg@10", results[f"{name}_ndcg@10"]))
+        results[REPORTED] = fmean(results[f"{name}_ndcg@10"] for name in self.parts)
+        results[SCORE] = fmean(choosing)
+        return results
+
+
+def build_evaluator(config: Config, search: list[SearchSet], say: Callable[[str], None]) -> SearchEvaluator | None:
+    """One evaluator over every search; None where there is nothing to search."""
+    batch_size = config.training.per_device_eval_batch_size
+    parts: dict[str, SentenceEvaluator] = {found.name: GradedSearch(found, batch_size) for found in search}
+    wanted = config.evaluation.nanobeir_datasets
+    for language in config.evaluation.nanobeir_languages if wanted != [] else []:
+        repository = NANOBEIR.format(language)
+        reason = why_unreachable(repository)
+        if reason is None:
+            try:
+                with going_on(in_columns("reading", f"NanoBEIR ({language})")):
+                    nano = SparseNanoBEIREvaluator(
+                        dataset_names=wanted, dataset_id=repository, batch_size=batch_size, write_csv=False
+                    )
+                parts[f"NanoBEIR-{language}"] = nano
+                for line in _in_nfc(nano).lines():
+                    say(f"NanoBEIR ({language}): {line}")
+            except ValueError as error:  # what the library raises when a part cannot be downloaded
+                reason = str(error)
+        if reason is not None:
+            say(f"NanoBEIR ({language}) is left out: {reason}")
+    return SearchEvaluator(parts) if parts else None
+
+
+def _in_nfc(nano: SparseNanoBEIREvaluator) -> Reading:
+    """Put the texts that the library has loaded into the form of Unicode that training texts have; what is said of it."""
+    reading = Reading()
+    for part in nano.evaluators:
+        part.queries = [reading.compose(text) for text in part.queries]
+        part.corpus = [reading.compose(text) for text in part.corpus]
+    return reading

@@ -1,0 +1,106 @@
+"""How much memory a step takes, tried with three short texts before the first step."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from sentence_transformers import SparseEncoder
+from sentence_transformers.sparse_encoder.modules import Transformer
+from sentence_transformers.util import batch_to_device
+from torch import Tensor
+
+from trainer.config import Config
+from trainer.data.training_data import TrainingData
+from trainer.encoding.fuse import is_fused, transformers_of
+from trainer.models.build import vocabulary_of
+from trainer.system.device import memory_of
+from trainer.system.distributed import processes_here
+from trainer.system.progress_bar import going_on, in_columns
+
+# Copies of the [texts, length, vocabulary] logits alive at the peak of a stock SPLADE step: forward and backward of a
+# batch of 16 × 256 with a vocabulary of 50,000 took 3,249 MiB on a CPU, and one copy is 781 MiB.
+LOGIT_COPIES = 4
+# Copies of a [texts, vocabulary] tensor at the peak of the fused head's backward pass, when every word is active (with 1 in
+# 1,000 active it was 7): measured with 128 texts and a vocabulary of 50,000.
+VECTOR_COPIES = 24
+# The texts that are tried, as parts of the longest that training reads.
+TRIED = (1 / 16, 1 / 8, 1 / 4)
+# Bytes of a trained number: weight, gradient, and Adam's two moments, in float32.
+TRAINED, FROZEN = 16, 4
+
+
+def memory_lines(config: Config, data: TrainingData, model: SparseEncoder, device: str | None) -> Iterator[str]:
+    """Estimated memory of the weights, the head, and what the layers keep of the texts of one step.
+
+    device: where it must fit; None where training will be on another machine.
+    """
+    training = config.training
+    columns = max((3 if "negative" in rows.column_names else 2 for rows in data.train.values()), default=3)
+    if config.model.architecture == "inference-free-splade":
+        columns -= 1  # static queries cost nothing
+    texts = training.per_device_train_batch_size * columns
+    if config.loss.cached:
+        texts = min(texts, config.loss.mini_batch_size * columns)
+    precision = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+    weights = sum(p.numel() * (TRAINED if p.requires_grad else FROZEN) for p in model.parameters())
+    parts = {"weights and optimizer": weights}
+    if config.loss.type == "splade":
+        size = precision.itemsize if precision else 4
+        per_word = VECTOR_COPIES * 4 if is_fused(model) else LOGIT_COPIES * training.max_seq_length * size
+        parts["head"] = per_word * texts * vocabulary_of(model)
+    transformer = transformers_of(model)[0]
+    with going_on(in_columns("memory", "trying three texts")):
+        per_text, once = kept_per_text(transformer, training.max_seq_length, precision)
+    kept = texts * per_text + once
+    shape = transformer.model.config
+    layers = getattr(shape, "num_hidden_layers", None) or getattr(shape, "num_layers", 1)  # the second is NorBERT4's
+    width = transformer.get_embedding_dimension()
+    # one layer's at a time, and what goes into each of them
+    checkpointed = kept / layers + texts * training.max_seq_length * layers * width * 4
+    parts["activations"] = checkpointed if config.hardware.gradient_checkpointing else kept
+    sizes = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts.items())
+    less = " (torch_compile keeps less)" if training.torch_compile else ""
+    yield f"memory    at most about {sizes}{less}, for {texts} texts of {training.max_seq_length} tokens per step"
+    shares = processes_here() if device == "cpu" else 1
+    if device and shares * sum(parts.values()) > (here := memory_of(device)):
+        advice = "lower training.per_device_train_batch_size"
+        if not config.hardware.gradient_checkpointing:
+            advice += f", or set hardware.gradient_checkpointing=true (activations {checkpointed / 2**30:.1f} GiB)"
+        yield f"          there are {here / 2**30:.1f} GiB. If a batch of long texts does not fit, {advice}"
+
+
+def kept_per_text(transformer: Transformer, tokens: int, precision: torch.dtype | None) -> tuple[float, float]:
+    """Bytes that a text of so many tokens leaves in the network for the backward pass, and those that any batch does once.
+
+    Under autocast if precision says so. What a network keeps grows with the tokens, with the pairs of tokens, or not at all
+    (weights in another precision), so three lengths tell the rest.
+    """
+    lengths, sizes = [], []
+    for least, part in enumerate(TRIED, start=1):
+        features = transformer.preprocess([" ".join(["og"] * max(least, int(part * tokens)))])
+        lengths.append(features["input_ids"].numel())
+        sizes.append(_kept(transformer, features, precision))
+    quadratic, linear, constant = np.polyfit(lengths, sizes, 2)
+    return quadratic * tokens**2 + linear * tokens, max(0.0, constant)
+
+
+def _kept(transformer: Transformer, features: dict[str, Tensor], precision: torch.dtype | None) -> int:
+    device = transformer.model.device
+    weights = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
+    found: dict[int, torch.UntypedStorage] = {}  # held on to, so that no place is used twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found.setdefault(storage.data_ptr(), storage)
+        return tensor.detach()  # the tensor itself would hold on to its graph, and the graph to it
+
+    training = transformer.training
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    random = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    autocast = torch.autocast(device.type, precision, enabled=precision is not None)
+    try:
+        with random, hooks, autocast:
+            transformer.train()(batch_to_device(features, device))
+    finally:
+        transformer.train(training)
+    return sum(storage.nbytes() for place, storage in found.items() if place not in weights)
