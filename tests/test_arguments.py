@@ -1,4 +1,7 @@
+from types import SimpleNamespace
+
 import pytest
+from datasets import Dataset
 from sentence_transformers.sparse_encoder import SparseEncoderTrainingArguments
 
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
@@ -27,10 +30,13 @@ def built(tmp_path, bert, architecture, *overrides):
 
 def parameter_groups(config, model, loss, arguments):
     """Learning rate -> names of the parameters the optimizer trains at it."""
+    held_out = Dataset.from_dict({"anchor": ["a"], "positive": ["b"]})
     trainer = SparseTrainer(
-        model=model, args=arguments, loss=loss, data=None, config=config, throughput=None, stop=None, run_id="",
-        progress=None, chosen_by={},
-        eval_dataset=__import__("datasets").Dataset.from_dict({"anchor": ["a"], "positive": ["b"]}),
+        SimpleNamespace(
+            model=model, arguments=arguments, loss=loss, config=config, progress=None, evaluator=None,
+            best=SimpleNamespace(depends_on={}), data=SimpleNamespace(train=None, eval=held_out),
+        ),
+        run_id="", throughput=None, stop=None, regularizer_weights=None, callbacks=[],
     )  # fmt: skip
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = {}

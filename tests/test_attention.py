@@ -19,7 +19,7 @@ from trainer.data.batches import text_ids
 from trainer.data.tokens import TokenCollator, Tokeniser
 from trainer.encoding.fuse import fuse, is_fused
 from trainer.models import attention as module
-from trainer.models.attention import choose_attention, in_any_precision, plan_attention
+from trainer.models.attention import choose_attention, plan_attention, with_padded_attention
 from trainer.models.build import build_model, fetch_base_model, load_model, save_model
 from trainer.training.arguments import routes_of
 from trainer.training.callbacks.throughput import Throughput
@@ -184,7 +184,7 @@ def test_packed_texts_have_the_vectors_of_padded_ones(tmp_path, flash, write, fu
     choose_attention(model, config, "cuda")
     assert "cu_seq_lens_q" in model.preprocess(DOCUMENTS)
     assert torch.allclose(vectors(model), padded, atol=1e-5)
-    with in_any_precision(model):
+    with with_padded_attention(model):
         assert "attention_mask" in model.preprocess(DOCUMENTS)
         assert torch.equal(vectors(model), padded)
     assert "cu_seq_lens_q" in model.preprocess(DOCUMENTS)
@@ -349,7 +349,7 @@ def test_packed_features_are_those_of_the_library(tmp_path, flash, write, archit
         assert ("attention_mask" in ours) == (routes.get(role) == "query")
         columns.append(ours)
     throughput.add(columns)
-    throughput.settle()
+    throughput.add_to_totals()
     assert throughput.total_rows == 3
     assert throughput.total_encoded == tokens.lengths()[[2, 0, 3]].sum()
     assert throughput.total_padding == 0

@@ -56,7 +56,7 @@ def refusal(folder, *args, **kwargs):
 def trained(file):
     """What a training says."""
     loaded, lines = load_config(file), []
-    train(loaded, Run.create(loaded), say=lines.append)
+    train(loaded, Run.create(loaded), echo=lines.append)
     return "\n".join(lines)
 
 

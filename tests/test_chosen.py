@@ -11,8 +11,9 @@ from trainer.data.beir import SearchSet, read_search_set
 from trainer.data.choosing import choice_of, choice_words, divide, half_of, read_search_splits
 from trainer.data.training_data import TrainingData, load_data
 from trainer.runs.choice import choosers_of, hash_of, reported
+from trainer.training.best_checkpoint import BestCheckpoint, checkpoint_line, choices_of
 from trainer.training.evaluators import GradedSearch, SearchEvaluator
-from trainer.training.train import _which_checkpoint, choices_of, verdict
+from trainer.training.train import verdict
 
 
 def search_set(queries, split="dev", name="mine"):
@@ -125,8 +126,8 @@ def test_the_result_line_names_the_searches_whose_score_is_optimistic(tmp_path):
     config = config_of(tmp_path, tmp_path / "base", "splade")
     data = TrainingData({}, {}, {}, {}, search=[divide(search_set(FORTY)), divide(search_set(["a"], name="tiny"))])
     choices = choices_of(config, data, SearchEvaluator(dict.fromkeys(("mine", "tiny", "NanoBEIR-no"))))
-    assert _which_checkpoint(config, "eval_choosing_ndcg@10", choices) == (
-        "the checkpoint with the highest mean nDCG@10 over the queries that choose; those of tiny, NanoBEIR-no are "
+    assert checkpoint_line(config, BestCheckpoint("eval_choosing_ndcg@10", choices, {})) == (
+        "result    the checkpoint with the highest mean nDCG@10 over the queries that choose; those of tiny, NanoBEIR-no are "
         "reported too, so their score is optimistic"
     )
 

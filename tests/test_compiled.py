@@ -201,7 +201,7 @@ def test_a_training_compiles_the_lengths_of_its_batches_and_nothing_else(tiny, m
     counter, lines = CompileCounter(), []
     monkeypatch.setattr(trainer.training.train, "compile_networks", partial(compile_networks, backend=counter))
     loaded = load_config(tiny, ["training.torch_compile=true", "training.max_steps=4"])
-    trainer.training.train.train(loaded, Run.create(loaded), say=lines.append)
+    trainer.training.train.train(loaded, Run.create(loaded), echo=lines.append)
     (says,) = (line for line in lines if line.startswith("compile "))
     lengths = [int(length) for length in re.findall(r"\d+", says)]
     assert 1 <= counter.frame_count <= len(lengths)

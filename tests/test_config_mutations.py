@@ -14,8 +14,8 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from tests.test_plan import decisions_of
 from trainer.config import ConfigError, load_config, render
-from trainer.training.plan import plan
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHIPPED = sorted(CONFIGS.glob("training_config_*.yaml"))
@@ -159,7 +159,7 @@ def load_and_show(file):
 def check(loaded):
     """What `check` makes of it: the embedded data is read and its model built; what is on the hub is said to be there."""
     try:
-        return "planned" if list(plan(loaded)) else "nothing"
+        return "planned" if decisions_of(loaded) else "nothing"
     except ConfigError as error:
         # the key, or the line of a file that it names
         assert_one_line(

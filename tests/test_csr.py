@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -7,7 +9,9 @@ from tests.checkpoints import DOCUMENTS, write_dense
 from tests.conftest import run_trainer
 from tests.test_models import build, config_of, dense_vectors
 from tests.test_training import RUN, assert_same_weights
-from trainer.training.callbacks.autoencoder import AutoencoderCare, k_at
+from trainer.models.build import autoencoder_of
+from trainer.training.callbacks.active_dims_annealing import ActiveDimsAnnealing, k_at
+from trainer.training.callbacks.dead_dim_reviver import DeadDimReviver
 
 
 @pytest.fixture(scope="module")
@@ -23,23 +27,33 @@ def test_k_falls_by_equal_factors_and_then_stays(tmp_path, dense):
 
 
 @pytest.fixture
-def care(tmp_path, dense):
-    config = config_of(tmp_path, dense, "csr", "model.csr_k=4", "model.csr_k_start=16", "model.csr_revive_steps=2")
-    return AutoencoderCare(build(tmp_path, dense, "csr", "model.csr_k=4"), config)
+def config(tmp_path, dense):
+    return config_of(tmp_path, dense, "csr", "model.csr_k=4", "model.csr_k_start=16", "model.csr_revive_steps=2")
 
 
-def test_every_evaluation_and_checkpoint_has_the_final_k(care):
+@pytest.fixture
+def autoencoder(tmp_path, dense):
+    return autoencoder_of(build(tmp_path, dense, "csr", "model.csr_k=4"))
+
+
+@pytest.fixture
+def reviver(autoencoder, config):
+    return DeadDimReviver(autoencoder, SimpleNamespace(residuals=None), config)
+
+
+def test_every_evaluation_and_checkpoint_has_the_final_k(autoencoder, config):
+    annealing = ActiveDimsAnnealing(autoencoder, config)
     state = TrainerState(global_step=0, max_steps=80)
-    care.on_step_begin(None, state, None)
-    assert care.autoencoder.k == 16
+    annealing.on_step_begin(None, state, None)
+    assert autoencoder.k == 16
     state.global_step = 1
-    care.on_step_end(None, state, None)
-    assert care.autoencoder.k == 4
-    assert care.autoencoder.get_config_dict()["k"] == 4
+    annealing.on_step_end(None, state, None)
+    assert autoencoder.k == 4
+    assert autoencoder.get_config_dict()["k"] == 4
 
 
-def test_dead_dims_point_at_what_is_explained_worst_and_the_optimizer_forgets_them(care):
-    code = care.autoencoder
+def test_dead_dims_point_at_what_is_explained_worst_and_the_optimizer_forgets_them(reviver):
+    code = reviver.autoencoder
     optimizer = torch.optim.AdamW([code.encoder.weight, code.latent_bias])
     for parameter in (code.encoder.weight, code.latent_bias):
         parameter.grad = torch.ones_like(parameter)
@@ -48,14 +62,14 @@ def test_dead_dims_point_at_what_is_explained_worst_and_the_optimizer_forgets_th
     code.stats_last_nonzero[[3, 7, 9]] = code.dead_threshold + 1
     small, large = torch.zeros(32), torch.zeros(32)
     small[0], large[1] = 0.1, -2.0
-    care.see(torch.stack([small, large]))
-    care.revive(optimizer)
+    reviver.loss.residuals = torch.stack([small, large])
+    reviver.revive(optimizer)
     # two texts: the first two dead dims; the worst text first
     direction = torch.nn.functional.normalize(code.encoder.weight.detach(), dim=1)
     assert direction[3, 1] == -1
     assert direction[7, 0] == 1
-    assert care.dead().nonzero().tolist() == [[9]]
-    assert care.revived == 2
+    assert reviver.dead().nonzero().tolist() == [[9]]
+    assert reviver.revived == 2
     others = [row for row in range(64) if row not in (3, 7)]
     assert torch.equal(code.encoder.weight[others], before[others])
     for parameter in (code.encoder.weight, code.latent_bias):
@@ -64,8 +78,8 @@ def test_dead_dims_point_at_what_is_explained_worst_and_the_optimizer_forgets_th
         assert memory[others].abs().min() > 0
 
 
-def test_a_dim_that_never_fired_fires_after_it_was_revived(care):
-    code = care.autoencoder
+def test_a_dim_that_never_fired_fires_after_it_was_revived(reviver):
+    code = reviver.autoencoder
     texts = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         code.latent_bias[:32] = -1e3
@@ -77,13 +91,13 @@ def test_a_dim_that_never_fired_fires_after_it_was_revived(care):
 
     for _ in range(20):
         found = codes()
-    assert care.dead()[:32].all()
-    dead = int(care.dead().sum())
-    care.see(found["sentence_embedding_backbone"] - found["decoded_embedding_k"])
-    care.revive(torch.optim.AdamW(code.parameters()))
+    assert reviver.dead()[:32].all()
+    dead = int(reviver.dead().sum())
+    reviver.loss.residuals = (found["sentence_embedding_backbone"] - found["decoded_embedding_k"]).detach()
+    reviver.revive(torch.optim.AdamW(code.parameters()))
     active = (codes()["sentence_embedding"] > 0).any(0)
     assert active[:16].sum() > 8
-    assert int(care.dead().sum()) == dead - 16
+    assert int(reviver.dead().sum()) == dead - 16
 
 
 def test_a_code_cut_to_fewer_dims_is_the_code_of_that_k(tmp_path, dense):

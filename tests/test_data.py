@@ -72,7 +72,7 @@ def test_rows_without_a_negative_are_kept_as_pairs_beside_the_triplets(tmp_path)
     rows = [{"anchor": f"q{i}", "positive": f"d{i}", "negative": f"n{i}" if i % 5 < 2 else None} for i in range(20)]
     rows[7]["negative"] = "  "
     data = load(tmp_path, f"  mine: {{source: {write_lines(tmp_path / 'a.jsonl', rows)}, eval_rows: 0}}")
-    assert data.halves == {"mine": ["mine-triplets", "mine-pairs"]}
+    assert data.subsets == {"mine": ["mine-triplets", "mine-pairs"]}
     assert data.train["mine-triplets"].column_names == ["anchor", "positive", "negative"]
     assert data.train["mine-pairs"].column_names == ["anchor", "positive"]
     assert (len(data.train["mine-triplets"]), len(data.train["mine-pairs"])) == (8, 12)
@@ -321,7 +321,7 @@ def families(root, without=()):
 
 def test_the_three_families_become_anchor_positive_negative_and_nothing_else(tmp_path, copies):
     data = load(tmp_path, families(copies))
-    assert data.halves == {
+    assert data.subsets == {
         "nli": ["nli"],
         "scandi_qa": ["scandi_qa-triplets", "scandi_qa-pairs"],
         "ddsc": ["ddsc-triplets", "ddsc-pairs"],
@@ -347,7 +347,7 @@ def test_each_source_of_scandi_qa_has_its_own_switch_and_none_invents_rows(tmp_p
     }
     fewer = load(tmp_path, families(copies, without=("paws_x", "scandiqa")), "datasets.scandi_qa.eval_rows=0")
     assert fewer.summaries["scandi_qa"].rows == 10 + 5 + 10
-    assert fewer.halves["scandi_qa"] == ["scandi_qa"]
+    assert fewer.subsets["scandi_qa"] == ["scandi_qa"]
 
 
 def test_a_near_miss_that_is_not_used_is_left_out_for_its_own_reason(tmp_path, copies):

@@ -15,15 +15,15 @@ from datasets import Dataset
 
 from tests.conftest import ROOT, run_trainer
 from tests.soak.processes import CACHED, gone
+from tests.test_plan import lines_about
 from tests.test_training import assert_same_weights
-from trainer import cli
 from trainer.config import ConfigError, load_config
 from trainer.data.batches import NoDuplicateBatches, batch_sizes
 from trainer.data.training_data import load_data
 from trainer.runs.run import Run
 from trainer.system.device import choose_device
 from trainer.system.launch import exit_status
-from trainer.training.plan import data_lines, schedule_of
+from trainer.training import command
 from trainer.training.resume import check_same_batches
 
 QUICKSTART = ROOT / "trainer" / "data" / "quickstart"
@@ -158,16 +158,18 @@ def test_machines_without_a_meeting_point_are_one_line(tiny):
 
 
 def test_the_line_that_resumes_names_the_processes_too(monkeypatch):
-    from trainer.cli import _how_to_go_on
+    from trainer.training.command import command_that_resumes
 
-    assert _how_to_go_on("splade", None) == "make resume CONFIG=splade"
+    assert command_that_resumes("splade", None) == "make resume CONFIG=splade"
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setenv("NORDSPARSE_RENDEZVOUS", "gpu1:29500")
-    assert _how_to_go_on("splade", None) == "make resume CONFIG=splade PROCS=8 NODES=2 RENDEZVOUS=gpu1:29500"
-    assert _how_to_go_on("mine.yaml", "x").endswith("--name x --resume --processes 8 --nodes 2 --rendezvous gpu1:29500")
+    assert command_that_resumes("splade", None) == "make resume CONFIG=splade PROCS=8 NODES=2 RENDEZVOUS=gpu1:29500"
+    assert command_that_resumes("mine.yaml", "x").endswith(
+        "--name x --resume --processes 8 --nodes 2 --rendezvous gpu1:29500"
+    )
     monkeypatch.setenv("NORDSPARSE_NODES_HERE", "2")
-    assert _how_to_go_on("splade", None) == "make resume CONFIG=splade PROCS=8 NODES=2"
+    assert command_that_resumes("splade", None) == "make resume CONFIG=splade PROCS=8 NODES=2"
 
 
 def test_more_processes_than_gpus_are_one_line(tiny, monkeypatch):
@@ -196,11 +198,11 @@ def test_rows_that_cannot_be_shared_are_counted_apart_and_small_evaluation_sets_
     monkeypatch.setenv("WORLD_SIZE", "8")
     data = load_data(config)
     # 162 = 20 × 8 + 2; 66 triplets and 96 pairs = 8 × 8 + 2 and 12 × 8; the six triplets held out are fewer than eight
-    assert [data.rows_left_over(config, name) for name in data.halves] == [2, 2, 2]
-    assert [data.rows_without_a_batch(config, name) for name in data.halves] == [0, 0, 0]
+    assert [data.rows_left_over(config, name) for name in data.subsets] == [2, 2, 2]
+    assert [data.rows_without_a_batch(config, name) for name in data.subsets] == [0, 0, 0]
     assert set(data.eval) == {"quickstart_nli", "quickstart_scandi_qa", "quickstart_ddsc-pairs"}
     assert data.summaries["quickstart_ddsc"].left_out["held out in vain: too few to evaluate in 8 processes"] == 6
-    lines = "\n".join(data_lines(config, data, schedule_of(config, data)))
+    lines = "\n".join(lines_about(config, data))
     assert lines.count("2 rows sit out each pass: they cannot be shared equally by 8 processes") == 3
 
 
@@ -502,8 +504,8 @@ def test_the_watch_says_that_the_launcher_has_gone_even_if_another_process_is_lo
     slept = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("NORDSPARSE_LAUNCHER", str(os.getppid() + (launcher == "gone")))
-    monkeypatch.setattr(cli.time, "sleep", slept.append)
-    with pytest.raises(SystemExit), cli._one_of_several("make resume"):
+    monkeypatch.setattr(command.time, "sleep", slept.append)
+    with pytest.raises(SystemExit), command._together_with_others("make resume"):
         raise RuntimeError("Connection closed by peer")
     assert bool(slept) == (launcher == "gone")
     assert (

@@ -331,7 +331,7 @@ def test_help_is_quick_because_heavy_libraries_are_imported_inside_commands():
 @pytest.mark.parametrize(
     "quiet",
     [
-        "trainer.cli import set_up_libraries as quiet; quiet(False)",
+        "trainer.system.libraries import set_up_libraries as quiet; quiet(False)",
         "evaluate.cli import quiet_libraries as quiet; quiet()",
     ],
 )

@@ -21,7 +21,8 @@ from trainer.data.forward_passes import CPU_POSITIONS, ForwardPasses, forward_pa
 from trainer.data.tokens import PLACE, TokenCollator, Tokeniser
 from trainer.data.training_data import load_data
 from trainer.encoding.fuse import transformers_of
-from trainer.losses.build import SpladeLoss, build_loss, embed
+from trainer.losses.build import build_loss
+from trainer.losses.splade import SpladeLoss, embed
 from trainer.losses.statistics import BatchStatistics
 from trainer.models.attention import choose_attention
 from trainer.models.build import build_model, fetch_base_model
@@ -141,7 +142,7 @@ def test_loss_and_gradients_are_those_of_the_library_with_a_pass_for_each_column
         model.zero_grad()
         for _ in range(2):  # the penalty's second step has a slope
             parts = forward(loss, columns)
-            loss.document_regularizer.settle()
+            loss.document_regularizer.finish_step()
         sum(parts.values()).backward()
         found.append(
             (len(columns), parts, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
@@ -167,7 +168,7 @@ def test_the_padding_that_is_counted_is_what_the_network_computes(tmp_path, arch
     build_loss(config, model, BatchStatistics())(columns)
     throughput = Throughput({"query"} if architecture == "inference-free-splade" else ())
     throughput.add(columns)
-    throughput.settle()
+    throughput.add_to_totals()
     assert throughput.total_encoded + throughput.total_padding == sum(computed)
     assert padding([numbers], tokens.lengths(), tokens.passages, passes) == (throughput.total_encoded, sum(computed))
 

@@ -6,9 +6,9 @@ import random
 import pytest
 
 from tests.conftest import TINY
+from tests.test_plan import lines_about
 from trainer.config import load_config
 from trainer.data.training_data import load_data
-from trainer.training.plan import data_lines, schedule_of
 
 
 def load(folder, **sets):
@@ -24,7 +24,7 @@ def load_lines(folder, lines):
     (folder / "config.yaml").write_text(TINY.replace("  quickstart: {}", "\n".join(lines)))
     config = load_config(folder / "config.yaml").config
     data = load_data(config)
-    return data, "\n".join(data_lines(config, data, schedule_of(config, data)))
+    return data, "\n".join(lines_about(config, data))
 
 
 def texts(sets, name=""):

@@ -1,6 +1,7 @@
 """The map of the house: which room may import from which, lowest first."""
 
 import ast
+import re
 
 import pytest
 
@@ -100,3 +101,20 @@ def test_evaluate_imports_no_training_code():
     found = {room_of(imported) for _, imported in imports("evaluate") if imported.startswith("trainer.")}
     assert found
     assert found <= SHARED
+
+
+def test_only_those_that_build_know_the_names_of_the_architectures():
+    builders = {"trainer/models/build.py", "trainer/losses/build.py", "trainer/publish/card.py"}
+    asks = re.compile(r"(?<!self)\.architecture\b|\bloss\.type\b|\"inference-free-splade\"")
+    asking = {
+        str(file.relative_to(ROOT))
+        for package in ("trainer", "evaluate")
+        for file in (ROOT / package).rglob("*.py")
+        if asks.search(file.read_text())
+    }
+    named = {
+        "trainer/training/decisions.py",
+        "trainer/models/card.py",
+    }  # print or store the name, and ask nothing of it
+    assert builders <= asking
+    assert {file for file in asking if not file.startswith("trainer/config/")} <= builders | named

@@ -13,7 +13,7 @@ from tests.test_models import build_from, config_of
 from tests.test_plan import line_with, lines_of
 from tests.test_remote_code import PINNED
 from trainer.encoding.fuse import fuse, transformers_of
-from trainer.training.memory import kept_per_text
+from trainer.training.memory import activations_per_text
 
 PLAIN = {"bert": write_bert, "roberta": write_roberta}
 
@@ -40,14 +40,14 @@ def test_what_short_texts_keep_tells_what_long_ones_keep(tmp_path, family, preci
     model = build_from(config_of(tmp_path, base, "splade", *(() if family in PLAIN else PINNED)))
     fuse(model)
     seen = kept_bytes(model, 5, precision) - kept_bytes(model, 2, precision)
-    assert 3 * kept_per_text(transformers_of(model)[0], 32, precision)[0] == pytest.approx(seen, rel=0.01)
+    assert 3 * activations_per_text(transformers_of(model)[0], 32, precision)[0] == pytest.approx(seen, rel=0.01)
 
 
 def test_the_estimate_changes_neither_the_model_nor_the_random_numbers(tmp_path):
     model = build_from(config_of(tmp_path, write_bert(tmp_path / "base"), "splade"))
     transformer = transformers_of(model)[0].eval()
     before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
-    kept_per_text(transformer, 32, None)
+    activations_per_text(transformer, 32, None)
     assert not transformer.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -63,14 +63,14 @@ def graphs():
 def test_the_estimate_leaves_no_graph_behind(tmp_path):
     model = build_from(config_of(tmp_path, write_bert(tmp_path / "base"), "splade"))
     before = graphs()
-    kept_per_text(transformers_of(model)[0], 32, None)
+    activations_per_text(transformers_of(model)[0], 32, None)
     assert graphs() == before
 
 
 @pytest.mark.filterwarnings("error")
 def test_the_shortest_texts_can_be_tried(tmp_path):
     model = build_from(config_of(tmp_path, write_bert(tmp_path / "base"), "splade"))
-    assert kept_per_text(transformers_of(model)[0], 8, None)[0] > 0
+    assert activations_per_text(transformers_of(model)[0], 8, None)[0] > 0
 
 
 def parts_of(folder, *overrides):

@@ -7,6 +7,7 @@ import pytest
 
 from tests.checkpoints import write_dense
 from tests.conftest import TINY
+from tests.test_plan import lines_about
 from trainer.config import ConfigError, load_config
 from trainer.config.schema import MiningConfig
 from trainer.data.mining import fill_negatives, is_near_duplicate
@@ -15,7 +16,6 @@ from trainer.data.training_data import load_data
 from trainer.hub.cache import kept, kept_in_parts
 from trainer.hub.download import HubUnreachable
 from trainer.system.progress_bar import ProgressReport
-from trainer.training.plan import data_lines, schedule_of
 
 # The query's words are in all passages but the last; the second and third positives are near copies of the first.
 PASSAGES = [
@@ -193,7 +193,7 @@ def test_the_plan_and_the_manifest_say_what_was_mined(tiny):
     qa = data.summaries["quickstart_scandi_qa"]
     assert qa.mined["queries"] == 162 == qa.triplets + qa.pairs
     assert qa.triplets == qa.mined["rows_filled"] > 100
-    lines = list(data_lines(config, data, schedule_of(config, data)))
+    lines = lines_about(config, data)
     assert any(
         f"{qa.triplets} negatives mined by bm25 for {qa.mined['queries_filled']} of 162 queries" in line
         for line in lines

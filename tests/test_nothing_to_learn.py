@@ -7,11 +7,12 @@ import torch
 from sentence_transformers import util
 
 from tests.conftest import TINY, run_trainer
+from tests.test_plan import decisions_of
 from trainer.config import ConfigError, load_config
 from trainer.data.training_data import load_data
-from trainer.losses.build import RankingLoss
+from trainer.losses.ranking import RankingLoss
 from trainer.losses.statistics import BatchStatistics
-from trainer.training.plan import comparison_lines, plan
+from trainer.training.decisions import lonely_pairs_lines
 
 
 def config_of(folder, rows, *overrides, file="rows.jsonl", source="eval_rows: 0"):
@@ -63,7 +64,7 @@ def test_batches_are_said_to_teach_nothing_exactly_where_the_loss_is_0(tmp_path,
     data = load_data(config)
     said = sum(data.batches_of_one(half, config)[0] for half in data.train)
     assert said == losses(config).count(0.0)
-    warnings = [line for line in comparison_lines(config, data) if line.startswith("Warning: mine")]
+    warnings = [line for line in lonely_pairs_lines(config, data) if line.startswith("Warning: mine")]
     assert (said > 0) == bool(warnings)
 
 
@@ -81,7 +82,7 @@ def test_a_set_with_nothing_to_learn_from_is_refused_by_check_and_train(tmp_path
     loaded = config_of(tmp_path, rows, *overrides)
     assert set(losses(loaded.config)) == {0.0}
     with pytest.raises(ConfigError, match=f"nothing to learn from.*{advice}"):
-        list(plan(loaded))
+        decisions_of(loaded)
     if overrides:
         options = [part for override in overrides for part in ("--set", override)]
         result = run_trainer(tmp_path, "train", "mine.yaml", *options)
@@ -93,20 +94,20 @@ def test_a_set_with_nothing_to_learn_from_is_refused_by_check_and_train(tmp_path
 def test_pairs_of_several_processes_are_compared_together(tmp_path, monkeypatch):
     config = config_of(tmp_path, pairs(24), "training.per_device_train_batch_size=1").config
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert list(comparison_lines(config, load_data(config))) == []
+    assert list(lonely_pairs_lines(config, load_data(config))) == []
 
 
 def test_what_a_csr_model_learns_from_single_pairs_is_reconstruction_alone_so_it_is_a_warning(tmp_path):
     overrides = ["model.architecture=csr", "loss.type=csr", "loss.document_regularizer_weight=null"]
     overrides += ["training.per_device_train_batch_size=1", "training.query_learning_rate=null"]
     config = config_of(tmp_path, pairs(8), *overrides).config
-    assert ["8 of 8 batches (100.0%)" in line for line in comparison_lines(config, load_data(config))] == [True]
+    assert ["8 of 8 batches (100.0%)" in line for line in lonely_pairs_lines(config, load_data(config))] == [True]
     config = config.model_copy(update={"loss": config.loss.model_copy(update={"gamma": 0.0})})
-    assert list(comparison_lines(config, load_data(config))) == []
+    assert list(lonely_pairs_lines(config, load_data(config))) == []
 
 
 def test_held_out_pairs_that_are_alone_are_said_to_have_no_evaluation_loss(tmp_path):
     config = config_of(tmp_path, pairs(40), "training.per_device_eval_batch_size=1", source="eval_rows: 4").config
-    lines = list(comparison_lines(config, load_data(config)))
+    lines = list(lonely_pairs_lines(config, load_data(config)))
     assert len(lines) == 1
     assert "the evaluation loss is 0 in 4 of 4 batches" in lines[0]

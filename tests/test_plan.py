@@ -9,12 +9,28 @@ from tests.test_models import config_of
 from trainer.config import load_config
 from trainer.data.training_data import load_data
 from trainer.runs.run import Run
-from trainer.training.plan import plan, schedule_of
+from trainer.training.decisions import data_lines, steps_line
+from trainer.training.prepare import Decisions, check
+from trainer.training.progress import Progress
 from trainer.training.train import train
 
 
+def decisions_of(loaded):
+    """What `make check` prints."""
+    decisions = Decisions(lambda line: None)
+    check(loaded, decisions)
+    return decisions.lines
+
+
 def lines_of(file, *overrides):
-    return list(plan(load_config(file, overrides)))
+    return decisions_of(load_config(file, overrides))
+
+
+def lines_about(config, data):
+    """What is said of the rows and of the steps."""
+    progress = Progress(config, data)
+    progress.plan()
+    return [*data_lines(config, data), steps_line(config, progress)]
 
 
 def line_with(lines, word):
@@ -96,16 +112,16 @@ def test_a_local_base_model_is_described_even_when_the_data_needs_the_hub(tmp_pa
 )
 def test_steps_are_those_the_trainer_takes(tiny, overrides, steps, epochs):
     config = load_config(tiny, overrides).config
-    schedule = schedule_of(config, load_data(config))
-    assert schedule.steps == steps
-    assert schedule.epochs == pytest.approx(epochs)
+    progress = Progress(config, load_data(config))
+    assert progress.steps == steps
+    assert progress.epochs == pytest.approx(epochs)
 
 
 @pytest.mark.slow
 def test_the_padding_said_before_training_is_what_an_epoch_has(tiny):
     options = ("training.max_steps=-1", "training.eval_steps=100", "training.save_steps=100")
     loaded, lines = load_config(tiny, options), []
-    train(loaded, Run.create(loaded), say=lines.append)
+    train(loaded, Run.create(loaded), echo=lines.append)
     manifest = json.loads((tiny.parent / "models/tiny/run.json").read_text())
     planned = re.search(r"padding   (\d+)% of the positions .*; (\d+)% if rows of any length", "\n".join(lines))
     share, at_random = map(int, planned.groups())
@@ -135,6 +151,6 @@ def test_the_planned_steps_are_taken_and_every_row_is_seen_in_an_epoch(tmp_path,
 
 
 def test_the_plan_for_a_gpu_is_that_of_a_gpu_on_a_machine_without_one_too(tiny):
-    lines = list(plan(load_config(tiny, ["hardware.device=cuda", "training.bf16=true"])))
+    lines = lines_of(tiny, "hardware.device=cuda", "training.bf16=true")
     assert any(line.startswith("attention varlen, texts packed without padding, if") for line in lines)
     assert "padding   none: texts are packed (model.attention), so datasets.length_window has no effect" in lines

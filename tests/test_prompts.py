@@ -171,7 +171,7 @@ def test_token_ids_are_those_of_texts_with_the_prompt_written_in_front(tmp_path,
 
 
 def test_idf_is_counted_on_documents_as_the_model_reads_them(tmp_path, bert):
-    settings = ["loss.penalty=idf-flops", "loss.query_regularizer_weight=null"]
+    settings = ["loss.regularizer=idf-flops", "loss.query_regularizer_weight=null"]
     config = config_of(tmp_path, bert, "inference-free-splade", *settings)
     plain = build_model(config, fetch_base_model(config), QUERIES, BEFORE["document"], "cpu")
     expected = document_idf(config, plain, BEFORE["document"])
@@ -209,7 +209,7 @@ def test_a_run_with_prompts_is_the_run_whose_texts_have_them_written_in_front(tm
                   f"evaluation.search=[{name}/search]", "datasets.quickstart.enabled=false",
                   f"datasets.own.source={name}/rows.jsonl", *overrides)  # fmt: skip
         run = Run.create(load_config(tmp_path / "config.yaml"), name)
-        train(load_config(tmp_path / "config.yaml"), run, say=said.append if name == "prompts" else lambda line: None)
+        train(load_config(tmp_path / "config.yaml"), run, echo=said.append if name == "prompts" else lambda line: None)
         weights[name] = [file.read_bytes() for file in sorted(run.final.rglob("*.safetensors"))]
         scores[name] = run.manifest["before"], run.manifest["after"]
     assert weights["prompts"] == weights["written"] != weights["without"]
@@ -221,7 +221,7 @@ def test_a_run_with_prompts_is_the_run_whose_texts_have_them_written_in_front(tm
 # ------------------------------------------------------------------------------------------- other models' own
 def test_a_dense_teacher_reads_its_own_prompts_and_is_known_by_them(tmp_path, dense, monkeypatch):
     from trainer.config.schema import ModelConfig, PromptsConfig, TeacherConfig
-    from trainer.losses.teachers import teach
+    from trainer.losses.teachers import add_teacher_scores
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf"))
     teacher = TeacherConfig(model=str(dense), kind="dense")
@@ -231,7 +231,7 @@ def test_a_dense_teacher_reads_its_own_prompts_and_is_known_by_them(tmp_path, de
 
     def scores(base=None):
         rows = DatasetDict({"a": Dataset.from_dict({"anchor": QUERIES, "positive": DOCUMENTS, "negative": DOCUMENTS})})
-        found = teach(rows, teacher, "cpu", lambda line: None, base)
+        found = add_teacher_scores(rows, teacher, "cpu", lambda line: None, base)
         return np.array(rows["a"]["label"])[:, 0], found["pairs_scored"]
 
     without, _ = scores()

@@ -27,9 +27,9 @@ from tests.standins import COMMIT, SHAPES, code_of, write_dense_norbert, write_n
 from tests.test_models import build_from, config_of, dense_vectors
 from tests.test_training import assert_same_weights, manifest
 from trainer.config import ConfigError, load_config
-from trainer.losses.dims_controller import STATE
 from trainer.models.build import fetch_base_model, load_model, save_model
 from trainer.runs.run import Run
+from trainer.training.callbacks.regularizer_weights import STATE
 from trainer.training.progress import FILE as PROGRESS
 from trainer.training.train import train
 from trainer.training.trainer import SparseTrainer
@@ -148,7 +148,7 @@ def test_checkpoints_and_final_models_of_every_architecture_give_the_trained_vec
         shutil.copyfile(tmp_path / "config.yaml", tmp_path / f"{architecture}.yaml")
         loaded = load_config(tmp_path / f"{architecture}.yaml")
         run = Run.create(loaded)
-        train(loaded, run, say=lambda line: None)
+        train(loaded, run, echo=lambda line: None)
         assert run.manifest["status"] == "finished"
         code = run.manifest["base_model"]["code"]
         assert list(code) == [name for name in code_of(shape) if name.startswith("modeling")]

@@ -38,10 +38,10 @@ from trainer.publish.card import changes_on_the_way
 from trainer.runs.checkpoints import seal
 from trainer.runs.run import Run
 from trainer.training.arguments import build_arguments
-from trainer.training.callbacks.autoencoder import AutoencoderCare
+from trainer.training.callbacks.active_dims_annealing import ActiveDimsAnnealing
+from trainer.training.callbacks.dead_dim_reviver import DeadDimReviver
 from trainer.training.callbacks.tensorboard_log import TensorBoardLog
 from trainer.training.evaluators import build_evaluator
-from trainer.training.plan import schedule_of
 from trainer.training.progress import Progress
 from trainer.training.train import train
 from trainer.training.trainer import SparseTrainer
@@ -87,7 +87,7 @@ def going_on(tmp_path, monkeypatch, path, old, new):
         dumps = SimpleNamespace(model_dump=lambda mode="python": value)
         return LoadedConfig("tiny", tmp_path / "tiny.yaml", dumps, {path: Origin("tiny.yaml", 7)})
 
-    monkeypatch.setattr("trainer.config.load.load_config", lambda file: loaded(old))
+    monkeypatch.setattr("trainer.runs.run.load_config", lambda file: loaded(old))
     run, said = Run(tmp_path / "tiny"), []
     run.folder.mkdir(exist_ok=True)
     run.go_on_with(loaded(new), [], said.append)
@@ -181,7 +181,7 @@ def resume(folder, *overrides, patches=()):
         loaded = load_config(folder / "tiny.yaml", overrides)
         run = Run.open(loaded)
         run.go_on_with(loaded, overrides, said.append)
-        train(loaded, run, resume=True, say=said.append)
+        train(loaded, run, resume=True, echo=said.append)
     return SimpleNamespace(
         trainer=made[0], config=loaded.config, said=said, manifest=run.manifest, run=run, folder=folder
     )
@@ -205,7 +205,7 @@ def resumed(trained_once, tmp_path_factory):
     (four / "qrels.dev.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"{n}\t{n}\t1\n" for n in range(4)))
     asked = []
 
-    def teach(train_sets, teacher, *_):
+    def add_teacher_scores(train_sets, teacher, *_):
         asked.append(teacher)
         for name, rows in train_sets.items():
             if "negative" in rows.column_names:
@@ -221,7 +221,8 @@ def resumed(trained_once, tmp_path_factory):
         return "as the test says"
 
     patches = [
-        (f"trainer.training.train.{found.__name__}", found) for found in (teach, choose_device, compile_networks)
+        (f"trainer.training.prepare.{found.__name__}", found)
+        for found in (add_teacher_scores, choose_device, compile_networks)
     ]
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
@@ -286,24 +287,22 @@ BASE = Config.model_validate(
 )
 
 
-def care_of(**keys):
-    """What watches over a code of 4 dims, started at 16 over all of 10 steps."""
+def csr_config(**keys):
+    """A code of 4 dims, started at 16 over all of 10 steps."""
     model = {"csr_k": 4, "csr_k_start": 16, "csr_k_share": 1.0, "csr_revive_steps": 3} | keys
-    return AutoencoderCare(
-        nn.Sequential(SparseAutoEncoder(8, 64, 4, 8)), SimpleNamespace(model=SimpleNamespace(**model))
-    )
+    return SimpleNamespace(model=SimpleNamespace(**model))
 
 
 def k_at_step_5(**keys):
-    care = care_of(**keys)
-    care.on_step_begin(None, SimpleNamespace(global_step=5, max_steps=10), None)
-    return care.autoencoder.k
+    annealing = ActiveDimsAnnealing(SparseAutoEncoder(8, 64, 4, 8), csr_config(**keys))
+    annealing.on_step_begin(None, SimpleNamespace(global_step=5, max_steps=10), None)
+    return annealing.autoencoder.k
 
 
 def revives_at(step, **keys):
-    care, revived = care_of(**keys), []
-    care.revive = revived.append
-    care.on_step_end(None, SimpleNamespace(global_step=step, max_steps=100), None, optimizer="optimizer")
+    reviver, revived = DeadDimReviver(SparseAutoEncoder(8, 64, 4, 8), None, csr_config(**keys)), []
+    reviver.revive = revived.append
+    reviver.on_step_end(None, SimpleNamespace(global_step=step, max_steps=100), None, optimizer="optimizer")
     return bool(revived)
 
 
@@ -318,7 +317,7 @@ def weight_with_target(target):
 
 def csr_loss(**keys):
     loss = {"scale": None, "teacher": None, "beta": 0.1, "gamma": 1.0} | keys
-    return build_csr_loss(SimpleNamespace(loss=SimpleNamespace(**loss)), nn.Linear(1, 1), BatchStatistics())
+    return build_csr_loss(SimpleNamespace(loss=SimpleNamespace(**loss)), nn.Linear(1, 1), BatchStatistics(), None)
 
 
 def searches_with(**keys):
@@ -362,7 +361,7 @@ def ends_with(folder, step):
 def steps_of(folder, **training):
     """Steps of a run with these keys of the section training."""
     config = load_config(folder / "tiny.yaml", [f"training.{key}={value}" for key, value in training.items()]).config
-    return schedule_of(config, load_data(config)).steps
+    return Progress(config, load_data(config)).steps
 
 
 def teacher_key(key, value):
@@ -524,7 +523,7 @@ def test_the_best_checkpoint_of_a_copied_run_is_its_own(at_four):
 def test_how_often_a_run_is_evaluated_does_not_change_what_it_learns(trained):
     options = ("training.eval_steps=3", "training.save_steps=3", "training.max_steps=6")
     loaded = load_config(trained / "tiny.yaml", options)
-    train(loaded, Run.create(loaded, "other"), say=lambda line: None)
+    train(loaded, Run.create(loaded, "other"), echo=lambda line: None)
     for part in ("document_0_Transformer", "query_0_SparseStaticEmbedding"):
         one, other = (load_file(trained / name / "checkpoints/checkpoint-6" / part / "model.safetensors")
                       for name in (RUN, "models/other"))  # fmt: skip
@@ -571,8 +570,8 @@ def test_a_run_goes_on_without_fp16_although_its_checkpoint_scales_gradients(tmp
 # ---------------------------------------------------------------------------------- rows, whatever the batches
 def order_of(config, data, epochs=4):
     """The rows of every batch of the first epochs, as (half, row numbers), from the order that training goes through."""
-    samplers = [data.batches(half, config) for halves in data.halves.values() for half in halves]
-    halves = [half for each in data.halves.values() for half in each]
+    samplers = [data.batches(half, config) for halves in data.subsets.values() for half in halves]
+    halves = [half for each in data.subsets.values() for half in each]
     parts = [Dataset.from_dict({"x": range(len(data.train[half]))}) for half in halves]
     order = MixedBatches(ConcatDataset(parts), samplers, data.mixture(config))
     ends = np.cumsum([len(part) for part in parts])
@@ -594,7 +593,7 @@ def progress_of(tiny, *overrides):
 def totals(data, parts):
     """(drawn, seen) by set of these (half, rows)."""
     found = {}
-    for name, halves in data.halves.items():
+    for name, halves in data.subsets.items():
         rows = [(half, row) for half, batch in parts for row in batch if half in halves]
         found[name] = (len(rows), len(set(rows)))
     return found

@@ -19,7 +19,7 @@ from trainer.config.schema import TeacherConfig
 from trainer.hub.download import HubUnreachable
 from trainer.losses.build import build_loss
 from trainer.losses.statistics import BatchStatistics
-from trainer.losses.teachers import ScoreStore, fetch_teacher, teach
+from trainer.losses.teachers import ScoreStore, add_teacher_scores, fetch_teacher
 from trainer.models.scratch import train_tokenizer
 
 
@@ -58,7 +58,7 @@ def teacher_of(folder, kind="cross-encoder", **settings):
 
 def taught(teacher, data=None, said=None):
     data = data or rows()
-    return data, teach(data, teacher, "cpu", (said if said is not None else []).append)
+    return data, add_teacher_scores(data, teacher, "cpu", (said if said is not None else []).append)
 
 
 # ------------------------------------------------------------------------------------------- scores

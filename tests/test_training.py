@@ -136,7 +136,7 @@ def test_a_run_keeps_every_text_it_was_trained_on_once_per_data_set(trained):
     rows = pq.read_table(trained / RUN / "training_texts.parquet").to_pylist()
     data = load_data(load_config(trained / "tiny.yaml").config)
     assert {row["text"] for row in rows} == set(data.texts("anchor", "positive", "negative"))
-    assert {row["dataset"] for row in rows} == set(data.halves)
+    assert {row["dataset"] for row in rows} == set(data.subsets)
     assert len({(row["dataset"], row["text"]) for row in rows}) == len(rows)
 
 
@@ -276,7 +276,7 @@ def test_cached_loss_gives_the_loss_curve_of_the_plain_one(tmp_path, monkeypatch
     # no dropout: its draws differ between one forward pass and several
     for name, *overrides in (["plain"], ["cached", "loss.cached=true", "loss.mini_batch_size=3"]):
         loaded = load_config(tmp_path / "tiny.yaml", ["model.from_scratch.dropout=0.0", *overrides])
-        train(loaded, Run.create(loaded, name), say=lambda line: None)
+        train(loaded, Run.create(loaded, name), echo=lambda line: None)
         events = EventAccumulator(str(tmp_path / f"models/{name}/logs"))
         events.Reload()
         curves.append([event.value for event in events.Scalars("loss/total")])
@@ -481,7 +481,7 @@ def test_neither_evaluating_nor_saving_takes_time_of_the_steps(tiny, monkeypatch
     monkeypatch.setattr(loop, "seal", slow(loop.seal))
     loaded = load_config(tiny, ("training.max_steps=2", "training.eval_steps=1", "training.save_steps=1"))
     start = time.perf_counter()
-    train(loaded, Run.create(loaded), say=lambda line: None)
+    train(loaded, Run.create(loaded), echo=lambda line: None)
     seconds, found = time.perf_counter() - start, manifest(tiny.parent)
     assert len(slept) == 4 + 2  # scored before, twice between, and after; two checkpoints
     assert 0 < found["train_seconds"] < found["total_seconds"] - sum(slept)

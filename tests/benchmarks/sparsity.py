@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from trainer.data.beir import read_search_set
-from trainer.losses.regularizers import Penalty, flops
+from trainer.losses.regularizers import Regularizer, flops
 
 CONFIG = Path(__file__).with_name("target.yaml")
 SETS = ("norquad", "swequad")
@@ -80,8 +80,8 @@ def pressure(penalty: nn.Module, vectors: Tensor, rows: int) -> float:
         scale = torch.ones((), requires_grad=True)
         batch = vectors[torch.randint(len(vectors), (rows,), generator=random)]
         penalty.compute_loss_from_embeddings(scale * batch).backward()
-        if isinstance(penalty, Penalty):
-            penalty.settle()
+        if isinstance(penalty, Regularizer):
+            penalty.finish_step()
         if draw >= 50:  # the running mean starts at 0
             slopes.append(scale.grad.item())
     return sum(slopes) / len(slopes) / (2 * vectors.mean(0).square().sum().item())
@@ -130,7 +130,7 @@ def print_weight(options: argparse.Namespace) -> None:
     print(f"the largest is {max(found) / min(found) - 1:.1%} above the smallest")
     vectors, any_model = vectors_of(run, options.data, "train"), nn.Identity().train()
     for rows in sorted({cut[0] for cut in CUTS}):
-        ours, stock = (pressure(kind, vectors, rows) for kind in (Penalty(any_model, flops), FlopsLoss(any_model)))
+        ours, stock = (pressure(kind, vectors, rows) for kind in (Regularizer(any_model, flops), FlopsLoss(any_model)))
         print(
             f"FLOPS in batches of {rows:>2} presses {ours:.3f} times as hard as of all at once, the library's {stock:.3f}"
         )

@@ -9,7 +9,7 @@ from trainer.config.tree import Path_
 
 Finding = tuple[Path_, str]
 
-# Keys of the loss that csr has no use for; `penalty` has a default, so it is not among them.
+# Keys of the loss that csr has no use for; `regularizer` has a default, so it is not among them.
 SPLADE_KEYS = (
     "document_regularizer_weight",
     "query_regularizer_weight",
@@ -246,10 +246,11 @@ def _loss(config: Config) -> Iterator[Finding]:
         return
     for route in ("document", "query"):
         yield from _weight_or_target(config, route)
-    if loss.penalty == "idf-flops" and architecture != "inference-free-splade":
+    if loss.regularizer == "idf-flops" and architecture != "inference-free-splade":
         yield (
-            ("loss", "penalty"),
-            f"'loss.penalty' idf-flops is for inference-free-splade, where queries weigh words by IDF, not {architecture}",
+            ("loss", "regularizer"),
+            "'loss.regularizer' idf-flops is for inference-free-splade, where queries weigh words by IDF, "
+            f"not {architecture}",
         )
     cap, target = loss.document_dims_cap, loss.target_document_dims
     if cap and target and cap >= target:

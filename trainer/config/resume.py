@@ -46,7 +46,7 @@ PACKING = Refused("whether texts are packed decides which rows share a batch")
 ROWS = Refused("the rows that this run trains on and holds out follow from it")
 ORDER = Refused("the order in which this run draws its rows follows from it")
 RANDOM = Refused("which rows are held out, and the order of all others, follow from it")
-UNIT = Refused("the weight of a penalty means another one under another penalty")
+UNIT = Refused("the weight of one regularizer means nothing to another")
 CONTROLLER = Refused("the checkpoint holds a weight that was found for a target, or none", only_null=True)
 GROUPS = Refused(
     "the optimizer's state in the checkpoint is in groups of one rate each, and this is one more or one less",
@@ -130,7 +130,7 @@ RULES: dict[type[BaseModel], dict[str, Refused | None]] = {
         "query_regularizer_weight": APPLIED,
         "target_document_dims": CONTROLLER,
         "target_query_dims": CONTROLLER,
-        "penalty": UNIT,
+        "regularizer": UNIT,
         "document_dims_cap": APPLIED,
         "teacher": APPLIED,
         "scale": APPLIED,

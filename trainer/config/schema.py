@@ -134,6 +134,11 @@ class ModelConfig(Section):
     """Size of the model that `base_model: from-scratch` builds."""
 
     @property
+    def has_static_queries(self) -> bool:
+        """Whether queries are looked up in a table of weights, without a network."""
+        return self.architecture == "inference-free-splade"
+
+    @property
     def packs_texts(self) -> bool:
         """Whether texts are read one after the other, without padding."""
         return self.attention in PACKED_ATTENTION
@@ -224,7 +229,7 @@ class LossConfig(Section):
     type: Literal["splade", "csr"]
     """splade for both SPLADE architectures, csr for csr."""
     document_regularizer_weight: Weight | None = None
-    """SPLADE: weight of the penalty on documents. Larger is sparser. Or say the sparsity: target_document_dims."""
+    """SPLADE: weight of the regularizer on documents. Larger is sparser. Or say the sparsity: target_document_dims."""
     query_regularizer_weight: Weight | None = None
     """SPLADE: the same on queries; more than 0 for `splade`, usually 0 for `inference-free-splade`."""
     target_document_dims: Positive | None = None
@@ -232,7 +237,7 @@ class LossConfig(Section):
     document_regularizer_weight."""
     target_query_dims: Positive | None = None
     """splade: the same for queries, instead of query_regularizer_weight."""
-    penalty: Literal["flops", "l1", "idf-flops"] = "flops"
+    regularizer: Literal["flops", "l1", "idf-flops"] = "flops"
     """SPLADE: what the weight multiplies. flops: Σ m² of the mean activation (arXiv 2004.05665); l1: Σ m; idf-flops:
     FLOPS where common words cost more, for inference-free-splade (arXiv 2411.04403)."""
     document_dims_cap: Positive | None = None
@@ -250,6 +255,16 @@ class LossConfig(Section):
     """csr: weight of the auxiliary reconstruction loss."""
     gamma: Weight = 1.0
     """csr: weight of the contrastive loss."""
+
+    @property
+    def has_regularizers(self) -> bool:
+        """Whether regularizers keep the vectors sparse; CSR keeps csr_k dims instead."""
+        return self.type == "splade"
+
+    @property
+    def is_contrastive(self) -> bool:
+        """Whether queries are compared with the passages of other rows."""
+        return self.has_regularizers or self.gamma > 0
 
 
 class MiningConfig(Section):

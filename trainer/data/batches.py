@@ -221,7 +221,7 @@ class _Repair:
 class Mixture:
     """In which order the batches of several data sets are drawn.
 
-    `groups` holds, per data set, the numbers of batches of its halves (triplets and pairs): halves share their set's
+    `groups` holds, per data set, the numbers of batches of its subsets (triplets and pairs): subsets share their set's
     turns in proportion to their size. Batch k of a set belongs to its pass k // size, so a set smaller than the epoch is
     shuffled anew for every pass, and a larger one goes on in the next epoch where it stopped.
     """
@@ -229,7 +229,7 @@ class Mixture:
     def __init__(self, groups: Sequence[Sequence[int]], strategy: str, epoch_rule: str, seed: int):
         self.groups, self.strategy, self.seed = [list(group) for group in groups], strategy, seed
         self.sizes = [sum(group) for group in self.groups]
-        self.turns = min(self.sizes) if epoch_rule == "smallest" else max(self.sizes)
+        self.turns = (min if epoch_rule == "smallest" else max)(self.sizes, default=0)
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -237,7 +237,7 @@ class Mixture:
         return sum(self.sizes) if self.strategy == "proportional" else self.turns * len(self.groups)
 
     def draws(self, epoch: int, first: int = 0) -> Iterator[tuple[int, int, int, int]]:
-        """(group, half, pass, batch within the pass) of each batch of an epoch, from number `first` on."""
+        """(group, subset, pass, batch within the pass) of each batch of an epoch, from number `first` on."""
         if self.strategy == "proportional":
             order = np.repeat(np.arange(len(self.groups)), self.sizes)
             np.random.default_rng([self.seed, epoch]).shuffle(order)
@@ -259,21 +259,21 @@ class Mixture:
             first += len(self) - place
 
     def _locate(self, group: int, number: int) -> tuple[int, int, int]:
-        """(half, pass, batch within the half's pass) of batch `number` of a group."""
+        """(subset, pass, batch within the subset's pass) of batch `number` of a group."""
         pass_number, place = divmod(number, self.sizes[group])
         if (group, pass_number) not in self._orders:
             self._orders = {key: order for key, order in self._orders.items() if key[0] != group}
-            halves = np.repeat(np.arange(len(self.groups[group])), self.groups[group])
-            np.random.default_rng([self.seed, group, pass_number]).shuffle(halves)
-            within = np.zeros(len(halves), dtype=int)
-            for half in range(len(self.groups[group])):
-                within[halves == half] = np.arange((halves == half).sum())
-            self._orders[group, pass_number] = np.stack([halves, within], axis=1)
-        half, batch = self._orders[group, pass_number][place].tolist()
-        return half, pass_number, batch
+            subsets = np.repeat(np.arange(len(self.groups[group])), self.groups[group])
+            np.random.default_rng([self.seed, group, pass_number]).shuffle(subsets)
+            within = np.zeros(len(subsets), dtype=int)
+            for subset in range(len(self.groups[group])):
+                within[subsets == subset] = np.arange((subsets == subset).sum())
+            self._orders[group, pass_number] = np.stack([subsets, within], axis=1)
+        subset, batch = self._orders[group, pass_number][place].tolist()
+        return subset, pass_number, batch
 
     def drawn(self, batches: int) -> list[Counter]:
-        """Per group, how often each (half, batch) is drawn in the first `batches` batches of a run, however many."""
+        """Per group, how often each (subset, batch) is drawn in the first `batches` batches of a run, however many."""
         epochs, rest = divmod(
             batches, len(self) or 1
         )  # no batches: a set with fewer rows than processes, refused later
@@ -284,11 +284,11 @@ class Mixture:
         counts = []
         for group, number in enumerate(taken):
             passes, rest = divmod(number, self.sizes[group] or 1)
-            halves = enumerate(self.groups[group])
-            count = Counter({(half, batch): passes for half, size in halves for batch in range(size)})
+            subsets = enumerate(self.groups[group])
+            count = Counter({(subset, batch): passes for subset, size in subsets for batch in range(size)})
             for place in range(number - rest, number):
-                half, _, batch = self._locate(group, place)
-                count[half, batch] += 1
+                subset, _, batch = self._locate(group, place)
+                count[subset, batch] += 1
             counts.append(count)
         return counts
 
@@ -301,7 +301,7 @@ class MixedBatches(DefaultBatchSampler):
         self.batch_size = None  # as in NoDuplicateBatches
         self.dataset, self.batch_samplers, self.mixture = dataset, batch_samplers, mixture
         firsts = np.cumsum([0, *(len(group) for group in mixture.groups)])
-        self.first_half = firsts.tolist()
+        self.first_subset = firsts.tolist()
 
         self.processes = batch_samplers[0].processes
 
@@ -310,7 +310,7 @@ class MixedBatches(DefaultBatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         offsets = np.cumsum([0, *(len(part) for part in self.dataset.datasets)])
-        for group, half, pass_number, batch in self.mixture.draws(self.epoch):
-            index = self.first_half[group] + half
+        for group, subset, pass_number, batch in self.mixture.draws(self.epoch):
+            index = self.first_subset[group] + subset
             rows = self.batch_samplers[index].batches(pass_number)[batch]
             yield from slices(rows + offsets[index], self.processes)

@@ -49,7 +49,7 @@ def forward_passes_of(config: Config, device: str) -> ForwardPasses:
     by_length = device == "cpu" and not config.training.torch_compile
     return ForwardPasses(
         lengths=_lengths(config, device),
-        shared=config.loss.type == "splade" and not config.loss.cached,
+        shared=config.loss.has_regularizers and not config.loss.cached,
         positions=CPU_POSITIONS if by_length else None,
     )
 

@@ -12,40 +12,22 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 
 from trainer.config import Config, ConfigError
-from trainer.data.batches import MixedBatches, Mixture, NoDuplicateBatches, batch_sizes, text_ids
+from trainer.data.batches import Mixture, NoDuplicateBatches, batch_sizes, text_ids
 from trainer.data.beir import SearchSet, files_beside, is_beir
 from trainer.data.choosing import divide, read_search_splits, search_splits
-from trainer.data.forward_passes import ForwardPasses, forward_passes_of, padding
+from trainer.data.forward_passes import forward_passes_of, padding
 from trainer.data.held_out import hold_out
 from trainer.data.mining import fill_negatives
-from trainer.data.rows import LABEL, ROLES, fingerprint
+from trainer.data.rows import ROLES, fingerprint
 from trainer.data.sources import LoadedSource, mining_of, sample, sources_of
-from trainer.data.tokens import PLACE, TokenCollator, Tokeniser, TokenRows, folder_of_tokens, static_routes
+from trainer.data.tokens import Tokeniser, TokenRows
 from trainer.hub.download import HubUnreachable
 from trainer.runs.choice import REPORTED, SCORE
 from trainer.system.distributed import processes
 from trainer.system.files import written_whole
 from trainer.system.progress_bar import going_on, in_columns
 
-__all__ = [
-    "LABEL",
-    "PLACE",
-    "ForwardPasses",
-    "MixedBatches",
-    "Mixture",
-    "NoDuplicateBatches",
-    "SearchSet",
-    "SetSummary",
-    "TokenCollator",
-    "Tokeniser",
-    "TrainingData",
-    "folder_of_tokens",
-    "forward_passes_of",
-    "load_data",
-    "static_routes",
-]
-
-# The padding of a pass over a half is counted on so many of its batches: a loop over those of a million rows takes seconds.
+# The padding of a pass over a subset is counted on so many of its batches: a loop over those of a million rows takes seconds.
 COUNTED_BATCHES = 1000
 
 
@@ -75,9 +57,10 @@ class TrainingData:
 
     train: DatasetDict
     eval: DatasetDict
-    halves: dict[str, list[str]]
+    subsets: dict[str, list[str]]
     summaries: dict[str, SetSummary]
     search: list[SearchSet] = field(default_factory=list)
+    unreachable: list[str] = field(default_factory=list)  # sets that are left out, for they need the hub
     tokens: dict[str, TokenRows] = field(default_factory=dict)  # of the rows in `train` and `eval`, by `tokenise`
     eval_tokens: dict[str, TokenRows] = field(default_factory=dict)
     _text_ids: dict[str, np.ndarray] = field(default_factory=dict)
@@ -94,78 +77,83 @@ class TrainingData:
             )
         self.search.append(divide(found, validation) if config.training.load_best_model_at_end else found)
 
+    @property
+    def columns(self) -> int:
+        """Texts of a row at most: query, positive, and perhaps a negative; 3 where no rows are known."""
+        return max((3 if "negative" in rows.column_names else 2 for rows in self.train.values()), default=3)
+
     def mixture(self, config: Config) -> Mixture:
         """The order in which batches of the sets are drawn."""
-        groups = [[len(self._sizes(half, config)) for half in halves] for halves in self.halves.values()]
+        groups = [[len(self._sizes(subset, config)) for subset in subsets] for subsets in self.subsets.values()]
         datasets = config.datasets
         return Mixture(groups, datasets.sampling_strategy, datasets.epoch, config.training.seed)
 
-    def _sizes(self, half: str, config: Config) -> list[int]:
-        """Rows of each batch of one pass over a half; a batch is shared by all processes."""
+    def _sizes(self, subset: str, config: Config) -> list[int]:
+        """Rows of each batch of one pass over a subset; a batch is shared by all processes."""
         together = config.training.per_device_train_batch_size * processes()
-        return batch_sizes(len(self.train[half]), together, processes())
+        return batch_sizes(len(self.train[subset]), together, processes())
 
     def rows_left_over(self, config: Config, name: str) -> int:
         """Rows of a set that sit out each pass, because what is left cannot be shared equally by all processes."""
-        return sum(len(self.train[half]) - sum(self._sizes(half, config)) for half in self.halves[name])
+        return sum(len(self.train[subset]) - sum(self._sizes(subset, config)) for subset in self.subsets[name])
 
     def tokenise(self, tokeniser: Tokeniser) -> None:
         """Make the token ids of all rows. Raises ConfigError."""
         self._batches.clear()
-        for name, halves in self.halves.items():
-            for half in halves:
+        for name, subsets in self.subsets.items():
+            for subset in subsets:
                 content = self.summaries[name].fingerprint
-                self.tokens[half] = tokeniser.rows(half, self.train[half], self.text_ids(half), content)
-        for half, dataset in self.eval.items():
+                self.tokens[subset] = tokeniser.rows(subset, self.train[subset], self.text_ids(subset), content)
+        for subset, dataset in self.eval.items():
             content = fingerprint(dataset.with_format("arrow")[:])
-            self.eval_tokens[half] = tokeniser.rows(half, dataset, text_ids(dataset), content)
+            self.eval_tokens[subset] = tokeniser.rows(subset, dataset, text_ids(dataset), content)
 
-    def text_ids(self, half: str) -> np.ndarray:
-        """[rows, columns] numbers of the texts of a half, the same for equal texts."""
-        if half not in self._text_ids:
-            self._text_ids[half] = text_ids(self.train[half])
-        return self._text_ids[half]
+    def text_ids(self, subset: str) -> np.ndarray:
+        """[rows, columns] numbers of the texts of a subset, the same for equal texts."""
+        if subset not in self._text_ids:
+            self._text_ids[subset] = text_ids(self.train[subset])
+        return self._text_ids[subset]
 
-    def batches(self, half: str, config: Config) -> NoDuplicateBatches:
-        """The batches of a half; rows of about the same length together, where the lengths are known."""
-        if half not in self._batches:
-            self._batches[half] = NoDuplicateBatches(
-                self.train[half],
+    def batches(self, subset: str, config: Config) -> NoDuplicateBatches:
+        """The batches of a subset; rows of about the same length together, where the lengths are known."""
+        if subset not in self._batches:
+            self._batches[subset] = NoDuplicateBatches(
+                self.train[subset],
                 config.training.per_device_train_batch_size,
                 seed=config.training.seed,
                 processes=processes(),
-                ids=self.text_ids(half),
-                lengths=self.tokens[half].longest_passages() if half in self.tokens else None,
+                ids=self.text_ids(subset),
+                lengths=self.tokens[subset].longest_passages() if subset in self.tokens else None,
                 window=1 if config.model.packs_texts else config.datasets.length_window,
             )
-        return self._batches[half]
+        return self._batches[subset]
 
     def rows_without_a_batch(self, config: Config, name: str) -> int:
         """Rows of a set that sit out its first pass, because every batch already holds one of their texts."""
-        samplers = [self.batches(half, config) for half in self.halves[name]]
+        samplers = [self.batches(subset, config) for subset in self.subsets[name]]
         return sum(int(sampler.sizes.sum()) - sum(map(len, sampler.batches(0))) for sampler in samplers)
 
-    def batches_of_one(self, half: str, config: Config) -> tuple[int, int]:
-        """Batches of a half's first pass whose one row is compared with no other passage, and the batches of that pass."""
-        return _batches_of_one(self.train[half], self.batches(half, config))
+    def batches_of_one(self, subset: str, config: Config) -> tuple[int, int]:
+        """Batches of a subset's first pass whose one row is compared with no other passage, and the batches of that pass."""
+        return _batches_of_one(self.train[subset], self.batches(subset, config))
 
-    def eval_batches_of_one(self, half: str, config: Config) -> tuple[int, int]:
+    def eval_batches_of_one(self, subset: str, config: Config) -> tuple[int, int]:
         """The same of held-out rows."""
-        training, rows = config.training, self.eval[half]
+        training, rows = config.training, self.eval[subset]
         batches = NoDuplicateBatches(rows, training.per_device_eval_batch_size, training.seed, processes())
         return _batches_of_one(rows, batches)
 
     def padding(self, config: Config, device: str) -> tuple[float, float]:
         """The share of padding in what the network will compute: in our batches, and in batches of any lengths.
 
-        Counted on the first pass of each half, which counts as often as its set is drawn.
+        Counted on the first pass of each subset, which counts as often as its set is drawn.
         """
         passes, rng = forward_passes_of(config, device), np.random.default_rng(config.training.seed)
         tokens, ours, at_random = 0.0, 0.0, 0.0
-        for name, halves in self.halves.items():
+        for name, subsets in self.subsets.items():
             times = self.summaries[name].rows_drawn / self.summaries[name].rows
-            for half in halves:
-                every, rows = self.batches(half, config).batches(0), self.tokens[half]
+            for subset in subsets:
+                every, rows = self.batches(subset, config).batches(0), self.tokens[subset]
                 lengths = rows.lengths()
                 batches = every[:: -(-len(every) // COUNTED_BATCHES)]
                 shuffled = np.split(rng.permutation(np.concatenate(batches)), np.cumsum([*map(len, batches)])[:-1])
@@ -178,24 +166,25 @@ class TrainingData:
         return 1 - tokens / max(ours, 1), 1 - tokens / max(at_random, 1)
 
     def sample(self, rows: int, seed: int) -> "TrainingData":
-        """The same with at most so many rows of each half to train on, and none held out."""
+        """The same with at most so many rows of each subset to train on, and none held out."""
         rng = np.random.default_rng(seed)
         picked = {
-            half: dataset.select(np.sort(rng.permutation(len(dataset))[:rows])) for half, dataset in self.train.items()
+            subset: dataset.select(np.sort(rng.permutation(len(dataset))[:rows]))
+            for subset, dataset in self.train.items()
         }
-        return TrainingData(DatasetDict(picked), DatasetDict(), self.halves, self.summaries, self.search)
+        return TrainingData(DatasetDict(picked), DatasetDict(), self.subsets, self.summaries, self.search)
 
     def rows_of(self, config: Config, mixture: Mixture, first: int, last: int) -> dict[str, tuple[int, int]]:
         """How many rows of each set the batches of a run from number `first` up to `last` hold, and in how many different
         batches' worth of rows."""
         found = {}
-        for (name, halves), before, after in zip(
-            self.halves.items(), mixture.drawn(first), mixture.drawn(last), strict=True
+        for (name, subsets), before, after in zip(
+            self.subsets.items(), mixture.drawn(first), mixture.drawn(last), strict=True
         ):
             sizes = {
                 (number, batch): size
-                for number, half in enumerate(halves)
-                for batch, size in enumerate(self._sizes(half, config))
+                for number, subset in enumerate(subsets)
+                for batch, size in enumerate(self._sizes(subset, config))
             }
             times = {batch: after[batch] - before[batch] for batch in sizes}
             found[name] = (
@@ -212,16 +201,18 @@ class TrainingData:
         """Store every different training text per data set, to measure its overlap with evaluation data later."""
         schema = pa.schema([("dataset", pa.string()), ("text", pa.string())])
         with written_whole(file) as aside, pq.ParquetWriter(aside, schema, compression="zstd") as writer:
-            for name, halves in self.halves.items():
-                columns = [column.cast(pa.string()) for half in halves for column in self._texts_of(half).itercolumns()]
+            for name, subsets in self.subsets.items():
+                columns = [
+                    column.cast(pa.string()) for subset in subsets for column in self._texts_of(subset).itercolumns()
+                ]
                 texts = pc.unique(
                     pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
                 )
                 writer.write_table(pa.table({"dataset": pa.repeat(name, len(texts)), "text": texts}, schema))
 
-    def _texts_of(self, half: str) -> pa.Table:
+    def _texts_of(self, subset: str) -> pa.Table:
         """The columns that are read as texts; a teacher's labels are none."""
-        table = self.train[half].with_format("arrow")[:]
+        table = self.train[subset].with_format("arrow")[:]
         return table.select([role for role in ROLES if role in table.column_names])
 
     def texts(self, *roles: str) -> list[str]:
@@ -240,20 +231,21 @@ def _batches_of_one(rows: Dataset, batches: NoDuplicateBatches) -> tuple[int, in
     return 0 if "negative" in rows.column_names else sizes.count(1), len(sizes)
 
 
-def load_data(config: Config, missing: dict[str, HubUnreachable] | None = None) -> TrainingData:
+def load_data(config: Config, *, without_hub: bool = False) -> TrainingData:
     """Every enabled data set, ready to train on. Raises ConfigError, one line, when a source cannot be used.
 
-    With `missing`, sets that need the hub are noted there and left out: for the plan, never for training.
+    without_hub: sets that need the hub, while it cannot be reached, are left out and named in `unreachable`: for
+    `make check`, never for training.
     """
     data = TrainingData(DatasetDict(), DatasetDict(), {}, {})
     sources: dict[str, LoadedSource] = {}
     for name, load in sources_of(config.datasets).items():
-        with _noting(name, missing), going_on(in_columns("reading", name)):
+        with _reachable(data, name, without_hub), going_on(in_columns("reading", name)):
             sources[name] = _usable(name, load(), config)
     if sources:
         hold_out(list(sources.values()), config.training.seed)
     for name, source in sources.items():
-        with _noting(name, missing):
+        with _reachable(data, name, without_hub):
             _add_set(data, name, source, config)
     for folder in config.evaluation.search:
         with going_on(in_columns("reading", folder)):
@@ -275,14 +267,14 @@ def _no_name_of_a_mean(search: list[SearchSet], config: Config) -> None:
 
 
 @contextlib.contextmanager
-def _noting(name: str, missing: dict[str, HubUnreachable] | None) -> Iterator[None]:
-    """Note a set that needs the hub, where there is a place for it."""
+def _reachable(data: TrainingData, name: str, without_hub: bool) -> Iterator[None]:
+    """Name a set that needs the hub as unreachable, where data may be loaded without the hub."""
     try:
         yield
-    except HubUnreachable as error:
-        if missing is None:
+    except HubUnreachable:
+        if not without_hub:
             raise
-        missing[name] = error
+        data.unreachable.append(name)
 
 
 def _search_folder(folder: str) -> tuple[SearchSet, SearchSet | None]:
@@ -312,21 +304,21 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
     rows, held_out, mined = source.rows, source.eval_rows, {}
     if mining := mining_of(config.datasets, name):
         rows, mined = fill_negatives(name, rows, source.everything, mining, config.model)
-    halves = _split(name, rows.table)
-    data.halves[name] = list(halves)
-    data.train.update({half: Dataset(table) for half, table in halves.items()})
+    subsets = _split(name, rows.table)
+    data.subsets[name] = list(subsets)
+    data.train.update({subset: Dataset(table) for subset, table in subsets.items()})
     if held_out is not None and len(held_out):
-        for half, table in _split(name, held_out.table).items():
+        for subset, table in _split(name, held_out.table).items():
             if table.num_rows < processes():  # every process evaluates an equal part of each batch
                 rows.left_out[f"held out in vain: too few to evaluate in {processes()} processes"] = table.num_rows
             else:
-                data.eval[half] = Dataset(table)
+                data.eval[subset] = Dataset(table)
     if source.search:
         data.add_search(source.search, source.validation, config)
     reading = source.rows.reading
     if source.eval_rows is not None:  # the counts of rows are those of the rows that are trained on
         reading += replace(source.eval_rows.reading, spread=(0, 0))
-    triplets = sum(table.num_rows for table in halves.values() if "negative" in table.column_names)
+    triplets = sum(table.num_rows for table in subsets.values() if "negative" in table.column_names)
     data.summaries[name] = SetSummary(
         name=name,
         rows=len(rows),

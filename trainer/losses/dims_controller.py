@@ -1,22 +1,11 @@
-"""The weights of the penalties over a run: warmed up, and driven to a number of active dims where the config names one."""
+"""Finds the weight of a regularizer at which vectors have the number of active dims that the config asks for."""
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import SpladeRegularizerWeightSchedulerCallback
-from sentence_transformers.sparse_encoder.losses import SpladeLoss
 from torch import Tensor
-from transformers import TrainerControl, TrainerState
 
-from trainer.config import Config, ConfigError
-from trainer.losses.regularizers import Penalty, Step
-from trainer.system.distributed import total
-
-STATE = "regularizer.safetensors"
-ROUTES = ("document", "query")
+from trainer.losses.regularizers import Step
 
 
 class DimsController:
@@ -60,29 +49,29 @@ class DimsController:
     def __init__(self, target: int):
         self.target, self.steps = target, 0
         self.log_weight = self.level = self.first = self.dims = self.rows = self.start = 0.0
-        self.against = 0.0
+        self.ranking_loss = 0.0
 
     @property
     def measured(self) -> float:
         """Mean active dims of the rows of the newest steps."""
         return max(self.dims / self.rows, 1.0)
 
-    def update(self, step: Step, against: float, at: int, of: int) -> float:
-        """The weight for the next step, after step number `at` of `of`. against: the step's loss without penalties."""
+    def update(self, step: Step, ranking_loss: float, at: int, of: int) -> float:
+        """The weight for the next step, after step number `at` of `of`. ranking_loss: the step's, without regularizers."""
         penalty = max(step.penalty, 1e-9)
         if self.steps == 0:
-            self.first = self.level = math.log(self.FIRST_PENALTY * max(against, 1e-9) / penalty)
+            self.first = self.level = math.log(self.FIRST_PENALTY * max(ranking_loss, 1e-9) / penalty)
         self.steps += 1
         newest = max(1 / max(self.SMOOTHING * of, 10), 1 / self.steps)
         self.dims += newest * (step.active_dims * step.rows - self.dims)
         self.rows += newest * (step.rows - self.rows)
-        self.against += newest * (max(against, 1e-9) - self.against)
+        self.ranking_loss += newest * (max(ranking_loss, 1e-9) - self.ranking_loss)
         before, wanted = self._wanted((at - 1) / of), self._wanted(at / of)
         error = math.log(self.measured / wanted)
         error = min(error, self.MOST_ERROR)
         lowest = self.first + math.log(self.LEAST_PENALTY / self.FIRST_PENALTY)
-        highest = min(self.first + math.log(self.HIGHEST), math.log(self.MOST_PENALTY * self.against / penalty))
-        felt = math.log(self.FELT_PENALTY * self.against / penalty)
+        highest = min(self.first + math.log(self.HIGHEST), math.log(self.MOST_PENALTY * self.ranking_loss / penalty))
+        felt = math.log(self.FELT_PENALTY * self.ranking_loss / penalty)
         faster = 1 + self.FASTER * max(felt - self.level, 0.0)
         change = faster * self.GAIN * max(error, -self.MOST_ERROR) / max(self.INTEGRAL * of, 20)
         self.level += self.FORWARD * math.log(before / wanted) + min(max(change, -self.FASTEST), self.FASTEST)
@@ -102,94 +91,13 @@ class DimsController:
         way = min(max((share - first) / (last - first), 0.0), 1.0)
         return self.start * (self.target / self.start) ** way
 
-    NUMBERS = ("log_weight", "level", "first", "dims", "rows", "start", "against", "steps")
+    NUMBERS = ("log_weight", "level", "first", "dims", "rows", "start", "ranking_loss", "steps")
 
     def state(self) -> Tensor:
-        """What a checkpoint keeps: NUMBERS."""
+        """The state for a checkpoint: NUMBERS."""
         return torch.tensor([float(getattr(self, name)) for name in self.NUMBERS], dtype=torch.float64)
 
     def load(self, state: Tensor) -> None:
-        """Go on from what a checkpoint kept."""
+        """Continue from the state of a checkpoint."""
         for name, value in zip(self.NUMBERS, state.tolist(), strict=True):
             setattr(self, name, type(getattr(self, name))(value))
-
-
-class WeightSchedule(SpladeRegularizerWeightSchedulerCallback):
-    """The library's warm-up of both weights; a controller says the value of one whose target is named.
-
-    After every optimizer step all processes hold the same sums over the step's rows, hence the same weights. A controller
-    is also told the loss that the penalties work against: what the library's loss asks its inner one for.
-    """
-
-    def __init__(self, loss: SpladeLoss, config: Config):
-        targets = {"document": config.loss.target_document_dims, "query": config.loss.target_query_dims}
-        self.controllers = {route: DimsController(target) for route, target in targets.items() if target}
-        super().__init__(loss, warmup_ratio=DimsController.WARM_UP if self.controllers else 1 / 3)
-        if self.controllers:
-            self.loss.loss.noted = []  # of each batch of this step
-
-    def _settle_against(self) -> float:
-        """Mean over the step's batches and all processes."""
-        noted, self.loss.loss.noted = self.loss.loss.noted, []
-        seen, batches = total(float(sum(noted)), len(noted))
-        return seen / batches
-
-    def penalty(self, route: str) -> Penalty:
-        """The penalty on queries or documents."""
-        return getattr(self.loss, f"{route}_regularizer")
-
-    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        """Take in the step; choose the next weights."""
-        against = self._settle_against() if self.controllers else 0.0
-        for route in ROUTES:
-            step = self.penalty(route).settle(read=route in self.controllers)
-            if step:
-                weight = self.controllers[route].update(step, against, state.global_step, state.max_steps)
-                self._set_weight(route, weight)
-
-    def _set_weight(self, route: str, weight: float) -> None:
-        setattr(self, f"max_{route}_regularizer_weight", weight)  # where the library's warm-up reads it
-
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Of each route with a target: the target, the dims at the end, and the weight that gave them."""
-        return {
-            route: {
-                "target_dims": found.target,
-                "active_dims": round(found.measured, 1),
-                "weight": float(f"{found.weight:.4g}"),
-            }
-            for route, found in self.controllers.items()
-        }
-
-    def lines(self) -> Iterator[str]:
-        """What was asked for and what came of it, where a target was named."""
-        for route, found in self.summary().items():
-            yield (
-                f"sparsity  {found['active_dims']:g} active dims per training {route} at the end, of the "
-                f"{found['target_dims']} asked for, with weight {found['weight']:g}"
-            )
-
-    def save(self, checkpoint: Path) -> None:
-        """Write what a resumed run goes on from."""
-        found = {f"{route}.{name}": value for route in ROUTES for name, value in self.penalty(route).state().items()}
-        found |= {f"{route}.controller": controller.state() for route, controller in self.controllers.items()}
-        save_file({name: value.cpu().contiguous() for name, value in found.items()}, checkpoint / STATE)
-
-    def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint. Raises ConfigError when it was written under another choice of targets."""
-        if not (checkpoint / STATE).is_file():
-            raise ConfigError(f"{checkpoint} lacks {STATE}: an earlier version wrote it. Train anew under a new name")
-        found = load_file(checkpoint / STATE)
-        for route in ROUTES:
-            self.penalty(route).load({name: found[f"{route}.{name}"] for name in ("running", "steps")})
-            if (f"{route}.controller" in found) != (route in self.controllers):
-                was = "with" if f"{route}.controller" in found else "without"
-                raise ConfigError(
-                    f"loss.target_{route}_dims: {checkpoint} was written {was} one. Put it back as it was, or train anew "
-                    "under a new name"
-                )
-            if route in self.controllers and len(found[f"{route}.controller"]) != len(DimsController.NUMBERS):
-                raise ConfigError(f"{checkpoint / STATE}: an earlier version wrote it. Train anew under a new name")
-        for route, controller in self.controllers.items():
-            controller.load(found[f"{route}.controller"])
-            self._set_weight(route, controller.weight)

@@ -1,4 +1,4 @@
-"""What keeps vectors sparse: penalties on the mean activation, the same however a batch is cut into parts."""
+"""What keeps vectors sparse: regularizers on the mean activation, the same however a batch is cut into parts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def over_cap(vectors: Tensor, cap: int) -> Tensor:
 # ------------------------------------------------------------------------------------------- over a whole run
 @dataclass
 class Step:
-    """What all processes saw in one optimizer step."""
+    """Sums over the rows of all processes in one optimizer step."""
 
     rows: float
     active_dims: float
@@ -48,7 +48,7 @@ class Step:
     """Of the running mean: that of the step's own mean would depend on the number of rows."""
 
 
-class Penalty(nn.Module):
+class Regularizer(nn.Module):
     """A convex penalty F of the mean activation μ of a route's vectors, in the library's place of FlopsLoss.
 
     F(mean of a batch) is not an estimate of F(μ): for FLOPS, E |m|² = |μ|² + tr(Σ) / rows, so half the rows press harder,
@@ -69,7 +69,7 @@ class Penalty(nn.Module):
         self.model, self.function, self.cap = model, function, cap
         self.running: Tensor | None = None  # [vocabulary]
         self.steps = 0
-        self._seen: Tensor | None = None  # [vocabulary + 2]: sums of values, active dims and rows of this step
+        self._sums: Tensor | None = None  # [vocabulary + 2]: sums of values, active dims and rows of this step
 
     def compute_loss_from_embeddings(self, embeddings: Tensor) -> Tensor:
         """embeddings: [rows, vocabulary] of this process; counted when the model is training."""
@@ -83,8 +83,8 @@ class Penalty(nn.Module):
 
     def _add(self, vectors: Tensor, penalised: Tensor) -> None:
         counts = torch.stack([(vectors > 0).sum().float(), vectors.new_full((), len(vectors), dtype=torch.float32)])
-        seen = torch.cat([penalised.sum(0, dtype=torch.float32), counts])
-        self._seen = seen if self._seen is None else self._seen + seen
+        sums = torch.cat([penalised.sum(0, dtype=torch.float32), counts])
+        self._sums = sums if self._sums is None else self._sums + sums
 
     @torch.enable_grad()
     def _tangent(self) -> tuple[Tensor, Tensor]:
@@ -94,26 +94,26 @@ class Penalty(nn.Module):
         return value.detach(), torch.autograd.grad(value, at)[0]
 
     @torch.no_grad()
-    def settle(self, *, read: bool = True) -> Step | None:
-        """Take what all processes saw since the last call into the running mean. Called once per optimizer step.
+    def finish_step(self, *, read: bool = True) -> Step | None:
+        """Update the running mean with the rows of all processes since the last call. Called once per optimizer step.
 
-        read: return what was seen, for which the CPU waits for a GPU.
+        read: return the step's sums, for which the CPU waits for a GPU.
         """
         if processes() > 1:
-            distributed.all_reduce(self._seen)
-        mean, rows = self._seen[:-2] / self._seen[-1], self._seen[-1]
+            distributed.all_reduce(self._sums)
+        mean, rows = self._sums[:-2] / self._sums[-1], self._sums[-1]
         self.steps += 1
         self.running = self.running + max(NEWEST, 1 / self.steps) * (mean - self.running)
-        found = torch.stack([rows, self._seen[-2] / rows, self.function(self.running)])
-        self._seen = None
-        return Step(*found.tolist()) if read else None
+        step = torch.stack([rows, self._sums[-2] / rows, self.function(self.running)])
+        self._sums = None
+        return Step(*step.tolist()) if read else None
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return {"running": self.running, "steps": torch.tensor(self.steps)}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from what a checkpoint kept."""
+        """Continue from the state of a checkpoint."""
         self.running = state["running"].to(self.model.device)
         self.steps = int(state["steps"])
 

@@ -16,7 +16,7 @@ from trainer.config.schema import ModelConfig, TeacherConfig
 from trainer.data import mining
 from trainer.data.rows import LABEL
 from trainer.hub.cache import digest, folder_of, identity, kept
-from trainer.hub.download import MODEL_FILES, Snapshot, fetch
+from trainer.hub.download import MODEL_FILES, HubUnreachable, Snapshot, fetch
 from trainer.models.prompts import prompts_of, quoted
 from trainer.models.weights import whole_weights
 from trainer.system.distributed import processes_here, wait
@@ -91,7 +91,7 @@ class ScoreStore:
         return [pair for pair in pairs if digest(*pair) not in known]
 
 
-def teach(
+def add_teacher_scores(
     train: DatasetDict,
     teacher: TeacherConfig,
     device: str,
@@ -127,18 +127,28 @@ def teach(
                 progress.reach(min(number * PAIRS_PER_PART * processes_here(), len(missing)))
     wait()
     known = store.read()
-    rows_taught = 0
+    rows_scored = 0
     for name, rows in with_negatives(train).items():
         scores = np.array([known[digest(*pair)] for pair in pairs_of(rows)], dtype=np.float32)
         train[name] = rows.add_column(LABEL, scores.reshape(2, -1).T.tolist())
-        rows_taught += len(rows)
+        rows_scored += len(rows)
     return {
         "model": teacher.model,
         "identity": identity(snapshot),
         "kind": teacher.kind,
-        "rows": rows_taught,
+        "rows": rows_scored,
         "pairs_scored": len(missing),
     }
+
+
+def missing_scores_line(teacher: TeacherConfig, train: DatasetDict, base: ModelConfig) -> str:
+    """How many pairs the teacher has to score before the first step."""
+    try:
+        missing = ScoreStore(teacher, fetch_teacher(teacher), base).missing(train)
+    except HubUnreachable:
+        return f"teacher   needs the hub: {teacher.model}"
+    rows = sum(map(len, with_negatives(train).values()))
+    return f"teacher   {teacher.model}: {rows:,} rows with a negative to teach, {len(missing):,} pairs to score first"
 
 
 # ------------------------------------------------------------------------------------------- kinds of teachers

@@ -217,7 +217,7 @@ def _own_line(transformers: list[Transformer], reason: str | None) -> str:
 
 
 @contextlib.contextmanager
-def in_any_precision(model: SparseEncoder) -> Iterator[None]:
+def with_padded_attention(model: SparseEncoder) -> Iterator[None]:
     """Flash attention computes in 16 bits only: the model is scored, as users open it, with torch's own attention."""
     switched = [(each, each.model.config._attn_implementation) for each in transformers_of(model)]
     switched = [(transformer, name) for transformer, name in switched if name in PACKED_ATTENTION]

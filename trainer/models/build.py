@@ -20,35 +20,15 @@ from torch import nn
 from trainer.config import FROM_SCRATCH, Config, ConfigError, one_line
 from trainer.config.schema import FromScratchConfig
 from trainer.hub.download import MODEL_FILES, fetch
-from trainer.models.attention import choose_attention, in_any_precision, plan_attention
 from trainer.models.card import build_card
-from trainer.models.compiled import compile_networks
 from trainer.models.heads import check_not_dense, decoder_of, silence_special_tokens
-from trainer.models.normalizers import compose_first, composes_first
+from trainer.models.normalizers import compose_first
 from trainer.models.prompts import base_prompts, in_front
 from trainer.models.queries import START_WEIGHTS, query_tokenizer, weights_of_idf
 from trainer.models.remote_code import BaseModel, check_code, check_weights, keep_code, with_own_code
 from trainer.models.scratch import build_from_scratch
 from trainer.models.weights import whole_weights
 from trainer.system.distributed import is_first, share_files
-
-__all__ = [
-    "BaseModel",
-    "build_model",
-    "choose_attention",
-    "compile_networks",
-    "composes_first",
-    "document_idf",
-    "fetch_base_model",
-    "in_any_precision",
-    "keep_code",
-    "load_model",
-    "plan_attention",
-    "save_model",
-    "static_embedding",
-    "train_only_what_the_config_says",
-    "vocabulary_of",
-]
 
 PROBE_TEXTS = 8
 
@@ -135,18 +115,22 @@ def static_embedding(model: SparseEncoder) -> SparseStaticEmbedding | None:
     return next((module for module in model.modules() if isinstance(module, SparseStaticEmbedding)), None)
 
 
+def autoencoder_of(model: SparseEncoder) -> SparseAutoEncoder | None:
+    """The part of a CSR model that makes the sparse code."""
+    return next((module for module in model.modules() if isinstance(module, SparseAutoEncoder)), None)
+
+
 def vocabulary_of(model: SparseEncoder) -> int:
     """Dimensions of the vectors."""
-    for module in model.modules():
-        if isinstance(module, SparseAutoEncoder):
-            return module.hidden_dim
+    if (autoencoder := autoencoder_of(model)) is not None:
+        return autoencoder.hidden_dim
     transformer = next(module for module in model.modules() if isinstance(module, Transformer))
     return transformer.model.get_output_embeddings().out_features
 
 
 def document_idf(config: Config, model: SparseEncoder, documents: list[str]) -> torch.Tensor | None:
     """IDF of every word in the training documents, [vocabulary]; None unless the loss needs it."""
-    if config.loss.penalty != "idf-flops":
+    if config.loss.regularizer != "idf-flops":
         return None
     return weights_of_idf(model.tokenizer, in_front(model.prompts.get("document") or "", documents))
 

@@ -52,7 +52,7 @@ def base_prompts(config: ModelConfig, folder: Path | None) -> dict[str, str]:
     Queries of inference-free SPLADE have none: its words would be words of every query, always with the same weights.
     """
     found = prompts_of(config.base_model, folder, config)
-    return found | ({"query": ""} if config.architecture == "inference-free-splade" else {})
+    return found | ({"query": ""} if config.has_static_queries else {})
 
 
 def prompt_lines(config: ModelConfig, folder: Path | None, prompts: dict[str, str]) -> Iterator[str]:
@@ -71,7 +71,7 @@ def prompt_lines(config: ModelConfig, folder: Path | None, prompts: dict[str, st
     if words or unused:
         yield f"prompts   {', '.join(words) or 'none'}"
     if unused:
-        looked_up = " (its queries are only looked up)" * (config.architecture == "inference-free-splade")
+        looked_up = " (its queries are only looked up)" * config.has_static_queries
         yield f"          not used, though the base model has it: {unused}{looked_up}"
     saved = saved_settings(folder) if folder else {}
     default = (saved.get("prompts") or {}).get(saved.get("default_prompt_name"))

@@ -212,7 +212,7 @@ def settings_of(config: Config, manifest: dict[str, Any]) -> dict[str, str]:
             f"{found['weight']:g}"
             for route, found in targets.items()
         ),
-        "penalty": loss.penalty if loss.type == "splade" and loss.penalty != "flops" else "",
+        "regularizer": loss.regularizer if loss.has_regularizers and loss.regularizer != "flops" else "",
         "regulariser weights": ", ".join(f"{side} {value:g}" for side, value in weights.items() if value is not None),
         "changed on the way": changes_on_the_way(manifest),
         "data order": config.datasets.sampling_strategy.replace("_", " "),

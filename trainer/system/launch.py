@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import signal
 import sys
 
@@ -11,7 +12,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from trainer.config import ConfigError, one_line
+from trainer.config import ConfigError, LoadedConfig, one_line
+from trainer.system.device import choose_device
 
 # Seconds from a signal until processes that have not ended are killed: time for a step and a checkpoint. It has to be
 # less than the time the container is given (stop_grace_period in compose.yaml).
@@ -20,12 +22,19 @@ SHUTDOWN_SECONDS = 100
 KILLED = ": by hand, or because memory ran out (then lower training.per_device_train_batch_size)"
 
 
-def launch(arguments: list[str], name: str, processes: int, machines: int, rendezvous: str | None) -> int:
+def launch(
+    loaded: LoadedConfig, arguments: list[str], name: str, processes: int, machines: int, rendezvous: str | None
+) -> int:
     """Run `python -m trainer <arguments>` in `processes` processes here, together with those on other machines.
 
     `rendezvous` is HOST:PORT of the first machine, where all of them meet under `name`; None on a single one. Returns
     the exit status: 0, 128 plus the signal after one, or that of the process that failed.
     """
+    os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"] = str(processes * machines), str(processes)
+    os.environ["NORDSPARSE_LAUNCHER"] = str(os.getpid())
+    os.environ["NORDSPARSE_COMMAND"] = shlex.join(sys.argv[1:])
+    os.environ["NORDSPARSE_RENDEZVOUS"] = rendezvous or ""
+    choose_device(loaded.config)  # what this machine cannot do is said once, not by every process
     logging.disable(logging.ERROR)  # this process only waits: a table per ended process helps nobody
     # torchrun's own choice is one thread per process
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))

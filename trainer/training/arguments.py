@@ -20,7 +20,7 @@ ROUTES = {"anchor": "query", "positive": "document", "negative": "document"}
 
 def routes_of(config: Config) -> dict[str, str]:
     """The route of each column through the model; empty where one serves all."""
-    return ROUTES if config.model.architecture == "inference-free-splade" else {}
+    return ROUTES if config.model.has_static_queries else {}
 
 
 def build_arguments(

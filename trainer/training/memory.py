@@ -1,6 +1,7 @@
 """How much memory a step takes, tried with three short texts before the first step."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,7 +11,6 @@ from sentence_transformers.util import batch_to_device
 from torch import Tensor
 
 from trainer.config import Config
-from trainer.data.training_data import TrainingData
 from trainer.encoding.fuse import is_fused, transformers_of
 from trainer.models.build import vocabulary_of
 from trainer.system.device import memory_of
@@ -29,62 +29,84 @@ TRIED = (1 / 16, 1 / 8, 1 / 4)
 TRAINED, FROZEN = 16, 4
 
 
-def memory_lines(config: Config, data: TrainingData, model: SparseEncoder, device: str | None) -> Iterator[str]:
-    """Estimated memory of the weights, the head, and what the layers keep of the texts of one step.
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one training step at most, by part, for so many texts of max_seq_length tokens."""
 
-    device: where it must fit; None where training will be on another machine.
-    """
+    parts: dict[str, float]
+    texts: int
+    with_checkpointing: float
+    """Bytes of the activations with gradient checkpointing."""
+
+    @property
+    def total(self) -> float:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+
+def estimate_memory(config: Config, columns: int, model: SparseEncoder) -> MemoryEstimate:
+    """Memory of the weights, the head, and the layers' activations for the texts of one step. columns: texts per row."""
     training = config.training
-    columns = max((3 if "negative" in rows.column_names else 2 for rows in data.train.values()), default=3)
-    if config.model.architecture == "inference-free-splade":
-        columns -= 1  # static queries cost nothing
+    columns -= config.model.has_static_queries  # they cost nothing
     texts = training.per_device_train_batch_size * columns
     if config.loss.cached:
         texts = min(texts, config.loss.mini_batch_size * columns)
     precision = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
-    weights = sum(p.numel() * (TRAINED if p.requires_grad else FROZEN) for p in model.parameters())
-    parts = {"weights and optimizer": weights}
-    if config.loss.type == "splade":
+    parts = {
+        "weights and optimizer": float(
+            sum(p.numel() * (TRAINED if p.requires_grad else FROZEN) for p in model.parameters())
+        )
+    }
+    if config.loss.has_regularizers:
         size = precision.itemsize if precision else 4
         per_word = VECTOR_COPIES * 4 if is_fused(model) else LOGIT_COPIES * training.max_seq_length * size
         parts["head"] = per_word * texts * vocabulary_of(model)
     transformer = transformers_of(model)[0]
     with going_on(in_columns("memory", "trying three texts")):
-        per_text, once = kept_per_text(transformer, training.max_seq_length, precision)
-    kept = texts * per_text + once
+        per_text, once = activations_per_text(transformer, training.max_seq_length, precision)
+    activations = texts * per_text + once
     shape = transformer.model.config
     layers = getattr(shape, "num_hidden_layers", None) or getattr(shape, "num_layers", 1)  # the second is NorBERT4's
     width = transformer.get_embedding_dimension()
     # one layer's at a time, and what goes into each of them
-    checkpointed = kept / layers + texts * training.max_seq_length * layers * width * 4
-    parts["activations"] = checkpointed if config.hardware.gradient_checkpointing else kept
-    sizes = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in parts.items())
+    checkpointed = activations / layers + texts * training.max_seq_length * layers * width * 4
+    parts["activations"] = checkpointed if config.hardware.gradient_checkpointing else activations
+    return MemoryEstimate(parts, texts, checkpointed)
+
+
+def memory_lines(config: Config, estimate: MemoryEstimate, device: str | None) -> Iterator[str]:
+    """The estimate, and advice where it may not fit. device: where it must; None for training on another machine."""
+    training, gib = config.training, 2**30
+    sizes = ", ".join(f"{name} {size / gib:.1f} GiB" for name, size in estimate.parts.items())
     less = " (torch_compile keeps less)" if training.torch_compile else ""
-    yield f"memory    at most about {sizes}{less}, for {texts} texts of {training.max_seq_length} tokens per step"
+    yield (
+        f"memory    at most about {sizes}{less}, for {estimate.texts} texts of {training.max_seq_length} tokens per step"
+    )
     shares = processes_here() if device == "cpu" else 1
-    if device and shares * sum(parts.values()) > (here := memory_of(device)):
+    if device and shares * estimate.total > (here := memory_of(device)):
         advice = "lower training.per_device_train_batch_size"
         if not config.hardware.gradient_checkpointing:
-            advice += f", or set hardware.gradient_checkpointing=true (activations {checkpointed / 2**30:.1f} GiB)"
-        yield f"          there are {here / 2**30:.1f} GiB. If a batch of long texts does not fit, {advice}"
+            checkpointed = f"{estimate.with_checkpointing / gib:.1f} GiB"
+            advice += f", or set hardware.gradient_checkpointing=true (activations {checkpointed})"
+        yield f"          there are {here / gib:.1f} GiB. If a batch of long texts does not fit, {advice}"
 
 
-def kept_per_text(transformer: Transformer, tokens: int, precision: torch.dtype | None) -> tuple[float, float]:
-    """Bytes that a text of so many tokens leaves in the network for the backward pass, and those that any batch does once.
+def activations_per_text(transformer: Transformer, tokens: int, precision: torch.dtype | None) -> tuple[float, float]:
+    """Bytes that a text of so many tokens leaves in the network for the backward pass, and those that a batch leaves once.
 
-    Under autocast if precision says so. What a network keeps grows with the tokens, with the pairs of tokens, or not at all
-    (weights in another precision), so three lengths tell the rest.
+    precision: of autocast; None without. The bytes grow with the tokens, with the pairs of tokens, or not at all (weights
+    in another precision), so three lengths tell the rest.
     """
     lengths, sizes = [], []
     for least, part in enumerate(TRIED, start=1):
         features = transformer.preprocess([" ".join(["og"] * max(least, int(part * tokens)))])
         lengths.append(features["input_ids"].numel())
-        sizes.append(_kept(transformer, features, precision))
+        sizes.append(_activations(transformer, features, precision))
     quadratic, linear, constant = np.polyfit(lengths, sizes, 2)
     return quadratic * tokens**2 + linear * tokens, max(0.0, constant)
 
 
-def _kept(transformer: Transformer, features: dict[str, Tensor], precision: torch.dtype | None) -> int:
+def _activations(transformer: Transformer, features: dict[str, Tensor], precision: torch.dtype | None) -> int:
     device = transformer.model.device
     weights = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
     found: dict[int, torch.UntypedStorage] = {}  # held on to, so that no place is used twice

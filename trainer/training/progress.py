@@ -29,9 +29,9 @@ class Progress:
         self.mixture = data.mixture(config)
         self.steps_per_epoch = max(math.ceil(len(self.mixture) / config.training.gradient_accumulation_steps), 1)
         self.step = self.place = 0
-        self.drawn = dict.fromkeys(data.halves, 0)
-        self.seen = {half: np.zeros(len(rows), dtype=bool) for half, rows in data.train.items()}
-        self.chosen_by: dict[str, Any] | None = None  # the best checkpoint so far, where that is known
+        self.drawn = dict.fromkeys(data.subsets, 0)
+        self.seen = {subset: np.zeros(len(rows), dtype=bool) for subset, rows in data.train.items()}
+        self.depends_on: dict[str, Any] | None = None  # what scores depended on so far, where that is known
 
     @property
     def steps(self) -> int:
@@ -40,6 +40,11 @@ class Progress:
         if training.max_steps > 0:
             return training.max_steps
         return self.step - self.place + math.ceil(training.num_train_epochs * self.steps_per_epoch)
+
+    @property
+    def epochs(self) -> float:
+        """Epochs of the whole run."""
+        return self.place_at(self.steps) / self.steps_per_epoch
 
     def place_at(self, step: int) -> int:
         """How many steps, as they are now, the order of batches has come to after this step of the run."""
@@ -52,42 +57,42 @@ class Progress:
         return epochs * batches + min(steps * self.config.training.gradient_accumulation_steps, batches)
 
     def plan(self) -> None:
-        """Note in the data's summaries how many rows the whole run will have drawn, and how many different ones."""
+        """Set in the data's summaries how many rows the whole run will have drawn, and how many different ones."""
         drawn = self.data.rows_of(
             self.config, self.mixture, self.batches_before(self.step), self.batches_before(self.steps)
         )
-        for name, halves in self.data.halves.items():
+        for name, subsets in self.data.subsets.items():
             summary, (rows, different) = self.data.summaries[name], drawn[name]
             summary.rows_drawn = self.drawn[name] + rows
-            summary.rows_seen = min(sum(int(self.seen[half].sum()) for half in halves) + different, summary.rows)
+            summary.rows_seen = min(sum(int(self.seen[subset].sum()) for subset in subsets) + different, summary.rows)
 
     def count(self, step: int) -> None:
-        """Count the rows of the steps up to this one; note in the data's summaries how many there were so far."""
-        names, groups = list(self.data.halves), list(self.data.halves.values())
+        """Count the rows of the steps up to this one; set in the data's summaries how many there were so far."""
+        names, groups = list(self.data.subsets), list(self.data.subsets.values())
         for group, number, pass_number, batch in self.mixture.between(
             self.batches_before(self.step), self.batches_before(step)
         ):
-            half = groups[group][number]
-            rows = self.data.batches(half, self.config).batches(pass_number)[batch]
+            subset = groups[group][number]
+            rows = self.data.batches(subset, self.config).batches(pass_number)[batch]
             self.drawn[names[group]] += len(rows)
-            self.seen[half][rows] = True
+            self.seen[subset][rows] = True
         if step > self.step:
             self.step, self.place = step, self.place_at(step)
-        for name, halves in self.data.halves.items():
+        for name, subsets in self.data.subsets.items():
             summary = self.data.summaries[name]
             summary.rows_drawn = self.drawn[name]
-            summary.rows_seen = sum(int(self.seen[half].sum()) for half in halves)
+            summary.rows_seen = sum(int(self.seen[subset].sum()) for subset in subsets)
 
-    def is_comparable(self, chosen_by: dict[str, Any]) -> bool:
-        """Whether the best checkpoint so far was chosen by what the next ones are chosen by."""
-        return self.chosen_by in (None, chosen_by)
+    def is_comparable(self, depends_on: dict[str, Any]) -> bool:
+        """Whether scores of the checkpoints so far depend on the same things as those of the next ones."""
+        return self.depends_on in (None, depends_on)
 
-    def save(self, checkpoint: Path, chosen_by: dict[str, Any]) -> None:
+    def save(self, checkpoint: Path, depends_on: dict[str, Any]) -> None:
         """Write what a resumed run counts on from, and what the best checkpoint is chosen by."""
-        found = {f"seen.{half}": torch.from_numpy(np.packbits(seen)) for half, seen in self.seen.items()}
+        found = {f"seen.{subset}": torch.from_numpy(np.packbits(seen)) for subset, seen in self.seen.items()}
         found |= {f"drawn.{name}": torch.tensor(rows) for name, rows in self.drawn.items()}
         found["place"] = torch.tensor([self.place, self.steps_per_epoch])
-        save_file(found, checkpoint / FILE, {"chosen_by": json.dumps(chosen_by)})
+        save_file(found, checkpoint / FILE, {"chosen_by": json.dumps(depends_on)})
 
     def load(self, checkpoint: Path, step: int, say: Callable[[str], None]) -> None:
         """Count on from a checkpoint at this step; from the first step, as if batches had always been these, where an
@@ -99,6 +104,6 @@ class Progress:
             place, of = file.get_tensor("place").tolist()
             self.step, self.place = step, round(place * self.steps_per_epoch / of)
             self.drawn = {name: int(file.get_tensor(f"drawn.{name}")) for name in self.drawn}
-            for half, seen in self.seen.items():
-                seen[:] = np.unpackbits(file.get_tensor(f"seen.{half}").numpy(), count=len(seen))
-            self.chosen_by = json.loads(file.metadata()["chosen_by"])
+            for subset, seen in self.seen.items():
+                seen[:] = np.unpackbits(file.get_tensor(f"seen.{subset}").numpy(), count=len(seen))
+            self.depends_on = json.loads(file.metadata()["chosen_by"])

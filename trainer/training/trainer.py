@@ -13,14 +13,11 @@ from sentence_transformers.sparse_encoder import SparseEncoderTrainer
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 
-from trainer.config import Config
 from trainer.data.batches import MixedBatches, NoDuplicateBatches
 from trainer.data.forward_passes import forward_passes_of
 from trainer.data.tokens import TokenCollator
-from trainer.data.training_data import TrainingData
-from trainer.losses.dims_controller import WeightSchedule
 from trainer.models.remote_code import keep_code
 from trainer.runs.checkpoints import (
     ASIDE,
@@ -35,9 +32,10 @@ from trainer.runs.checkpoints import (
 from trainer.system.device import give_back_unused_memory
 from trainer.system.distributed import from_all, from_first, is_first, keep_smallest, processes
 from trainer.training.callbacks.non_finite_loss import NonFiniteLoss
+from trainer.training.callbacks.regularizer_weights import RegularizerWeights
 from trainer.training.callbacks.stop_on_signal import EvaluationCut, StopOnSignal
 from trainer.training.callbacks.throughput import Throughput
-from trainer.training.progress import Progress
+from trainer.training.prepare import Prepared
 
 
 def between_steps(method: Callable) -> Callable:
@@ -56,27 +54,30 @@ class SparseTrainer(SparseEncoderTrainer):
 
     def __init__(
         self,
-        *args,
-        data: TrainingData,
-        config: Config,
+        prepared: Prepared,
+        *,
+        run_id: str,
         throughput: Throughput,
         stop: StopOnSignal,
-        run_id: str,
-        progress: Progress,
-        chosen_by: dict[str, Any],
-        schedule: WeightSchedule | None = None,
-        **kwargs,
+        regularizer_weights: RegularizerWeights | None,
+        callbacks: list[TrainerCallback],
     ):
-        """data: what train_dataset and eval_dataset are the texts of; progress: where training begins; chosen_by: what the
-        best checkpoint is chosen by; schedule: the penalties' weights, if any."""
-        self.data, self.config, self.throughput = data, config, throughput
-        self.stop, self.run_id, self.schedule = stop, run_id, schedule
-        self.progress, self.chosen_by = progress, chosen_by
-        if schedule is not None:
-            kwargs["callbacks"] = [schedule, *kwargs.get("callbacks", ())]
-        super().__init__(*args, **kwargs)
-        self.forward_passes = forward_passes_of(config, self.args.device.type)
-        self.finite = FiniteFlag()
+        """run_id: goes into the seal of every checkpoint. regularizer_weights: None for a loss without regularizers."""
+        self.data, self.config, self.progress = prepared.data, prepared.config, prepared.progress
+        self.depends_on = prepared.best.depends_on
+        self.run_id, self.throughput, self.stop = run_id, throughput, stop
+        self.regularizer_weights = regularizer_weights
+        super().__init__(
+            model=prepared.model,
+            args=prepared.arguments,
+            train_dataset=self.data.train,
+            eval_dataset=self.data.eval or None,
+            loss=prepared.loss,
+            evaluator=prepared.evaluator,
+            callbacks=[*([regularizer_weights] if regularizer_weights else []), *callbacks],
+        )
+        self.forward_passes = forward_passes_of(self.config, self.args.device.type)
+        self.loss_is_finite = FiniteFlag()
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)  # ours stand in the callbacks argument
 
@@ -85,9 +86,9 @@ class SparseTrainer(SparseEncoderTrainer):
 
         Those of held-out rows are drawn whatever the lengths, so that evaluation losses mean the same in all runs.
         """
-        half = next((name for name, rows in self.data.train.items() if rows is dataset), None)
-        if half:
-            return self.data.batches(half, self.config)
+        name = next((name for name, rows in self.data.train.items() if rows is dataset), None)
+        if name:
+            return self.data.batches(name, self.config)
         return NoDuplicateBatches(dataset, batch_size, seed=seed, processes=processes())
 
     def get_multi_dataset_batch_sampler(self, dataset, batch_samplers, generator=None, seed=0):
@@ -99,7 +100,7 @@ class SparseTrainer(SparseEncoderTrainer):
         """The library's batches, as row numbers whose token ids are looked up, not as texts to tokenise at every step."""
         loader = super()._build_dataloader(dataset, batch_size, dataset_kind)
         if isinstance(dataset, DatasetDict):
-            sets = [self.data.tokens[half] for half in dataset]
+            sets = [self.data.tokens[name] for name in dataset]
         else:
             sets = [next(self.data.eval_tokens[name] for name, rows in self.data.eval.items() if rows is dataset)]
         return DataLoader(
@@ -120,9 +121,9 @@ class SparseTrainer(SparseEncoderTrainer):
 
     def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, checkpoint, trial) -> tuple[int, int]:
         """The library takes eval_steps, save_steps and logging_steps from the checkpoint, and its step for its place."""
-        found = super()._init_training_state(max_steps, per_epoch, epochs, checkpoint, trial)
+        place = super()._init_training_state(max_steps, per_epoch, epochs, checkpoint, trial)
         if checkpoint is None:
-            return found
+            return place
         self.state.compute_steps(self.args, max_steps)
         self._forget_best_that_cannot_be_compared()
         epoch, steps = divmod(self.progress.place_at(self.state.global_step), per_epoch)
@@ -137,7 +138,7 @@ class SparseTrainer(SparseEncoderTrainer):
         if best is not None:
             state.best_model_checkpoint = best = str(Path(self.args.output_dir) / Path(best).name)
         has_checkpoint = best is not None and step_of(Path(best)) == state.best_global_step
-        if not has_checkpoint or not self.progress.is_comparable(self.chosen_by):
+        if not has_checkpoint or not self.progress.is_comparable(self.depends_on):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -172,16 +173,16 @@ class SparseTrainer(SparseEncoderTrainer):
         return features, labels
 
     def compute_loss(self, *args, **kwargs) -> torch.Tensor | tuple[torch.Tensor, dict]:
-        """The library's, noting on the way whether that of a training step is finite."""
-        found = super().compute_loss(*args, **kwargs)
+        """The library's. Of a training step's loss, it starts to ask whether it is finite."""
+        loss = super().compute_loss(*args, **kwargs)
         if self.model.training:
-            self.finite.note(found)
-        return found
+            self.loss_is_finite.ask(loss)
+        return loss
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """Raises NonFiniteLoss before the optimizer can spoil the weights."""
         loss = super().training_step(*args, **kwargs)
-        if not self.finite.read():
+        if not self.loss_is_finite.read():
             raise NonFiniteLoss(self.state.global_step + 1, loss.item())
         for module in self.model.modules():
             if isinstance(module, SparseAutoEncoder):
@@ -217,8 +218,11 @@ class SparseTrainer(SparseEncoderTrainer):
         """The best is the best of those that are saved; the library remembers scores of steps without a checkpoint."""
         return super()._determine_best_metric(metrics, trial) if metrics and self.control.should_save else False
 
-    def finish_from(self, checkpoint: Path) -> None:
-        """Take over a checkpoint at the last step, where nothing is left to train."""
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train to the last step. After a checkpoint at the last step there is nothing to train; the library would."""
+        if checkpoint is None or step_of(checkpoint) < self.progress.steps:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            return
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self.state.max_steps = self.progress.steps
         self._forget_best_that_cannot_be_compared()
@@ -267,9 +271,9 @@ class SparseTrainer(SparseEncoderTrainer):
         folder = Path(output_dir or self.args.output_dir)
         keep_code(folder)
         self.progress.count(self.state.global_step)
-        self.progress.save(folder, self.chosen_by)
-        if self.schedule is not None:
-            self.schedule.save(folder)
+        self.progress.save(folder, self.depends_on)
+        if self.regularizer_weights is not None:
+            self.regularizer_weights.save(folder)
 
     @between_steps
     def _load_best_model(self) -> None:
@@ -289,7 +293,7 @@ class FiniteFlag:
     would have nothing to do until the CPU has sent the next step.
     """
 
-    def note(self, loss: torch.Tensor) -> None:
+    def ask(self, loss: torch.Tensor) -> None:
         """Start to copy the answer to the CPU."""
         self.answer = torch.isfinite(loss.detach()).to("cpu", non_blocking=True)
         self.arrived = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None

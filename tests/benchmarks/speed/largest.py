@@ -12,7 +12,6 @@ from torch import nn
 
 from tests.benchmarks.speed.process import answer, peak_mib
 from tests.benchmarks.speed.step import config_of, stock_parts
-from trainer.cli import set_up_libraries
 from trainer.config import load_config
 from trainer.data.batches import text_ids
 from trainer.data.forward_passes import ForwardPasses, forward_passes_of
@@ -20,6 +19,7 @@ from trainer.data.tokens import TokenCollator, Tokeniser
 from trainer.encoding.fuse import fuse, transformers_of
 from trainer.losses.build import build_loss
 from trainer.losses.statistics import BatchStatistics
+from trainer.system.libraries import set_up_libraries
 from trainer.training.arguments import ROUTES
 
 # Each a fifth to a half more than the one before.

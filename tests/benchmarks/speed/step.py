@@ -18,7 +18,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import trainer.training.train
 from tests.benchmarks.speed.process import ROOT, answer, peak_mib
-from trainer.cli import set_up_libraries
 from trainer.config import Config, load_config
 from trainer.config.schema import FromScratchConfig
 from trainer.data.beir import read_search_set
@@ -26,6 +25,7 @@ from trainer.encoding.fuse import transformers_of
 from trainer.models.build import build_model, fetch_base_model
 from trainer.models.scratch import build_from_scratch
 from trainer.runs.run import Run
+from trainer.system.libraries import set_up_libraries
 from trainer.training.arguments import ROUTES
 from trainer.training.trainer import SparseTrainer
 
@@ -183,7 +183,7 @@ def train_ours(loaded, folder: Path, clock: StepClock) -> None:
 
     trainer.training.train.SparseTrainer = Timed
     trainer.training.train.train(
-        loaded, Run.create(loaded, str(folder / f"run-{time.time_ns()}")), say=lambda line: None
+        loaded, Run.create(loaded, str(folder / f"run-{time.time_ns()}")), echo=lambda line: None
     )
 
 

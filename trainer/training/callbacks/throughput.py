@@ -25,10 +25,10 @@ class Throughput:
 
     def restart(self) -> None:
         """Count what was seen towards the totals, and start a new interval."""
-        self.settle()
+        self.add_to_totals()
         self.since = self.clock()
 
-    def settle(self) -> None:
+    def add_to_totals(self) -> None:
         """Count what was seen towards the totals."""
         rows, tokens, encoded, positions = self._seen()
         self.total_rows += rows

@@ -10,9 +10,10 @@ from tests.conftest import TINY, run_trainer
 from tests.test_models import build, config_of
 from tests.test_training import assert_same_weights, manifest, weights
 from trainer.losses.build import build_loss
-from trainer.losses.dims_controller import STATE, DimsController, WeightSchedule
+from trainer.losses.dims_controller import DimsController
 from trainer.losses.regularizers import Step
 from trainer.losses.statistics import BatchStatistics
+from trainer.training.callbacks.regularizer_weights import STATE, RegularizerWeights
 
 # About what tests/benchmarks/target.yaml did: dims by weight, and FLOPS by dims.
 WEIGHTS, HELD = np.log([1e-6, 2e-5, 1e-4, 1e-3, 0.03, 0.1, 0.4, 2]), np.log([500, 450, 400, 290, 200, 100, 45, 15])
@@ -107,7 +108,7 @@ def test_a_controller_hears_the_loss_that_the_penalties_work_against_once_per_ba
                        "loss.document_regularizer_weight=null", *overrides)  # fmt: skip
     model = build(tmp_path, bert, "splade").eval()  # no dropout
     loss = build_loss(config, model, BatchStatistics())
-    schedule = WeightSchedule(loss, config)
+    schedule = RegularizerWeights(loss, config)
     features = [model.preprocess(texts) for texts in (QUERIES, DOCUMENTS)]
     with torch.no_grad():
         queries, documents = (model(columns)["sentence_embedding"] for columns in features)
@@ -116,9 +117,9 @@ def test_a_controller_hears_the_loss_that_the_penalties_work_against_once_per_ba
     model.training = True
     for _ in range(2):
         loss(features)
-    assert len(loss.loss.noted) == 2
-    assert schedule._settle_against() == pytest.approx(expected.item(), rel=1e-5)
-    assert loss.loss.noted == []
+    assert len(loss.loss.recorded_losses) == 2
+    assert schedule._mean_ranking_loss() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.loss.recorded_losses == []
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch import nn
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
 from tests.test_models import build, config_of
 from trainer.losses.build import build_loss
-from trainer.losses.regularizers import Penalty, flops, idf_flops, l1, over_cap
+from trainer.losses.regularizers import Regularizer, flops, idf_flops, l1, over_cap
 from trainer.losses.statistics import BatchStatistics
 from trainer.system.distributed import ending_together
 
@@ -29,9 +29,9 @@ def encoder():
 
 def settled(layer, function=flops, cap=None):
     """A penalty whose running mean is that of 16 earlier rows."""
-    penalty = Penalty(layer, function, cap)
+    penalty = Regularizer(layer, function, cap)
     penalty.compute_loss_from_embeddings(layer(rows(16, seed=1)).relu())
-    penalty.settle()
+    penalty.finish_step()
     return penalty
 
 
@@ -50,12 +50,12 @@ def gradient_of_a_process(rank, folder):
     with ending_together():  # gloo's threads may outlive Python, which then aborts or waits for ever
         torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", limit, rank=rank, world_size=2)
         layer = encoder()
-        penalty = Penalty(layer, flops)
+        penalty = Regularizer(layer, flops)
         model = nn.parallel.DistributedDataParallel(layer)
         penalty.compute_loss_from_embeddings(layer(rows(16, seed=1).chunk(2)[rank]).relu())
-        penalty.settle()
+        penalty.finish_step()
         penalty.compute_loss_from_embeddings(model(rows(16, seed=2).chunk(2)[rank]).relu()).backward()
-        step = penalty.settle()
+        step = penalty.finish_step()
         torch.save([layer.weight.grad, penalty.running, step.active_dims], f"{folder}/{rank}.pt")
         torch.distributed.barrier()
         raise SystemExit(0)
@@ -67,7 +67,7 @@ def test_four_accumulated_batches_of_4_have_the_gradient_of_one_of_16():
     parts, in_parts = gradient_in_parts(rows(16, seed=2), parts=4)
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
     assert whole.abs().max() > 0.01
-    one, four = penalty.settle(), in_parts.settle()
+    one, four = penalty.finish_step(), in_parts.finish_step()
     assert (one.rows, four.rows) == (16, 16)
     assert one.active_dims == pytest.approx(four.active_dims)
     torch.testing.assert_close(in_parts.running, penalty.running)
@@ -78,7 +78,7 @@ def test_two_processes_with_8_rows_have_the_gradient_of_one_with_16(tmp_path):
     started = torch.multiprocessing.spawn(gradient_of_a_process, (str(tmp_path),), nprocs=2, join=False, daemon=True)
     assert any(started.join(timeout=90) for _ in range(2))  # each returns when one more has ended
     whole, penalty = gradient_in_parts(rows(16, seed=2), parts=1)
-    step = penalty.settle()
+    step = penalty.finish_step()
     for rank in (0, 1):
         gradient, running, active_dims = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(gradient, whole, atol=1e-5, rtol=1e-5)
@@ -103,7 +103,7 @@ def test_cached_mini_batches_have_the_gradient_of_the_whole_batch(tmp_path):
             features = [model.preprocess(texts) for texts in (QUERIES, DOCUMENTS)]
             sum(loss(features).values()).backward()
             for penalty in (loss.document_regularizer, loss.query_regularizer):
-                penalty.settle()
+                penalty.finish_step()
         found.append(
             {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
         )
@@ -114,9 +114,9 @@ def test_cached_mini_batches_have_the_gradient_of_the_whole_batch(tmp_path):
 
 def test_the_expected_gradient_is_that_of_the_whole_set_for_every_batch_size():
     data, layer = rows(64, seed=3), encoder()
-    penalty = Penalty(layer, flops)
+    penalty = Regularizer(layer, flops)
     penalty.compute_loss_from_embeddings(layer(data).relu())
-    penalty.settle()
+    penalty.finish_step()
     stock = FlopsLoss(layer)
     exact = torch.autograd.grad(layer(data).relu().mean(0).square().sum(), layer.weight)[0]
     for size in (4, 16, 64):
@@ -156,13 +156,13 @@ def test_each_penalty_equals_a_hand_worked_case():
 def test_l1_has_the_same_gradient_from_the_first_step_on():
     layer = encoder()
     batch = rows(16, seed=2)
-    penalty = Penalty(layer, l1)
+    penalty = Regularizer(layer, l1)
     for _ in range(2):
         found = torch.autograd.grad(penalty.compute_loss_from_embeddings(layer(batch).relu()), layer.weight)[0]
         exact = torch.autograd.grad(layer(batch).relu().sum() / 16, layer.weight)[0]
         torch.testing.assert_close(found, exact)
         penalty.compute_loss_from_embeddings(layer(rows(16, seed=1)).relu())
-        penalty.settle()
+        penalty.finish_step()
 
 
 def test_documents_within_the_cap_are_left_alone():
@@ -177,7 +177,7 @@ def test_documents_within_the_cap_are_left_alone():
     assert pressed.tolist() == (dims > cap).tolist()
     assert 0 < pressed.sum() < 16
     # all documents count in what the controller measures
-    assert penalty.settle().active_dims == pytest.approx(dims.float().mean().item())
+    assert penalty.finish_step().active_dims == pytest.approx(dims.float().mean().item())
 
 
 def test_evaluation_leaves_no_trace():
@@ -188,14 +188,14 @@ def test_evaluation_leaves_no_trace():
         first = penalty.compute_loss_from_embeddings(layer(rows(16, seed=2)).relu())
         again = penalty.compute_loss_from_embeddings(layer(rows(16, seed=2)).relu())
     assert first == again
-    assert penalty._seen is None
+    assert penalty._sums is None
 
 
 def test_idf_flops_presses_common_words_of_the_training_documents_harder(tmp_path):
     from trainer.models.build import document_idf
 
     bert = write_bert(tmp_path / "bert")
-    config = config_of(tmp_path, bert, "inference-free-splade", "loss.penalty=idf-flops")
+    config = config_of(tmp_path, bert, "inference-free-splade", "loss.regularizer=idf-flops")
     model = build(tmp_path, bert, "inference-free-splade")
     idf = document_idf(config, model, DOCUMENTS)
     loss = build_loss(config, model, BatchStatistics(), idf)

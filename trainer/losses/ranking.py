@@ -1,0 +1,78 @@
+"""The contrastive loss with in-batch negatives, and what a teacher's scores add to it."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from sentence_transformers import SparseEncoder
+from sentence_transformers.sparse_encoder.losses import (
+    SparseDistillKLDivLoss,
+    SparseMarginMSELoss,
+    SparseMultipleNegativesRankingLoss,
+)
+from torch import Tensor
+
+from trainer.config.schema import TeacherConfig
+from trainer.losses.statistics import BatchStatistics
+from trainer.system.distributed import processes
+
+Similarity = Callable[[Tensor, Tensor], Tensor]
+
+
+class RankingLoss(SparseMultipleNegativesRankingLoss):
+    """The library's contrastive loss over the batch of all processes, plus the distillation loss where there is a teacher.
+
+    Rows without teacher scores (held-out rows, and pairs) have no distillation loss. In training, `statistics` sees this
+    process's vectors, and `recorded_losses`, where it is a list, gets the loss.
+    """
+
+    recorded_losses: list[Tensor] | None = None
+
+    def __init__(
+        self,
+        model: SparseEncoder,
+        statistics: BatchStatistics,
+        scale: float,
+        similarities: tuple[Similarity, Similarity],
+        teacher: TeacherConfig | None,
+    ):
+        """similarities: of all queries with all passages, and of each with its own."""
+        similarity, pairwise = similarities
+        super().__init__(model, scale=scale, similarity_fct=similarity, gather_across_devices=processes() > 1)
+        self.statistics = statistics
+        self.distillation = build_distillation(model, teacher, lambda a, b: scale * pairwise(a, b)) if teacher else None
+
+    def compute_loss_from_embeddings(
+        self, embeddings: Iterable[Tensor], labels: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """embeddings: the queries, the positives and the negatives if any, [rows, vocabulary] each.
+
+        labels: [rows, 2], the teacher's scores of positive and negative.
+        """
+        embeddings = list(embeddings)
+        if self.model.training:
+            self.statistics.add(embeddings)
+        contrastive = super().compute_loss_from_embeddings(embeddings, None)
+        losses = {"base_loss": contrastive}
+        if self.distillation is not None and labels is not None:
+            losses["distillation_loss"] = self.distillation(embeddings, labels)
+        if self.recorded_losses is not None and self.model.training and torch.is_grad_enabled():
+            self.recorded_losses.append(sum(loss.detach() for loss in losses.values()))
+        return losses if len(losses) > 1 else contrastive
+
+
+def build_distillation(
+    model: SparseEncoder, teacher: TeacherConfig, similarity: Similarity
+) -> Callable[[list[Tensor], Tensor], Tensor]:
+    """(embeddings, labels) -> the weighted loss. labels: [rows, 2], the teacher's scores of positive and negative.
+
+    The loss is a mean over rows, so the mean over processes is that of all their rows.
+    """
+    if teacher.objective == "kl":
+        loss = SparseDistillKLDivLoss(model, similarity_fct=similarity, temperature=teacher.temperature)
+    else:
+        loss = SparseMarginMSELoss(model, similarity_fct=similarity)
+
+    def distillation(embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        return teacher.weight * loss.compute_loss_from_embeddings(embeddings, teacher.score_scale * labels)
+
+    return distillation

@@ -1,0 +1,187 @@
+"""What was decided for a run, and why: one line for each decision."""
+
+from collections.abc import Iterator
+
+from sentence_transformers import SparseEncoder
+from torch import nn
+
+from trainer.config import FROM_SCRATCH, Config
+from trainer.data.choosing import choice_words
+from trainer.data.mining import mining_words
+from trainer.data.tokens import Tokeniser, folder_of_tokens
+from trainer.data.training_data import TrainingData
+from trainer.models.build import vocabulary_of
+from trainer.models.normalizers import composes_first
+from trainer.models.prompts import prompt_lines
+from trainer.models.remote_code import BaseModel
+from trainer.system.distributed import processes
+from trainer.training.arguments import query_rate_mapping
+from trainer.training.progress import Progress
+
+NOTHING_TO_COMPARE = "a pair that is alone in its batch is told from nothing, and its contrastive loss is 0"
+
+
+def data_lines(config: Config, data: TrainingData) -> Iterator[str]:
+    """Rows per set and language, what was left out, and the share of each set that will be seen."""
+    for summary in data.summaries.values():
+        kinds = [
+            f"{count:,} {kind}" for kind, count in (("triplets", summary.triplets), ("pairs", summary.pairs)) if count
+        ]
+        languages = ", ".join(f"{language} {count:,}" for language, count in summary.languages.items())
+        seen = f"{summary.rows_seen / summary.rows:.0%} seen"
+        passes = summary.rows_drawn / summary.rows
+        yield (
+            f"data      {summary.name}: {summary.rows:,} rows ({' + '.join(kinds)}; {languages}), {seen}"
+            + (f", {passes:.1f} times" if passes > 1 else "")
+        )
+        for source, commit in summary.revisions.items():
+            yield f"            from {source}" + (f" at {commit}" if commit else " (local copy)")
+        if summary.mined:
+            yield f"            {mining_words(summary.mined)}"
+        for reason, count in summary.left_out.items():
+            yield f"            {count:,} rows not trained on: {reason}"
+        for reason, count in summary.eval_left_out.items():
+            yield f"            {count:,} rows not evaluated on: {reason}"
+        for note in summary.notes:
+            yield f"            {note}"
+        if left := data.rows_left_over(config, summary.name):
+            yield f"            {left:,} rows sit out each pass: they cannot be shared equally by {processes()} processes"
+    for search in data.search:
+        size = f"{len(search.queries):,} queries over {len(search.corpus):,} passages"
+        yield f"search    {search.name}: {size}{choice_words(search)}"
+        for note in search.reading.lines():
+            yield f"            {note}"
+
+
+def steps_line(config: Config, progress: Progress) -> str:
+    """Steps of the whole run, rows per step, and how the sets take turns."""
+    datasets = config.datasets
+    how = datasets.sampling_strategy.replace("_", " ")
+    if datasets.sampling_strategy == "round_robin":
+        how += f", an epoch ends with the {datasets.epoch} set"
+    training = config.training
+    batch = f"{training.per_device_train_batch_size} rows"
+    if processes() > 1:
+        batch += f" × {processes()} processes"
+    if training.gradient_accumulation_steps > 1:
+        batch += f" × {training.gradient_accumulation_steps} accumulated"
+    return f"steps     {progress.steps:,} of {batch} ({progress.epochs:.3g} epochs; {how})"
+
+
+def lonely_pairs_lines(config: Config, data: TrainingData) -> Iterator[str]:
+    """Warnings of pairs that are alone in their batch: their contrastive loss is 0, whatever the model."""
+    if not config.loss.is_contrastive:
+        return
+    for name in data.train:
+        alone, batches = data.batches_of_one(name, config)
+        if alone:
+            share = f"{alone:,} of {batches:,} batches ({alone / batches:.1%})"
+            yield f"Warning: {name}: {NOTHING_TO_COMPARE}, as in {share}. {more_rows(config)}"
+    for name in data.eval:
+        alone, batches = data.eval_batches_of_one(name, config)
+        if alone:
+            yield (
+                f"Warning: {name}: the evaluation loss is 0 in {alone:,} of {batches:,} batches ({alone / batches:.1%}), "
+                "whatever the model: a held-out pair is alone in its batch. Set training.per_device_eval_batch_size to 2 "
+                "or more, and hold out more rows"
+            )
+
+
+def more_rows(config: Config) -> str:
+    """What to do about pairs that are compared with nothing."""
+    if config.training.per_device_train_batch_size * processes() == 1:
+        return (
+            "Set training.per_device_train_batch_size to 2 or more (rows of accumulated batches are not compared; "
+            "loss.cached compares many in little memory), or find negatives: datasets.<name>.mine"
+        )
+    return "Add negatives, or rows that share neither query nor passage with most others"
+
+
+def token_line(tokeniser: Tokeniser) -> str:
+    """How many tokens there are, and where their ids are kept."""
+    made = tokeniser.texts - tokeniser.texts_found
+    how = f"tokenised in {tokeniser.seconds:.0f} s" if made else "found"
+    if made and tokeniser.texts_found:
+        how += f", {tokeniser.texts_found:,} of the texts found"
+    size = f", {tokeniser.bytes / 2**20:,.0f} MiB in {folder_of_tokens()}" if tokeniser.bytes else ""
+    return f"tokens    {tokeniser.tokens:,} in {tokeniser.texts:,} different texts, {how}{size}"
+
+
+def sitting_out_lines(config: Config, data: TrainingData) -> Iterator[str]:
+    """Rows for which there is no batch."""
+    for name in data.summaries:
+        if alone := data.rows_without_a_batch(config, name):
+            advice = "too many share a text; lower per_device_train_batch_size"
+            yield f"batches   {name}: {alone:,} rows sit out each pass: {advice}"
+
+
+def padding_line(config: Config, data: TrainingData, device: str) -> str:
+    """How much of what the network computes will be padding. The data has its token ids."""
+    if config.model.packs_texts:
+        return "padding   none: texts are packed (model.attention), so datasets.length_window has no effect"
+    share, at_random = data.padding(config, device)
+    window = config.datasets.length_window
+    how = f"; {at_random:.0%} if rows of any length were batched (length_window: {window})" if window > 1 else ""
+    return f"padding   {share:.0%} of the positions that go through the network{how}"
+
+
+def rate_lines(config: Config, model: SparseEncoder, loss: nn.Module) -> Iterator[str]:
+    """Parameters per learning rate."""
+    rates = query_rate_mapping(config, loss)
+    query_weights = {name.removeprefix("^").removesuffix("$").replace("\\", "") for name in rates}
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"query": [], "rest": [], "frozen": []}
+    for name, parameter in model.named_parameters():
+        is_query = f"model.{name}" in query_weights
+        groups["frozen" if not parameter.requires_grad else "query" if is_query else "rest"].append((name, parameter))
+
+    def count(group: str) -> str:
+        return f"{sum(parameter.numel() for _, parameter in groups[group]):,} parameters"
+
+    yield f"rates     {config.training.learning_rate:g}: {count('rest')} in {len(groups['rest'])} tensors"
+    if groups["query"]:
+        names = ", ".join(name for name, _ in groups["query"])
+        yield f"          {config.training.query_learning_rate:g}: {count('query')}: {names}"
+    if groups["frozen"]:
+        yield f"          not trained: {count('frozen')} in {len(groups['frozen'])} tensors"
+
+
+def sparsity_lines(config: Config) -> Iterator[str]:
+    """The targets that weights are found for, and the regularizer where it is not FLOPS."""
+    loss = config.loss
+    for route, target in (("documents", loss.target_document_dims), ("queries", loss.target_query_dims)):
+        if target:
+            yield f"sparsity  {route}: {target:,} active dims on average, for which the first third finds the weight"
+    if loss.has_regularizers and (loss.regularizer != "flops" or loss.document_dims_cap):
+        cap = f", of documents with more than {loss.document_dims_cap:,} active dims" if loss.document_dims_cap else ""
+        yield f"regularizer  {loss.regularizer}{cap}"
+
+
+def base_model_lines(config: Config, base: BaseModel | None) -> Iterator[str]:
+    """Architecture, base model, and the Python code that it brings."""
+    name, revision = config.model.base_model, config.model.revision
+    origin = "built from scratch" if name == FROM_SCRATCH else f"from {name}" + (f" at {revision}" if revision else "")
+    yield f"model     {config.model.architecture} {origin}"
+    for file, changes in base.code.items() if base else ():
+        what = f"{len(changes)} faults mended: {', '.join(changes)}" if changes else "runs as it came"
+        yield f"code      {file}: {what}"
+
+
+def tokenizer_lines(model: SparseEncoder) -> Iterator[str]:
+    """A warning where texts come in one form of Unicode here, and users of the model may encode another."""
+    if composes_first(model.tokenizer):
+        return
+    fast = model.tokenizer.is_fast
+    why = "it was saved before tokenizers did so" if fast else "it is Python code, to which nothing can be added"
+    yield (
+        f"tokenizer does not bring texts into Unicode's form NFC: {why}. Who encodes with the model has to, or words with "
+        "å, ä and ö that were typed on a Mac match nothing"
+    )
+
+
+def model_lines(config: Config, base: BaseModel | None, model: SparseEncoder) -> Iterator[str]:
+    """Architecture, size, tokenizer and prompts."""
+    yield from base_model_lines(config, base)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    yield f"          {vocabulary_of(model):,} dimensions, {parameters:,} parameters"
+    yield from tokenizer_lines(model)
+    yield from prompt_lines(config.model, base.folder if base else None, model.prompts)

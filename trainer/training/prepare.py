@@ -1,0 +1,272 @@
+"""Makes everything a run needs, once. `make check` prints the decisions; `make train` prints them and goes on."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from sentence_transformers import SparseEncoder
+from sentence_transformers.sparse_encoder import SparseEncoderTrainingArguments
+from torch import nn
+
+from trainer.config import FROM_SCRATCH, Config, ConfigError, LoadedConfig
+from trainer.data.forward_passes import forward_passes_of
+from trainer.data.tokens import Tokeniser
+from trainer.data.training_data import TrainingData, load_data
+from trainer.encoding.fuse import fuse
+from trainer.hub.download import HubUnreachable
+from trainer.losses.build import build_loss
+from trainer.losses.statistics import BatchStatistics
+from trainer.losses.teachers import add_teacher_scores, missing_scores_line
+from trainer.models.attention import choose_attention, plan_attention
+from trainer.models.build import build_model, document_idf, fetch_base_model, load_model
+from trainer.models.compiled import compile_networks
+from trainer.models.remote_code import BaseModel
+from trainer.runs.run import MODELS, Run
+from trainer.system.device import choose_device
+from trainer.system.distributed import first_on_each_machine_first, from_first, is_first
+from trainer.system.progress_bar import going_on, in_columns
+from trainer.training import decisions as describe
+from trainer.training.arguments import build_arguments, routes_of
+from trainer.training.best_checkpoint import BestCheckpoint, best_checkpoint_of, checkpoint_line, what_differs
+from trainer.training.evaluators import SearchEvaluator, build_evaluator
+from trainer.training.memory import estimate_memory, memory_lines
+from trainer.training.progress import Progress
+from trainer.training.resume import START, Start, check_same_data, check_steps_left
+
+# Rows of each set that `make check` tokenises to say how much padding there will be; training looks at all of them.
+CHECKED_ROWS = 5_000
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, as far as `make check` makes it too."""
+
+    config: Config
+    """The config, with the attention that was chosen."""
+    device: str
+    device_reason: str
+    base: BaseModel | None
+    """The base model's files; None from scratch, or when a run is resumed."""
+    data: TrainingData
+    progress: Progress
+    teacher: dict[str, Any] | None
+    """What the manifest keeps of the teacher and its scores."""
+    model: SparseEncoder
+    statistics: BatchStatistics
+    loss: nn.Module
+
+
+@dataclass(frozen=True)
+class Prepared(Parts):
+    """Everything a run needs."""
+
+    evaluator: SearchEvaluator | None
+    best: BestCheckpoint
+    arguments: SparseEncoderTrainingArguments
+    decisions: tuple[str, ...]
+    """What was decided, and why, line by line."""
+
+    @property
+    def continues_scores(self) -> bool:
+        """Whether scores before a resume can be compared with those to come."""
+        return self.progress.is_comparable(self.best.depends_on)
+
+
+class Decisions:
+    """Prints every decision when it is made, and keeps it. Of several processes the first prints."""
+
+    def __init__(self, echo: Callable[[str], None]):
+        self.lines: list[str] = []
+        self.echo = echo if is_first() else lambda line: None
+
+    def add(self, *lines: str) -> None:
+        """Print and keep these lines."""
+        self.lines += lines
+        for line in lines:
+            self.echo(line)
+
+
+def prepare(loaded: LoadedConfig, run: Run, start: Start, decisions: Decisions) -> Prepared:
+    """Everything that training needs. Raises ConfigError for what the user can mend."""
+    parts = make_parts(loaded, decisions, run, start)
+    config = parts.config
+    evaluator = share_evaluator(config, parts.data, decisions)
+    best = best_checkpoint_of(config, parts.data, evaluator)
+    decisions.add(checkpoint_line(config, best))
+    if config.training.load_best_model_at_end and not parts.progress.is_comparable(best.depends_on):
+        differs = what_differs(parts.progress.depends_on, best.depends_on)
+        decisions.add(f"          checkpoints up to step {start.step} do not count: {differs}")
+    arguments = build_arguments(config, run, parts.model, parts.loss, parts.device, best_metric=best.metric)
+    return Prepared(**vars(parts), evaluator=evaluator, best=best, arguments=arguments, decisions=(*decisions.lines,))
+
+
+def check(loaded: LoadedConfig, decisions: Decisions) -> None:
+    """The decisions of `prepare`, on a machine that need not be the one to train on. Nothing is written or uploaded.
+
+    What needs the hub, when it cannot be reached, is said to need it.
+    """
+    pushed = f", pushed to {loaded.config.hub.repo}" if loaded.config.hub.push else ""
+    decisions.add(f"config    {loaded.file} is valid", f"output    {MODELS / loaded.name}{pushed}")
+    with contextlib.suppress(HubUnreachable):  # the decisions say so
+        make_parts(loaded, decisions)
+
+
+def make_parts(loaded: LoadedConfig, decisions: Decisions, run: Run | None = None, start: Start = START) -> Parts:
+    """Data, model and loss, each with the decisions that it took. run: None for `make check`.
+
+    `make check` makes the model on the CPU, tokenises few rows, and has no pairs scored by a teacher.
+    """
+    config = loaded.config
+    device, reason = decide_device(config, decisions, must_exist=run is not None)
+    base, data, progress = load(loaded, decisions, run, start)
+    teacher = decide_teacher(config, data, device, decisions, score=run is not None)
+    model = make_model(config, base, data, start, device if run else "cpu")
+    decisions.add(*describe.model_lines(config, base, model))
+    decisions.add(*fuse_head(config, model, device))
+    config = decide_attention(
+        config, model, device, decisions, run, start
+    )  # from here on it may compute in 16 bits only
+    tokenise(config, data, model, device, decisions, keep=run is not None)
+    decisions.add(*memory_lines(config, estimate_memory(config, data.columns, model), device if reason else None))
+    if run and config.training.torch_compile:
+        decisions.add(f"compile   {compile_networks(model, forward_passes_of(config, device).lengths)}")
+    statistics = BatchStatistics(enabled=config.evaluation.track_sparsity)
+    loss = build_loss(config, model, statistics, document_idf(config, model, data.texts("positive", "negative")))
+    decisions.add(*describe.rate_lines(config, model, loss), *describe.sparsity_lines(config))
+    return Parts(config, device, reason, base, data, progress, teacher, model, statistics, loss)
+
+
+# ------------------------------------------------------------------------------------------- one part each
+def decide_device(config: Config, decisions: Decisions, *, must_exist: bool) -> tuple[str, str]:
+    """The device and the reason for it; without a reason where it need not exist, and does not."""
+    try:
+        device, reason = choose_device(config)
+    except ConfigError as error:
+        if must_exist:
+            raise
+        decisions.add(f"device    {error.format_message()}")
+        return config.hardware.device, ""
+    decisions.add(f"device    {device} ({reason})")
+    return device, reason
+
+
+def load(
+    loaded: LoadedConfig, decisions: Decisions, run: Run | None, start: Start
+) -> tuple[BaseModel | None, TrainingData, Progress]:
+    """The base model's files, the data, and the steps that are to be trained on it.
+
+    Raises ConfigError where there is nothing to learn from, or a resumed run has other rows. `make check` (no run) goes on
+    without data that needs the hub, and raises HubUnreachable where no model can be made.
+    """
+    config, needs = loaded.config, ""
+    base: BaseModel | None = None
+    with first_on_each_machine_first():
+        try:  # the base model first: it may not be trusted, and data is larger
+            base = None if start.checkpoint else fetch_base_model(config)
+        except HubUnreachable:
+            if run:
+                raise
+            needs = f"needs the hub: {config.model.base_model}"
+        data = load_data(config, without_hub=run is None)
+    progress = Progress(config, data)
+    if run:
+        check_same_data(data, run)
+    if start.checkpoint:
+        progress.load(start.checkpoint, start.step, decisions.add)
+    if data.unreachable:
+        decisions.add(*(f"data      {name}: needs the hub" for name in data.unreachable))
+        decisions.add("steps     needs the hub: the number of rows is not known")
+    else:
+        check_steps_left(loaded, start.step, progress.steps, decisions.add)
+        progress.plan()
+        decisions.add(*describe.data_lines(config, data), describe.steps_line(config, progress))
+        check_something_to_learn(config, data)
+        decisions.add(*describe.lonely_pairs_lines(config, data))
+    if data.unreachable and config.model.base_model == FROM_SCRATCH:
+        needs = "needs the hub: the model is built from the training texts"
+    if needs:
+        decisions.add(*describe.base_model_lines(config, None), f"rates     {needs}", f"memory    {needs}")
+        raise HubUnreachable(needs)
+    return base, data, progress
+
+
+def check_something_to_learn(config: Config, data: TrainingData) -> None:
+    """Raise ConfigError where every training batch is one pair, so that the only loss is 0."""
+    counts = [data.batches_of_one(name, config) for name in data.train]
+    alone, batches = (sum(column) for column in zip(*counts, strict=True))
+    if alone == batches and config.loss.has_regularizers:
+        raise ConfigError(
+            f"there is nothing to learn from: {describe.NOTHING_TO_COMPARE}, which is so in every batch. "
+            f"{describe.more_rows(config)}"
+        )
+
+
+def decide_teacher(
+    config: Config, data: TrainingData, device: str, decisions: Decisions, *, score: bool
+) -> dict[str, Any] | None:
+    """Give the rows their teacher scores, or say how many pairs the teacher would have to score."""
+    teacher = config.loss.teacher
+    if teacher is None:
+        return None
+    if score:
+        return add_teacher_scores(data.train, teacher, device, decisions.add, config.model)
+    decisions.add(missing_scores_line(teacher, data.train, config.model))
+    return None
+
+
+def make_model(config: Config, base: BaseModel | None, data: TrainingData, start: Start, device: str) -> SparseEncoder:
+    """The untrained model, its query weights from the training texts; or the model of a checkpoint."""
+    transformers.set_seed(config.training.seed)
+    if start.checkpoint:
+        return load_model(start.checkpoint, config, device)
+    with going_on(in_columns("model", "building")):
+        return build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), device)
+
+
+def fuse_head(config: Config, model: SparseEncoder, device: str) -> list[str]:
+    """Put the fused head into the model where config and model allow it. Returns the line that says so."""
+    if not config.loss.has_regularizers:
+        return []  # CSR has no such head
+    if not config.hardware.fused_head:
+        return ["head      as the library computes it: hardware.fused_head is false"]
+    return [f"head      {fuse(model, device)}"]
+
+
+def decide_attention(
+    config: Config, model: SparseEncoder, device: str, decisions: Decisions, run: Run | None, start: Start
+) -> Config:
+    """The config with the attention that the model computes with from now on; for `make check`, what it would be."""
+    if run:
+        config, line = choose_attention(model, config, device, start.packed_texts)
+    else:
+        try:
+            config, line = plan_attention(model, config, device)
+        except ConfigError as error:
+            line = f"attention {error.format_message()}"
+    if config.model.attention != from_first(config.model.attention):
+        raise ConfigError("model.attention: this training's GPUs differ in what they can do. Train on GPUs of one kind")
+    decisions.add(line)
+    return config
+
+
+def tokenise(
+    config: Config, data: TrainingData, model: SparseEncoder, device: str, decisions: Decisions, *, keep: bool
+) -> None:
+    """Make the token ids of all rows, of every text once; where they are not kept, of some rows."""
+    rows = data if keep else data.sample(CHECKED_ROWS, config.training.seed)
+    tokeniser = Tokeniser(model, routes_of(config), decisions.add, keep=keep)
+    with first_on_each_machine_first():
+        rows.tokenise(tokeniser)
+    if keep:
+        decisions.add(describe.token_line(tokeniser))
+    if not data.unreachable:
+        decisions.add(*describe.sitting_out_lines(config, data), describe.padding_line(config, rows, device))
+
+
+def share_evaluator(config: Config, data: TrainingData, decisions: Decisions) -> SearchEvaluator | None:
+    """The evaluator. The first process runs it and the others encode for it, so theirs has no searches of its own."""
+    evaluator = build_evaluator(config, data.search, decisions.add) if is_first() else None
+    exists = from_first(evaluator is not None)
+    return evaluator if is_first() else SearchEvaluator({}) if exists else None
