@@ -127,8 +127,8 @@ def test_the_result_line_names_the_searches_whose_score_is_optimistic(tmp_path):
     data = TrainingData({}, {}, {}, {}, search=[divide(search_set(FORTY)), divide(search_set(["a"], name="tiny"))])
     choices = choices_of(config, data, SearchEvaluator(dict.fromkeys(("mine", "tiny", "NanoBEIR-no"))))
     assert checkpoint_line(config, BestCheckpoint("eval_choosing_ndcg@10", choices, {})) == (
-        "result    the checkpoint with the highest mean nDCG@10 over the queries that choose; those of tiny, NanoBEIR-no are "
-        "reported too, so their score is optimistic"
+        "result    the checkpoint with the highest mean nDCG@10 over the queries that choose; those of tiny, NanoBEIR-no "
+        "are reported too, so their score is optimistic"
     )
 
 

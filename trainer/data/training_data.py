@@ -27,7 +27,7 @@ from trainer.system.distributed import processes
 from trainer.system.files import written_whole
 from trainer.system.progress_bar import going_on, in_columns
 
-# The padding of a pass over a subset is counted on so many of its batches: a loop over those of a million rows takes seconds.
+# Batches of a subset that its padding is counted on: a loop over all of those of a million rows takes seconds.
 COUNTED_BATCHES = 1000
 
 
@@ -134,7 +134,7 @@ class TrainingData:
         return sum(int(sampler.sizes.sum()) - sum(map(len, sampler.batches(0))) for sampler in samplers)
 
     def batches_of_one(self, subset: str, config: Config) -> tuple[int, int]:
-        """Batches of a subset's first pass whose one row is compared with no other passage, and the batches of that pass."""
+        """Of a subset's first pass: batches whose one row is compared with no other passage, and all batches."""
         return _batches_of_one(self.train[subset], self.batches(subset, config))
 
     def eval_batches_of_one(self, subset: str, config: Config) -> tuple[int, int]:
