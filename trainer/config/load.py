@@ -16,7 +16,7 @@ from trainer.config.checks import find_contradictions, is_commit, is_local
 from trainer.config.errors import ConfigError, did_you_mean, one_line
 from trainer.config.resume import why_refused
 from trainer.config.schema import FROM_SCRATCH, Config, is_revision, section_at
-from trainer.config.tree import MAX_DEPTH, Origin, Origins, Path_, is_file, merge, parse_value, read_file
+from trainer.config.tree import MAX_DEPTH, Origin, Origins, Path_, YamlError, is_file, merge, parse_value, read_file
 
 __all__ = [
     "CONFIG_DIR",
@@ -91,10 +91,10 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
             raise ConfigError(f"--set {override}: no config is so deeply nested")
         try:
             nested: Any = parse_value(text.strip())
-        except ConfigError as error:
-            problem = error.message.partition(": ")[2]
-            hint = f'. Should it be a text, put it in quotes: {key}="…"' if problem.startswith("not valid YAML") else ""
-            raise ConfigError(f"--set {override}: {problem}{hint}") from None
+        except YamlError as error:
+            is_text = error.problem.startswith("not valid YAML")
+            hint = f'. Should it be a text, put it in quotes: {key}="…"' if is_text else ""
+            raise ConfigError(f"--set {override}: {error.problem}{hint}") from None
         for part in reversed(path):
             nested = {part: nested}
         leaf = Origin(f"--set {override}", 0)

@@ -27,6 +27,15 @@ Origins = dict[Path_, Origin]
 MAX_NODES = 10_000
 MAX_DEPTH = 20
 MAX_BYTES = 1_000_000
+TOO_LARGE = "the file is too large or too deeply nested for a config"
+
+
+class YamlError(ConfigError):
+    """What is wrong with a YAML text. `problem` is the message without the place."""
+
+    def __init__(self, source: str, line: int, problem: str):
+        super().__init__(f"{source}:{line}: {problem}")
+        self.problem = problem
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -71,12 +80,12 @@ class _Builder:
         self.source, self.origins, self.nodes = source, {}, 0
 
     def fail(self, node: yaml.Node, message: str) -> None:
-        raise ConfigError(f"{self.source}:{node.start_mark.line + 1}: {message}")
+        raise YamlError(self.source, node.start_mark.line + 1, message)
 
     def build(self, node: yaml.Node, path: Path_) -> Any:
         self.nodes += 1
         if self.nodes > MAX_NODES or len(path) > MAX_DEPTH:
-            self.fail(node, "the file is too large or too deeply nested for a config")
+            self.fail(node, TOO_LARGE)
         if path:
             self.origins.setdefault(path, Origin(self.source, node.start_mark.line + 1))
         if isinstance(node, yaml.MappingNode):
@@ -92,7 +101,7 @@ class _Builder:
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value
-            if not isinstance(key, str) or key_node.tag == "tag:yaml.org,2002:merge":
+            if not isinstance(key, str) or key == "<<":
                 self.fail(key_node, "keys must be plain words; merge keys (<<) are not read, use extends: instead")
             dotted = ".".join(map(str, (*path, key)))
             if key in values:
@@ -103,19 +112,29 @@ class _Builder:
         return values
 
 
+def _refuse_deep_nesting(text: str, source: str) -> None:
+    """PyYAML composes libyaml's events by unlimited recursion: 50,000 brackets would end in a segmentation fault."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise YamlError(source, event.start_mark.line + 1, TOO_LARGE)
+
+
 def parse(text: str, source: str) -> tuple[dict[str, Any], Origins]:
-    """Values and origins of one YAML document; raises ConfigError with file:line for anything malformed."""
+    """Values and origins of one YAML document; raises YamlError with file:line for anything malformed."""
     if len(text) > MAX_BYTES:
-        raise ConfigError(f"{source}:1: the file is larger than {MAX_BYTES // 1000} kB; a config is a few kB")
+        raise YamlError(source, 1, f"the file is larger than {MAX_BYTES // 1000} kB; a config is a few kB")
     try:
+        _refuse_deep_nesting(text, source)
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
-        raise ConfigError(f"{source}:{line}: not valid YAML: {problem}") from None
-    except (RecursionError, ValueError):
-        raise ConfigError(f"{source}:1: not valid YAML: too deeply nested") from None
+        raise YamlError(source, line, f"not valid YAML: {problem}") from None
+    except UnicodeEncodeError:  # a surrogate: what the command line holds where it is not UTF-8
+        raise YamlError(source, 1, "not a text in UTF-8") from None
     if node is None:
         return {}, {}
     builder = _Builder(source)
@@ -125,7 +144,7 @@ def parse(text: str, source: str) -> tuple[dict[str, Any], Origins]:
 
 
 def parse_value(text: str) -> Any:
-    """One value written on the command line, read as YAML would read it in a file."""
+    """One value written on the command line, read as YAML would read it in a file. Raises YamlError."""
     values, _ = parse(f"value: {text}", "--set")
     return values["value"]
 
