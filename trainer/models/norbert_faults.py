@@ -1,49 +1,41 @@
-"""What keeps the published code of NorBERT3 and NorBERT4 from being a sparse encoder, and what makes it a slow one."""
+"""The faults of NorBERT3's and NorBERT4's published code, which keep it from being a sparse encoder or make it a slow one.
 
+Each has a name, a reason, and edits: patterns with what takes their place. Patterns, not a diff for each file's SHA-256:
+several revisions and copies are in use, and the same patterns convert all that were tried. A revision that they
+do not fit stops with the name of the fault.
+"""
+
+import inspect
 import re
 from collections.abc import Callable
 
 from trainer.encoding.fuse import SILENT
 from trainer.models.code_change import Change
+from trainer.models.norbert_inserts import packed, places_of, rebuilt_after_load
 
 
-def before_the_classes(functions: str) -> tuple[str, Callable[[re.Match], str]]:
-    """The edit that puts these functions before the first class."""
-    return r"\A((?s:.*?))^(?=(?:@.*\n)*class )", lambda found: found[1] + functions
+def before_the_classes(*functions: Callable) -> tuple[str, Callable[[re.Match], str]]:
+    """The edit that copies these functions in front of the first class."""
+    source = "".join(f"{inspect.getsource(function)}\n\n" for function in functions)
+    return r"\A((?s:.*?))^(?=(?:@.*\n)*class )", lambda found: found[1] + source
 
 
 # ------------------------------------------------------------------------------------------- what both have
+# Patterns of faults, by which a fault is recognised, or is seen to be left in another place.
+READS_IS_DECODER = r"config\.is_decoder\b(?!\s*=[^=])"
+OUTPUT_WEIGHT = r"def get_output_embeddings\b.*\n +return .*\.weight\b"
+REENTRANT = r"\bcheckpoint\.checkpoint\((?![^()]*use_reentrant=False).*"
+FIVE_ARGUMENTS = r"\bsoftmax_backward_data\((?!\w+, \w+, \w+\)).*"
+
 # Tables such as RoPE's cosines are not saved with the weights. transformers 5 builds a model without memory behind it, and
 # then gives such tables memory that nobody has written to: NaN, or numbers that are slightly wrong.
-REBUILD = '''\
-def rebuilt_after_load(module_class):
-    """Class decorator: tables that are not saved with the weights are computed again once the weights are loaded."""
-    build = module_class.__init__
-
-    def __init__(self, *arguments, **options):
-        build(self, *arguments, **options)
-        self.built_from = arguments, options
-
-    def rebuild_tables(self):
-        arguments, options = self.built_from
-        fresh = dict(type(self)(*arguments, **options).named_buffers(recurse=False))
-        for name, table in self.named_buffers(recurse=False):
-            table.copy_(fresh[name])
-
-    module_class.__init__, module_class.rebuild_tables = __init__, rebuild_tables
-    return module_class
-
-
-'''
-
-
 TABLES = Change(
     "unsaved tables",
     "transformers 5 leaves buffers that are not saved uninitialised after from_pretrained: NaN, or wrong positions",
     (
-        # Every class that registers one, down to its last indented line.
+        # every class that registers one, down to its last indented line
         (r"^(class \w+\b(?=.*\n(?:(?!\S).*\n)*?.*persistent=False))", r"@rebuilt_after_load\n\1"),
-        before_the_classes(REBUILD),
+        before_the_classes(rebuilt_after_load),
         (
             r"^( +)def _init_weights\(self, (\w+)(?:: [\w.]+)?\)(?: -> None)?:\n",
             r"\g<0>\1    if hasattr(\2, 'rebuild_tables'):\n\1        return \2.rebuild_tables()\n",
@@ -56,8 +48,8 @@ IS_DECODER = Change(
     "is_decoder",
     "transformers 5 has no config.is_decoder",
     ((r"(?<![\w.])((?:self\.)?config)\.is_decoder\b(?!\s*=[^=])", r'getattr(\1, "is_decoder", False)'),),
-    gone=r"config\.is_decoder\b(?!\s*=[^=])",
-    only_if=r"config\.is_decoder\b(?!\s*=[^=])",
+    gone=READS_IS_DECODER,
+    only_if=READS_IS_DECODER,
 )
 
 GELU = Change(
@@ -88,15 +80,10 @@ SOFTMAX = Change(
     optional=True,
 )
 
-# What must not be left anywhere.
-OUTPUT_WEIGHT = r"def get_output_embeddings\b.*\n +return .*\.weight\b"
-REENTRANT = r"\bcheckpoint\.checkpoint\((?![^()]*use_reentrant=False).*"
-FIVE_ARGUMENTS = r"\bsoftmax_backward_data\((?!\w+, \w+, \w+\)).*"
-
 # ------------------------------------------------------------------------------------------- NorBERT4
-# With the function, a token always sees itself, so that no row is empty: that changes what padding sees, and nobody sees
-# padding. Without it, for engines with an older torch, an empty row gives 0, as published.
-ATTENTION = r"""
+# With torch's function every token sees itself, so that no row is empty. That changes the vectors of padding alone, which
+# no text sees. Without the function, for engines with an older torch, an empty row gives 0, as published.
+TORCH_ATTENTION = r"""
 \1if torch.jit.is_tracing() or self.config._attn_implementation == "eager":
 \1    scores = (query @ key.transpose(-1, -2) * self.scale).masked_fill(~attention_mask, float("-inf"))
 \1    return self.attention_dropout(scores.softmax(-1).masked_fill(~attention_mask, 0.0)) @ value
@@ -106,30 +93,17 @@ ATTENTION = r"""
 \1output = F.scaled_dot_product_attention(query, key, value, seen, dropout, scale=self.scale)
 """.lstrip("\n")
 # From the scores to their use.
-PRODUCTS = (
+PUBLISHED_ATTENTION = (
     r"^( +)attention_scores = torch\.bmm\(.*\n(?:.*\n){1,6}?.*MaskedSoftmax\.apply\(.*\n(?:.*\n){1,6}?"
     r" +output = output\.view\(.*\n"
 )
-ATTEND_PACKED = r"""
+PACKED_ATTENTION = r"""
 \1    if isinstance(padding_mask, dict):
 \1        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
 \1        options = {"dropout": self.attention_dropout.p if self.training else 0.0, "scaling": self.scale}
 \1        options |= {"sliding_window": self.window_length + 1} | padding_mask
 \1        return attend(self, query, key, value, None, **options)[0].transpose(1, 2)
 """.lstrip("\n")
-OF_PACKED = '''\
-def packed(kwargs):
-    """Where each of the texts starts that lie one after the other without padding; None for padded texts."""
-    names = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-    return {name: kwargs[name] for name in names} if "cu_seq_lens_q" in kwargs else None
-
-
-def places_of(padding_info, length):
-    """Which rows of a table of positions the tokens have."""
-    return padding_info["position_ids"][0] if isinstance(padding_info, dict) else slice(length)
-
-
-'''
 # Texts one after the other without padding, [1, tokens], with where each starts: as transformers passes them to its own
 # models. The window is one more than the tokens that are seen on either side.
 PACKED = Change(
@@ -147,9 +121,9 @@ PACKED = Change(
         ),
         (r"^( +)seq_len = x\.shape\[2\]$", r"\1seq_len = places_of(padding_info, x.shape[2])"),
         (r"_matrix\[:, None, :seq_len\b", r"_matrix[:, None, seq_len"),
-        (r"^ +def forward\(self, hidden_layer\b[^)]*\bpadding_info\):$", r"\g<0>"),  # known by this name
+        (r"^ +def forward\(self, hidden_layer\b[^)]*\bpadding_info\):$", r"\g<0>"),  # the name that the next edits use
         (r"\bself\.rope_embedding\((query|key)\)", r"self.rope_embedding(\1, padding_info)"),
-        (r"^( +)def attention_operation\(self, query\b.*:\n(?: +\"\"\".*\n)?", r"\g<0>" + ATTEND_PACKED),
+        (r"^( +)def attention_operation\(self, query\b.*:\n(?: +\"\"\".*\n)?", r"\g<0>" + PACKED_ATTENTION),
         (
             r"(\*\*kwargs\n? *\) ?-?>?(?:.*\n)(?:.*\n){0,4}?.*\bself\.get_contextualized_embeddings\([^)]*)\)",
             r"\1, packed_texts=packed(kwargs))",
@@ -164,7 +138,7 @@ PACKED = Change(
             r"\g<0>\1if 'cu_seq_lens_q' in kwargs:  # a text's last token does not foretell the next text's first\n"
             r"\1    \2[:, kwargs['cu_seq_lens_q'][:-1].long()] = 0.0\n",
         ),
-        before_the_classes(OF_PACKED),
+        before_the_classes(packed, places_of),
     ),
     optional=True,
 )
@@ -244,7 +218,7 @@ NORBERT4 = (
     Change(
         "attention matrix",
         "each layer kept [texts, heads, length, length] weights to train, by a function that cannot be exported",
-        ((PRODUCTS, ATTENTION),),
+        ((PUBLISHED_ATTENTION, TORCH_ATTENTION),),
         optional=True,
     ),
     PACKED,
