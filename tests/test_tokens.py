@@ -16,7 +16,7 @@ from trainer.data import tokens as module
 from trainer.data.batches import text_ids
 from trainer.data.forward_passes import ForwardPasses
 from trainer.data.rows import SIDES
-from trainer.data.token_file import PART, TokenFile
+from trainer.data.token_file import TEXTS_PER_PART, TokenFile
 from trainer.data.tokens import TokenCollator, Tokeniser
 from trainer.data.training_data import load_data
 from trainer.losses.build import build_loss
@@ -164,7 +164,7 @@ def test_a_model_that_reads_something_else_is_refused(tmp_path, monkeypatch):
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """Keep the ids of sets however small, in a folder of this test."""
-    monkeypatch.setattr(module, "KEPT_FROM", 1)
+    monkeypatch.setattr(module, "MIN_TEXTS_ON_DISK", 1)
     monkeypatch.setattr(module, "folder_of_tokens", lambda: tmp_path / "tokens")
     _, model = built(tmp_path, write_bert(tmp_path / "base"), "splade")
     return model, tmp_path / "tokens"
@@ -278,20 +278,22 @@ def test_a_folder_that_cannot_be_written_is_one_line(kept):
 
 
 def test_a_file_of_many_parts_holds_every_text(tmp_path):
-    texts = [np.arange(n % 7, dtype=np.uint16) for n in range(2 * PART + 3)]
-    parts = (pa.array(texts[n : n + PART], pa.list_(pa.uint16())) for n in range(0, len(texts), PART))
+    texts = [np.arange(n % 7, dtype=np.uint16) for n in range(2 * TEXTS_PER_PART + 3)]
+    parts = (
+        pa.array(texts[n : n + TEXTS_PER_PART], pa.list_(pa.uint16())) for n in range(0, len(texts), TEXTS_PER_PART)
+    )
     file = TokenFile.write(tmp_path / "ids.arrow", pa.uint16(), parts)
     assert len(file) == len(texts)
-    for number in (0, 6, PART - 1, PART, PART + 1, 2 * PART + 2):
+    for number in (0, 6, TEXTS_PER_PART - 1, TEXTS_PER_PART, TEXTS_PER_PART + 1, 2 * TEXTS_PER_PART + 2):
         assert np.array_equal(file[number], texts[number])
     assert file.lengths().tolist() == list(map(len, texts))
     sent = ForkingPickler.dumps(file)  # as to a loader worker
     assert len(sent) < 1000  # its path, not its ids
-    assert np.array_equal(ForkingPickler.loads(sent)[PART], texts[PART])
+    assert np.array_equal(ForkingPickler.loads(sent)[TEXTS_PER_PART], texts[TEXTS_PER_PART])
 
 
 def test_ids_in_memory_are_pickled_whole():
-    file = TokenFile.of(pa.int32(), iter([pa.array([[70_000, 1], [2]], pa.list_(pa.int32()))]))
+    file = TokenFile.in_memory(pa.int32(), iter([pa.array([[70_000, 1], [2]], pa.list_(pa.int32()))]))
     assert ForkingPickler.loads(ForkingPickler.dumps(file))[0].tolist() == [70_000, 1]
 
 
@@ -315,8 +317,8 @@ def test_every_set_is_tokenised_and_a_text_once(tiny):
 
 
 def test_tokenising_knows_how_far_it_is(monkeypatch):
-    monkeypatch.setattr(module, "PART", 10)
-    monkeypatch.setattr(module, "CALL", 4)
+    monkeypatch.setattr(module, "TEXTS_PER_PART", 10)
+    monkeypatch.setattr(module, "TEXTS_PER_CALL", 4)
 
     def preprocess(texts):
         return {

@@ -1,4 +1,4 @@
-"""Token ids of many texts in one file, memory-mapped, and known to be as they were written."""
+"""Token ids of many texts in one Arrow file, memory-mapped, with a checksum of each part."""
 
 import zlib
 from collections.abc import Iterator
@@ -9,20 +9,20 @@ import pyarrow as pa
 
 from trainer.system.files import written_whole
 
-# Texts per part of a file.
-PART = 10_000
+# Texts per part, all but the last. A part is what is tokenised, written and checked at a time.
+TEXTS_PER_PART = 10_000
 
 
 class TokenFile:
-    """Token ids of numbered texts, in parts of PART texts; a table in memory, or mapped from a file."""
+    """Token ids of numbered texts, in parts of TEXTS_PER_PART texts; a table in memory, or mapped from a file."""
 
     def __init__(self, table: pa.Table, path: Path | None = None):
         self.table, self.path = table, path
         self.parts = [(part.offsets.to_numpy(), part.values.to_numpy()) for part in table["ids"].chunks]
 
     @classmethod
-    def of(cls, ids_type: pa.DataType, parts: Iterator[pa.Array]) -> "TokenFile":
-        """Parts, each but the last of PART texts, in memory."""
+    def in_memory(cls, ids_type: pa.DataType, parts: Iterator[pa.Array]) -> "TokenFile":
+        """Hold parts, each but the last of TEXTS_PER_PART texts, without a file."""
         return cls(pa.table({"ids": pa.chunked_array(list(parts), pa.list_(ids_type))}))
 
     @classmethod
@@ -39,7 +39,7 @@ class TokenFile:
 
     @classmethod
     def write(cls, path: Path, ids_type: pa.DataType, parts: Iterator[pa.Array]) -> "TokenFile":
-        """Store parts, each but the last of PART texts, aside and then under their name."""
+        """Store parts, each but the last of TEXTS_PER_PART texts. The file gets its name when it is complete."""
         path.parent.mkdir(parents=True, exist_ok=True)
         schema = pa.schema({"ids": pa.list_(ids_type)})
         with written_whole(path) as aside, pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -57,8 +57,8 @@ class TokenFile:
 
     def __getitem__(self, number: int) -> np.ndarray:
         """Token ids of a text, special tokens included, [length]."""
-        offsets, values = self.parts[number // PART]
-        place = number % PART
+        offsets, values = self.parts[number // TEXTS_PER_PART]
+        place = number % TEXTS_PER_PART
         return values[offsets[place] : offsets[place + 1]]
 
     def lengths(self) -> np.ndarray:

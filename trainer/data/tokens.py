@@ -1,6 +1,6 @@
 """Texts as token ids: every different text is tokenised once, by the model itself, and padded when its batch is drawn.
 
-What comes of it is what the library's own data collator, which tokenises at every step, makes of the same rows.
+The features of a batch equal those of the library's own data collator, which tokenises at every step.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from trainer.config import ConfigError, one_line
 from trainer.data.buckets import next_length
 from trainer.data.forward_passes import ForwardPasses
 from trainer.data.rows import LABEL, ROLES, SIDES
-from trainer.data.token_file import PART, TokenFile
+from trainer.data.token_file import TEXTS_PER_PART, TokenFile
 from trainer.hub.cache import folder_of
 from trainer.system.progress_bar import ProgressReport, in_columns
 
@@ -35,9 +35,9 @@ Features = dict[str, Any]
 Preprocess = Callable[[list[str]], Features]
 
 # Texts per call of the tokenizer, which works on them in parallel.
-CALL = 1_000
-# From so many different texts on, their ids are kept on disk: fewer are tokenised in a second or two.
-KEPT_FROM = 10_000
+TEXTS_PER_CALL = 1_000
+# Ids of so many different texts are stored on disk; fewer are tokenised in a second or two.
+MIN_TEXTS_ON_DISK = 10_000
 # The feature of a shared pass that says which of the batch's passages its texts are.
 PLACE = "place"
 BY_COLUMN = ForwardPasses()
@@ -46,7 +46,7 @@ CHECKED_ROWS = 8
 
 
 def folder_of_tokens() -> Path:
-    """Where token ids are kept. Any file in it may be removed: it is made anew."""
+    """Where token ids are stored. Any file in it may be removed: its texts are tokenised again."""
     return folder_of("tokens")
 
 
@@ -77,29 +77,29 @@ def tokenised(
     texts: pa.ChunkedArray, preprocess: Preprocess, ids_type: pa.DataType, progress: ProgressReport
 ) -> Iterator[pa.Array]:
     """Token ids of the texts, in parts as TokenFile holds them. Texts of one call are of about the same length."""
-    for first in range(0, len(texts), PART):
-        part = texts[first : first + PART].to_pylist()
+    for first in range(0, len(texts), TEXTS_PER_PART):
+        part = texts[first : first + TEXTS_PER_PART].to_pylist()
         ids = [np.zeros(0, dtype=int)] * len(part)
         by_size = sorted(range(len(part)), key=lambda number: len(part[number]))
-        for call in range(0, len(part), CALL):
-            numbers = by_size[call : call + CALL]
-            found = unpadded(preprocess([part[number] for number in numbers]))
-            for number, text in zip(numbers, found, strict=True):
-                ids[number] = text
+        for call in range(0, len(part), TEXTS_PER_CALL):
+            numbers = by_size[call : call + TEXTS_PER_CALL]
+            features = preprocess([part[number] for number in numbers])
+            for number, text_ids in zip(numbers, unpadded(features), strict=True):
+                ids[number] = text_ids
             progress.update(len(numbers))
         offsets = np.cumsum([0, *map(len, ids)], dtype=np.int32)
         yield pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(ids), ids_type))
 
 
 def key_of(module: nn.Module, task: str | None, content: str, prompt: str | None = None) -> str:
-    """What token ids depend on, as a hash: texts, prompt, tokenizer with its settings, versions of the libraries."""
+    """A hash of what token ids depend on: texts, prompt, tokenizer with its settings, versions of the libraries."""
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         module.tokenizer.save_pretrained(folder)
         files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
     if "tokenizer.json" in files:
-        # says everything but how the last call padded and cut, which it says too; and tokenizer_config.json repeats it
-        # with what depends on whether the tokenizer comes from a base model or a checkpoint
+        # tokenizer_config.json repeats it, with details that differ between a base model and its checkpoint;
+        # padding and truncation are those of the last call
         del files["tokenizer_config.json"]
         backend = json.loads(files["tokenizer.json"]) | {"padding": None, "truncation": None}
         files["tokenizer.json"] = json.dumps(backend, sort_keys=True).encode()
@@ -112,7 +112,7 @@ def key_of(module: nn.Module, task: str | None, content: str, prompt: str | None
         "module": [type(module).__name__, module.get_config_dict(), module.max_seq_length],
         "cut": module.tokenizer.truncation_side,
         "versions": [version(name) for name in ("sentence-transformers", "transformers", "tokenizers")],
-        "texts in a part": PART,
+        "texts in a part": TEXTS_PER_PART,
     }
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()
@@ -149,8 +149,8 @@ class Padding:
         for row, text in enumerate(texts):
             place = slice(longest - len(text), longest) if self.left else slice(0, len(text))
             ids[row, place], mask[row, place] = text, 1
-        made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.where(mask, 0, self.token_type)}
-        return {name: torch.from_numpy(made[name]) for name in self.names if name in made} | self.constants
+        arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.where(mask, 0, self.token_type)}
+        return {name: torch.from_numpy(arrays[name]) for name in self.names if name in arrays} | self.constants
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,7 @@ class TokenRows:
 
     def lengths(self) -> np.ndarray:
         """Tokens of each text that goes through the network, [rows, columns]."""
-        found = [column.file.lengths()[column.numbers] for column in self.columns if column.is_network]
-        return np.stack(found, axis=1)
+        return np.stack([column.file.lengths()[column.numbers] for column in self.columns if column.is_network], axis=1)
 
     def longest_passages(self) -> np.ndarray:
         """Tokens of each row's longest passage, [rows]."""
@@ -225,18 +224,18 @@ class TokenRows:
 
         A shared pass has its number for a name, and says of each text at which PLACE it stands, column by column.
         """
-        found: Features = {}
+        batch: Features = {}
         for column in self.columns[:1] if passes.shared else self.columns:
-            found |= _named(column.name, column.layout.features(column.texts(rows), passes.lengths))
+            batch |= _named(column.name, column.layout.features(column.texts(rows), passes.lengths))
         if passes.shared:
             passages = self.columns[1:]
             texts = [text for column in passages for text in column.texts(rows)]
             for number, places in enumerate(passes.split(np.array([*map(len, texts)]))):
                 features = passages[0].layout.features([texts[place] for place in places], passes.lengths)
-                found |= _named(f"pass-{number}", features | {PLACE: torch.from_numpy(places)})
+                batch |= _named(f"pass-{number}", features | {PLACE: torch.from_numpy(places)})
         if self.labels is not None:
-            found[LABEL] = torch.from_numpy(self.labels[rows])
-        return found
+            batch[LABEL] = torch.from_numpy(self.labels[rows])
+        return batch
 
 
 def _named(prefix: str, features: Features) -> Features:
@@ -253,13 +252,13 @@ class TokenCollator:
     def __call__(self, rows: list[int]) -> Features:
         """The features of these rows."""
         number = int(np.searchsorted(self.ends, rows[0], side="right"))
-        found = self.sets[number]
-        return found.features(np.asarray(rows) - (self.ends[number] - len(found)), self.passes)
+        token_rows = self.sets[number]
+        return token_rows.features(np.asarray(rows) - (self.ends[number] - len(token_rows)), self.passes)
 
 
-# ------------------------------------------------------------------------------------------- making them
+# ------------------------------------------------------------------------------------------- of a set of rows
 class Tokeniser:
-    """Makes TokenRows for one model, and counts what it took."""
+    """Makes TokenRows for one model, and counts texts, tokens, bytes and seconds."""
 
     def __init__(self, model: SparseEncoder, routes: dict[str, str], say: Say, *, keep: bool = True):
         """routes: the task of each column, as in router_mapping. keep: store the ids of large sets on disk."""
@@ -283,10 +282,10 @@ class Tokeniser:
             module, preprocess = input_module(self.model, task), self._preprocess(task, prompt)
             texts = partial(_take, dataset, [roles[place] for place in places], first)
             path = None
-            if self.keep and len(used) >= KEPT_FROM:
+            if self.keep and len(used) >= MIN_TEXTS_ON_DISK:
                 key = key_of(module, task, f"{content}/{name}/{places}", prompt)
                 path = folder_of_tokens() / f"{name}_{key[:16]}.arrow"
-            file = self._found(path, len(used)) or self._made(name, texts(), module, preprocess, path)
+            file = self._stored(path, len(used)) or self._tokenised(name, texts(), module, preprocess, path)
             self.texts += len(used)
             self.tokens += int(file.lengths().sum())
             self.bytes += path.stat().st_size if path else 0
@@ -295,10 +294,10 @@ class Tokeniser:
             for place, column in zip(places, numbers.T, strict=True):
                 columns[roles[place]] = Column(roles[place], file, np.ascontiguousarray(column), layout, is_network)
         labels = np.array(dataset[LABEL], dtype=np.float32) if LABEL in dataset.column_names else None
-        found = TokenRows([columns[role] for role in roles], labels)
-        self._check(name, dataset, found)
+        token_rows = TokenRows([columns[role] for role in roles], labels)
+        self._check(name, dataset, token_rows)
         self.seconds += time.perf_counter() - start
-        return found
+        return token_rows
 
     def _read_as(self, role: str) -> tuple[str | None, str | None]:
         """The task of a column, and the prompt in front of its texts."""
@@ -307,7 +306,7 @@ class Tokeniser:
     def _preprocess(self, task: str | None, prompt: str | None) -> Preprocess:
         return partial(self.model.preprocess, prompt=prompt, task=task)
 
-    def _found(self, path: Path | None, texts: int) -> TokenFile | None:
+    def _stored(self, path: Path | None, texts: int) -> TokenFile | None:
         """The file of so many texts that an earlier run wrote, if it is there and as it was written."""
         if path is None or not path.exists():
             return None
@@ -321,33 +320,35 @@ class Tokeniser:
         self.texts_found += len(file)
         return file
 
-    def _made(
+    def _tokenised(
         self, name: str, texts: pa.ChunkedArray, module: nn.Module, preprocess: Preprocess, path: Path | None
     ) -> TokenFile:
         ids_type = pa.uint16() if len(module.tokenizer) <= 2**16 else pa.int32()
         with ProgressReport(desc=in_columns("tokens", name), total=len(texts), unit="texts") as progress:
             parts = tokenised(texts, preprocess, ids_type, progress)
             if path is None:
-                return TokenFile.of(ids_type, parts)
+                return TokenFile.in_memory(ids_type, parts)
             try:
                 return TokenFile.write(path, ids_type, parts)
             except OSError as error:
                 raise ConfigError(f"token ids cannot be written to {path.parent}: {error}. Set HF_HOME") from None
 
-    def _check(self, name: str, dataset: Dataset, found: TokenRows) -> None:
-        """Compare the features of a few rows with those that the library makes of their texts."""
+    def _check(self, name: str, dataset: Dataset, token_rows: TokenRows) -> None:
+        """Compare the features of a few rows with those that the library makes of their texts. Raises ConfigError."""
         rows = list(range(min(len(dataset), CHECKED_ROWS)))
-        ours, texts = found.features(rows), dataset[rows]
-        for column in found.columns:
-            for key, value in self._preprocess(*self._read_as(column.name))(texts[column.name]).items():
-                made = ours.get(f"{column.name}_{key}")
-                if not (
-                    torch.is_tensor(made) and torch.equal(made, value) if torch.is_tensor(value) else made == value
-                ):
+        ours, texts = token_rows.features(rows), dataset[rows]
+        for column in token_rows.columns:
+            for key, theirs in self._preprocess(*self._read_as(column.name))(texts[column.name]).items():
+                if not _is_equal(ours.get(f"{column.name}_{key}"), theirs):
                     raise ConfigError(
                         f"model.base_model: its '{key}' of the {column.name} in {name} is not token ids padded at one end, "
                         "which is all that is read here"
                     )
+
+
+def _is_equal(ours: Any, theirs: Any) -> bool:
+    """Whether two features are the same, tensors or not."""
+    return torch.is_tensor(ours) and torch.equal(ours, theirs) if torch.is_tensor(theirs) else ours == theirs
 
 
 def _take(dataset: Dataset, columns: list[str], cells: np.ndarray) -> pa.ChunkedArray:
