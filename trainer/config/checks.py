@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from trainer.config.schema import FROM_SCRATCH, Config, FromScratchConfig, HubSource, LocalSource, MiningConfig
 from trainer.config.tree import Path_
@@ -68,7 +69,7 @@ def find_contradictions(config: Config) -> Iterator[Finding]:
 def _names(config: Config) -> Iterator[Finding]:
     """Files and folders that a config names and that the system will not even look for."""
     datasets = config.datasets
-    families = {("nli",): datasets.nli, ("ddsc",): datasets.ddsc}
+    families: dict[tuple[str, ...], Any] = {("nli",): datasets.nli, ("ddsc",): datasets.ddsc}
     families |= {
         ("scandi_qa", name): source for name, source in datasets.scandi_qa or () if isinstance(source, HubSource)
     }
@@ -340,7 +341,7 @@ def _local(path: Path_, source: LocalSource) -> Iterator[Finding]:
                 f"the repository {source.source} needs '{dotted}.columns' ({{anchor: …, positive: …, negative: …}})",
             )
         return
-    without_effect = {"revision": source.revision}
+    without_effect: dict[str, Any] = {"revision": source.revision}
     if not (exists(source.source) and Path(source.source).is_dir()):
         without_effect |= {"subset": source.subset, "eval_split": source.eval_split}
     elif exists(f"{source.source}/corpus.jsonl") or exists(f"{source.source}/corpus.jsonl.gz"):

@@ -102,10 +102,10 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        path, message = _explain(error, values)
-        raise ConfigError(f"{_origin(path, origins, file)}: {message}") from None
-    for path, message in find_contradictions(config):
-        raise ConfigError(f"{_origin(path, origins, file)}: {message}")
+        where, message = _explain(error, values)
+        raise ConfigError(f"{_origin(where, origins, file)}: {message}") from None
+    for where, message in find_contradictions(config):
+        raise ConfigError(f"{_origin(where, origins, file)}: {message}")
     loaded = LoadedConfig(config_name(file), file, config, origins)
     _check_siblings(loaded)
     return loaded

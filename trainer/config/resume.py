@@ -207,6 +207,7 @@ RULES: dict[type[BaseModel], dict[str, Refused | None]] = {
 def why_refused(path: tuple[str, ...], old: Any, new: Any) -> str | None:
     """Why a resumed run cannot change this key from its old value to the new one; None where it goes on with the new."""
     section = section_at(path[:-1])
+    assert section is not None, path  # a path of the schema
     rule = ROWS if section is DatasetsConfig and path[-1] not in RULES[section] else RULES[section][path[-1]]
     if rule is None or (rule.only_null and None not in (old, new)):
         return None

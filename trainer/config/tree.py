@@ -38,7 +38,7 @@ class YamlError(ConfigError):
         self.problem = problem
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """PyYAML reads YAML 1.1, where `no` is False and `2e-5` is text. This loader has YAML 1.2's core scalars."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}
@@ -77,7 +77,8 @@ class _Builder:
     """Turns one file's node tree into values and origins, refusing duplicate keys, and trees that grow by aliases."""
 
     def __init__(self, source: str):
-        self.source, self.origins, self.nodes = source, {}, 0
+        self.source, self.nodes = source, 0
+        self.origins: Origins = {}
 
     def fail(self, node: yaml.Node, message: str) -> None:
         raise YamlError(self.source, node.start_mark.line + 1, message)

@@ -31,12 +31,12 @@ def search_splits(folder: Path, reported: str | None = None) -> list[str]:
 
 def read_search_splits(
     folder: Path, splits: list[str], name: str, corpus: dict[str, str] | None = None
-) -> tuple[SearchSet | None, SearchSet | None]:
-    """The split that is reported and the one that chooses, over the same passages; None for what is not there."""
-    found: list[SearchSet | None] = []
+) -> list[SearchSet]:
+    """The split that is reported and, where there is one, the split that chooses, over the same passages."""
+    sets: list[SearchSet] = []
     for split in splits:
-        found.append(read_search_set(folder, split, name, found[0].corpus if found else corpus))
-    return (*found, None, None)[:2]
+        sets.append(read_search_set(folder, split, name, sets[0].corpus if sets else corpus))
+    return sets
 
 
 def divide(found: SearchSet, validation: SearchSet | None = None) -> SearchSet:
@@ -80,6 +80,7 @@ def _chooser(found: SearchSet, queries: list[str], rule: Literal["half", "all"])
 def choice_of(found: SearchSet) -> dict[str, Any]:
     """What a run's manifest keeps of a search set that chooses its checkpoint."""
     chooser = found.chooser
+    assert chooser is not None, found.name
     return {
         "search": found.name,
         "split": chooser.split,

@@ -26,24 +26,25 @@ def hold_out(sources: Sequence[LoadedSource], seed: int) -> None:
     No query and no passage of an evaluation row is in a row that is trained on, of whatever source. Rows in the way are
     left out, and counted: of training, or of the evaluation rows that a source came with.
     """
-    own = [source for source in sources if source.eval_rows is not None]
-    numbers = text_numbers([*(source.rows.table for source in sources), *(source.eval_rows.table for source in own)])
+    own = [(source, source.eval_rows) for source in sources if source.eval_rows is not None]
+    numbers = text_numbers([*(source.rows.table for source in sources), *(rows.table for _, rows in own)])
     numbers, of_own = numbers[: len(sources)], numbers[len(sources) :]
     sizes = [min(source.hold_out, len(source.rows) // 10) if source.eval_rows is None else 0 for source in sources]
     held = choose(numbers, sizes, seed)
     texts = texts_of(each[out] for each, out in zip(numbers, held, strict=True))
     trained = []
     for source, each, out, size in zip(sources, numbers, held, sizes, strict=True):
-        kept = ~(out | has_any(each, texts))
-        trained.append(each[kept])
+        is_trained = ~(out | has_any(each, texts))
+        trained.append(each[is_trained])
         if size:
             source.eval_rows = Rows(source.rows.table.filter(pa.array(out)), Counter({TOO_MANY: size - int(out.sum())}))
-        left_out = {HELD_OUT: int(out.sum()), BESIDE: int((~kept & ~out).sum())}
-        source.rows = source.rows.take(np.flatnonzero(kept), **{why: count for why, count in left_out.items() if count})
+        left_out = {HELD_OUT: int(out.sum()), BESIDE: int((~is_trained & ~out).sum())}
+        reasons = {why: count for why, count in left_out.items() if count}
+        source.rows = source.rows.take(np.flatnonzero(is_trained), **reasons)
     texts = texts_of(trained)
-    for source, each in zip(own, of_own, strict=True):
+    for (source, rows), each in zip(own, of_own, strict=True):
         shared = has_any(each, texts)
-        source.eval_rows = source.eval_rows.take(np.flatnonzero(~shared), **{TRAINED_ON: int(shared.sum())})
+        source.eval_rows = rows.take(np.flatnonzero(~shared), **{TRAINED_ON: int(shared.sum())})
 
 
 def text_numbers(tables: Sequence[pa.Table]) -> list[np.ndarray]:
@@ -66,7 +67,7 @@ def texts_of(rows: Iterable[np.ndarray]) -> np.ndarray:
 
 def has_any(rows: np.ndarray, texts: np.ndarray) -> np.ndarray:
     """[rows]: whether each holds one of these texts."""
-    return np.isin(rows, texts).any(axis=1)
+    return np.asarray(np.isin(rows, texts).any(axis=1))
 
 
 def choose(numbers: Sequence[np.ndarray], sizes: Sequence[int], seed: int) -> list[np.ndarray]:
@@ -103,7 +104,7 @@ def choose(numbers: Sequence[np.ndarray], sizes: Sequence[int], seed: int) -> li
     return np.split(held | group_held[groups], np.cumsum(counts)[:-1])
 
 
-def in_turn(counts: Sequence[int], sizes: Sequence[int], seed: int) -> np.ndarray:
+def in_turn(counts: np.ndarray, sizes: Sequence[int], seed: int) -> np.ndarray:
     """The rows of all sets that hold some out, in random order: sets take turns, the more often the more they hold out."""
     starts = np.cumsum([0, *counts])
     rows, turns = [np.zeros(0, dtype=int)], [np.zeros(0)]

@@ -106,9 +106,10 @@ def _with_negatives(table: pa.Table, missing: np.ndarray, found: dict[str, list[
     """Each row as often as it has negatives, at least once, in the order of the table."""
     anchors = table["anchor"].to_pylist()
     own = table["negative"].to_pylist() if "negative" in table.column_names else [None] * len(anchors)
-    numbers, negatives = [], []
+    numbers: list[int] = []
+    negatives: list[str | None] = []
     for number, anchor in enumerate(anchors):
-        those = (found.get(anchor) or [None]) if missing[number] else [own[number]]
+        those: list[str | None] = [*found.get(anchor, ())] or [None] if missing[number] else [own[number]]
         numbers += [number] * len(those)
         negatives += those
     taken = table.select(["anchor", "positive", "language"]).take(pa.array(numbers))
@@ -126,6 +127,7 @@ def _mined(name: str, search: Search, rows: str, settings: MiningConfig, base: M
             return pa.concat_tables(kept_in_parts(folder, numbers, QUERIES_PER_PART, mine, progress))
     key = f"datasets.{name}.mine.model"
     why = f"negatives of '{name}'"
+    assert settings.model is not None  # the config's checks
     model = fetch(settings.model, settings.revision, kind="model", why=why, key=key, patterns=MODEL_FILES)
     prompts = prompts_of(settings.model, model.folder, base)
     of_model = digest(identity(model), quoted(prompts)) if quoted(prompts) else identity(model)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -200,7 +201,7 @@ def load_local(name: str, source: LocalSource) -> LoadedSource:
     """A data set of the user's own: BEIR layout, files, or a hub repository with `columns`."""
     key = f"datasets.{name}.source"
     folder = Path(source.source).expanduser()
-    common = {"hold_out": source.eval_rows, "max_samples": source.max_samples}
+    common: dict[str, Any] = {"hold_out": source.eval_rows, "max_samples": source.max_samples}
     if is_local(source.source) and is_beir(folder):
         return _load_beir(name, source, folder)
     columns = None
@@ -229,7 +230,7 @@ def _load_beir(name: str, source: LocalSource, folder: Path) -> LoadedSource:
                 f"It holds: {listed(files_beside(folder))}"
             )
     found = read_search_set(folder, source.split, name)
-    search, validation = read_search_splits(folder, splits, name, found.corpus)
+    search, validation = [*read_search_splits(folder, splits, name, found.corpus), None, None][:2]
     rows = pairs_of(found, source.language)
     rows.reading = found.reading
     rows.reading.pass_over("files", files_beside(folder, source.split, *splits))

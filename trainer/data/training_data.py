@@ -282,9 +282,9 @@ def _search_folder(folder: str) -> tuple[SearchSet, SearchSet | None]:
     splits = search_splits(path) if is_beir(path) else []
     if not splits:
         raise ConfigError(f"evaluation.search: {folder} is not a folder in BEIR layout with a dev split")
-    found, validation = read_search_splits(path, splits, path.name)
-    found.reading.pass_over("files", files_beside(path, *splits))
-    return found, validation
+    reported, *validation = read_search_splits(path, splits, path.name)
+    reported.reading.pass_over("files", files_beside(path, *splits))
+    return reported, validation[0] if validation else None
 
 
 def _usable(name: str, source: LoadedSource, config: Config) -> LoadedSource:
@@ -301,7 +301,8 @@ def _usable(name: str, source: LoadedSource, config: Config) -> LoadedSource:
 
 def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config) -> None:
     """Mine a source's missing negatives, and split its rows, those held out too, into triplets and pairs."""
-    rows, held_out, mined = source.rows, source.eval_rows, {}
+    rows, held_out = source.rows, source.eval_rows
+    mined: dict[str, int | str] = {}
     if mining := mining_of(config.datasets, name):
         rows, mined = fill_negatives(name, rows, source.everything, mining, config.model)
     subsets = _split(name, rows.table)

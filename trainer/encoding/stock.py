@@ -41,4 +41,4 @@ if __name__ == "__main__":
         open_model(Path(opened), trust == "trust"), json.loads(Path(sample).read_text(encoding="utf-8"))
     )
     assert not any(name.split(".")[0] in ("trainer", "evaluate") for name in sys.modules)
-    np.savez(vectors, **found)
+    np.savez(vectors, query=found["query"], document=found["document"])

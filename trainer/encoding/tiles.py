@@ -43,7 +43,7 @@ def forward(
                 # rounding is monotone, so max(x) + b is max(x + b)
                 top = columns.amax(1).to(maxima.dtype) + part_bias
                 maxima[text, part] = top.clamp_min_(0)
-                if want_positions:
+                if positions is not None:
                     active = top.nonzero().squeeze(1)
                     # early in training most words are active: then a copy of their rows costs more than it saves
                     found = columns.argmax(1)[active] if 2 * len(active) > len(top) else columns[active].argmax(1)

@@ -58,8 +58,11 @@ def fetch(
     from huggingface_hub import errors, snapshot_download
 
     try:
-        bars = {"tqdm_class": bytes_of(source)}
-        folder = Path(snapshot_download(source, repo_type=kind, revision=revision, allow_patterns=patterns, **bars))
+        bars = bytes_of(source)
+        downloaded = snapshot_download(
+            source, repo_type=kind, revision=revision, allow_patterns=patterns, tqdm_class=bars
+        )
+        folder = Path(downloaded)
     except errors.RevisionNotFoundError:
         raise ConfigError(f"{key}: the {kind} repository {source} has no revision {revision} ({why})") from None
     except errors.GatedRepoError:

@@ -70,8 +70,10 @@ def upload(files: dict[str, Path], repo: str, *, public: bool, message: str, say
     if stale:
         say(f"removing  what the revision before had besides: {', '.join(stale)}")
     # upload_folder would split a large folder into several commits, and others would see halves of two models.
-    operations = [CommitOperationDelete(name) for name in stale]
-    operations += [CommitOperationAdd(name, str(file)) for name, file in files.items()]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationDelete(name) for name in stale),
+        *(CommitOperationAdd(name, str(file)) for name, file in files.items()),
+    ]
     say(f"uploading {len(files)} files to {repo} ({'public' if public else 'private'}), in one commit")
     seen = contextlib.nullcontext() if sys.stderr.isatty() else going_on(in_columns("uploading", repo, 11))
     with explained(repo, again), seen:

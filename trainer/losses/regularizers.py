@@ -67,7 +67,7 @@ class Regularizer(nn.Module):
     def __init__(self, model: nn.Module, function: Callable[[Tensor], Tensor], cap: int | None = None):
         super().__init__()
         self.model, self.function, self.cap = model, function, cap
-        self.running: Tensor | None = None  # [vocabulary]
+        self.running: Tensor | None = None  # [vocabulary], of the first batch on
         self.steps = 0
         self._sums: Tensor | None = None  # [vocabulary + 2]: sums of values, active dims and rows of this step
 
@@ -78,7 +78,7 @@ class Regularizer(nn.Module):
         penalised = embeddings if self.cap is None else over_cap(embeddings, self.cap)
         if self.model.training and torch.is_grad_enabled():
             self._add(embeddings.detach(), penalised.detach())
-        value, slope = self._tangent()
+        value, slope = self._tangent(self.running)
         return value + slope @ (penalised.mean(0, dtype=torch.float32) - self.running)
 
     def _add(self, vectors: Tensor, penalised: Tensor) -> None:
@@ -87,9 +87,9 @@ class Regularizer(nn.Module):
         self._sums = sums if self._sums is None else self._sums + sums
 
     @torch.enable_grad()
-    def _tangent(self) -> tuple[Tensor, Tensor]:
-        """F and its gradient at the running mean."""
-        at = self.running.detach().requires_grad_()
+    def _tangent(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """F and its gradient at a mean activation."""
+        at = mean.detach().requires_grad_()
         value = self.function(at)
         return value.detach(), torch.autograd.grad(value, at)[0]
 
@@ -99,12 +99,14 @@ class Regularizer(nn.Module):
 
         read: return the step's sums, for which the CPU waits for a GPU.
         """
+        sums = self._sums
+        assert sums is not None, "no batch since the last step"
         if processes() > 1:
-            distributed.all_reduce(self._sums)
-        mean, rows = self._sums[:-2] / self._sums[-1], self._sums[-1]
+            distributed.all_reduce(sums)
+        mean, rows = sums[:-2] / sums[-1], sums[-1]
         self.steps += 1
         self.running = self.running + max(NEWEST, 1 / self.steps) * (mean - self.running)
-        step = torch.stack([rows, self._sums[-2] / rows, self.function(self.running)])
+        step = torch.stack([rows, sums[-2] / rows, self.function(self.running)])
         self._sums = None
         return Step(*step.tolist()) if read else None
 

@@ -11,8 +11,10 @@ class RouteStatistics:
     """Vectors of one route (queries or documents) seen since the last reset."""
 
     active_dims: list[Tensor] = field(default_factory=list)
-    active_in: Tensor | None = None  # [vocabulary]: number of texts in which each dimension is active
-    value_sum: Tensor | None = None  # [vocabulary]: sum of values
+    active_in: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """[vocabulary]: number of texts in which each dimension is active."""
+    value_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """[vocabulary]: sum of values."""
     texts: int = 0
 
     def add(self, vectors: Tensor) -> None:
@@ -20,8 +22,8 @@ class RouteStatistics:
         active = vectors > 0
         self.active_dims.append(active.sum(1))
         count, total = active.sum(0), vectors.sum(0, dtype=torch.float32)
-        self.active_in = count if self.active_in is None else self.active_in + count
-        self.value_sum = total if self.value_sum is None else self.value_sum + total
+        self.active_in = self.active_in + count if self.texts else count
+        self.value_sum = self.value_sum + total if self.texts else total
         self.texts += len(vectors)
 
     def summary(self) -> dict[str, float]:

@@ -37,9 +37,10 @@ class Change:
             return self._not_found(f"this is still there: {' '.join(left[0].split())[:100]}")
         return code[:start] + part + code[end:]
 
-    def _not_found(self, reason: str) -> None:
+    def _not_found(self, reason: str) -> str | None:
         if not self.optional:
             raise NotFound(reason)
+        return None
 
 
 class NotFound(Exception):

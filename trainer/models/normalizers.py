@@ -22,7 +22,9 @@ def composes_first(tokenizer: PreTrainedTokenizerBase) -> bool:
 def steps_of(tokenizer: PreTrainedTokenizerBase) -> list[Normalizer]:
     """A tokenizer's own normalisers, in their order."""
     own = tokenizer.backend_tokenizer.normalizer
-    return list(own) if isinstance(own, Sequence) else [] if own is None else [own]
+    if own is None:
+        return []
+    return [own[number] for number in range(len(own))] if isinstance(own, Sequence) else [own]
 
 
 def set_normalizer(tokenizer: PreTrainedTokenizerBase, steps: list[Normalizer]) -> None:

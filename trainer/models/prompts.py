@@ -36,7 +36,7 @@ def own_prompts(folder: Path) -> dict[str, str]:
 
 def by_side(prompts: dict[str, str | None]) -> dict[str, str]:
     """The prompt of queries and that of documents among a model's prompts."""
-    return {side: next((prompts[name] for name in names if prompts.get(name)), "") for side, names in NAMES.items()}
+    return {side: next((text for name in names if (text := prompts.get(name))), "") for side, names in NAMES.items()}
 
 
 def prompts_of(source: str, folder: Path | None, config: ModelConfig | None) -> dict[str, str]:

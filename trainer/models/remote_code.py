@@ -84,9 +84,12 @@ def _require_trust(snapshot: Snapshot, config: Config) -> None:
 
 
 def _download_note(file: Path) -> tuple[str, str] | None:
-    """Commit and git hash of a file that `hf download --local-dir` fetched, from the note it keeps."""
-    note = file.parent / ".cache/huggingface/download" / f"{file.name}.metadata"
-    return tuple(note.read_text().split()[:2]) if note.is_file() else None
+    """Commit and git hash of a file that `hf download --local-dir` fetched, from the metadata it keeps."""
+    metadata = file.parent / ".cache/huggingface/download" / f"{file.name}.metadata"
+    if not metadata.is_file():
+        return None
+    commit, git_hash, *_ = metadata.read_text().split()
+    return commit, git_hash
 
 
 def _require_local_code(snapshot: Snapshot, references: set[str]) -> None:

@@ -38,7 +38,7 @@ def whole_weights(where: str, name: str) -> Iterator[None]:
         modeling_utils.log_state_dict_report = say
 
 
-def _stop_at(missing: Iterable[str], unread: Iterable[str], kind: type, where: str, name: str) -> None:
+def _stop_at(missing: Iterable[str], unread: Iterable[str], kind: type[PreTrainedModel], where: str, name: str) -> None:
     reads_all = kind.__name__.endswith(CLASSIFIER)
     missing, unread = (
         sorted(tensor for tensor in tensors if reads_all or UNREAD not in tensor) for tensors in (missing, unread)

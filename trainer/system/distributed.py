@@ -93,7 +93,9 @@ def ending_together() -> Iterator[None]:
     except BaseException as error:
         if processes() == 1 or not _is_connected():
             raise
-        status = (error.code or 0) if isinstance(error, SystemExit) else 1
+        status = 1
+        if isinstance(error, SystemExit):
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
         if not isinstance(error, SystemExit):
             sys.excepthook(type(error), error, error.__traceback__)
         atexit._run_exitfuncs()

@@ -10,7 +10,7 @@ from sentence_transformers.evaluation import SentenceEvaluator
 from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator, SparseNanoBEIREvaluator
 
 from trainer.config import Config
-from trainer.data.beir import SearchSet
+from trainer.data.beir import Chooser, SearchSet
 from trainer.data.texts import Reading
 from trainer.hub.download import why_unreachable
 from trainer.runs.choice import REPORTED, SCORE
@@ -39,7 +39,9 @@ class GradedSearch(SparseInformationRetrievalEvaluator):
     """
 
     def __init__(self, found: SearchSet, batch_size: int):
-        parts = [found] if found.chooser is None or found.also_chooses else [found, found.chooser]
+        parts: list[SearchSet | Chooser] = [found]
+        if found.chooser is not None and not found.also_chooses:
+            parts.append(found.chooser)
         # two splits may give one id to two queries
         self.grades = {
             f"{n}/{query}": grades for n, part in enumerate(parts) for query, grades in part.relevant.items()

@@ -66,7 +66,7 @@ def estimate_memory(config: Config, columns: int, model: SparseEncoder) -> Memor
         per_text, once = activations_per_text(transformer, training.max_seq_length, precision)
     activations = texts * per_text + once
     shape = transformer.model.config
-    layers = getattr(shape, "num_hidden_layers", None) or getattr(shape, "num_layers", 1)  # the second is NorBERT4's
+    layers: int = getattr(shape, "num_hidden_layers", 0) or getattr(shape, "num_layers", 1)  # the second is NorBERT4's
     width = transformer.get_embedding_dimension()
     # one layer's at a time, and what goes into each of them
     checkpointed = activations / layers + texts * training.max_seq_length * layers * width * 4

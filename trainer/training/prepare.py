@@ -96,7 +96,7 @@ def prepare(loaded: LoadedConfig, run: Run, start: Start, decisions: Decisions) 
     best = best_checkpoint_of(config, parts.data, evaluator)
     decisions.add(checkpoint_line(config, best))
     if config.training.load_best_model_at_end and not parts.progress.is_comparable(best.depends_on):
-        differs = what_differs(parts.progress.depends_on, best.depends_on)
+        differs = what_differs(parts.progress.depends_on or {}, best.depends_on)
         decisions.add(f"          checkpoints up to step {start.step} do not count: {differs}")
     arguments = build_arguments(config, run, parts.model, parts.loss, parts.device, best_metric=best.metric)
     return Prepared(**vars(parts), evaluator=evaluator, best=best, arguments=arguments, decisions=(*decisions.lines,))

@@ -46,20 +46,22 @@ class TensorBoardLog(TrainerCallback):
 
     def on_log(self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
         """One line of scalars: losses, learning rates, sparsity, speed, memory."""
-        trained = bool(logs) and "loss" in logs
-        speed = self.throughput.read() if trained else {}
-        if trained and self._open(state):
-            self._training_scalars(logs, speed, state, kwargs["optimizer"], kwargs["model"])
-        elif logs and self._open(state):
-            found = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
+        if not logs:
+            return
+        if "loss" not in logs:
+            scores = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
             # how fast each set was evaluated would bury the scores
-            self._scalars("eval", {k: v for k, v in found.items() if not k.endswith(("_second", "_runtime"))}, state)
-        if trained:
-            self.statistics.reset()
-            self.throughput.restart()
+            self._scalars("eval", {k: v for k, v in scores.items() if not k.endswith(("_second", "_runtime"))}, state)
+            return
+        speed = self.throughput.read()
+        if writer := self._open(state):
+            self._training_scalars(writer, logs, speed, state, kwargs["optimizer"], kwargs["model"])
+        self.statistics.reset()
+        self.throughput.restart()
 
     def _training_scalars(
         self,
+        writer: SummaryWriter,
         logs: dict[str, Any],
         speed: dict[str, float],
         state: TrainerState,
@@ -73,21 +75,22 @@ class TensorBoardLog(TrainerCallback):
             elif key.startswith("csr_"):
                 name = f"csr/{key.removeprefix('csr_')}"
             else:
-                name = names.get(key, f"loss/{key}" if "loss" in key else None)
+                name = names.get(key, f"loss/{key}" if "loss" in key else "")
             if name:
-                self.writer.add_scalar(name, value, state.global_step)
+                writer.add_scalar(name, value, state.global_step)
         for name, rate in learning_rates(optimizer, model).items():
-            self.writer.add_scalar(f"optimizer/learning_rate_{name}", rate, state.global_step)
+            writer.add_scalar(f"optimizer/learning_rate_{name}", rate, state.global_step)
         for route, values in self.statistics.summary().items():
-            kept = {k: v for k, v in values.items() if k not in ("busiest_dim", "active_share")}
-            self._scalars("sparsity" if route == "both" else f"sparsity/{route}", kept, state)
+            scalars = {k: v for k, v in values.items() if k not in ("busiest_dim", "active_share")}
+            self._scalars("sparsity" if route == "both" else f"sparsity/{route}", scalars, state)
         self._scalars("speed", speed, state)
         self._scalars("memory", {"peak (GiB)": peak_memory_gib(self.device)}, state)
 
     def _scalars(self, group: str, values: dict[str, float], state: TrainerState) -> None:
+        writer = self._open(state)
         for key, value in values.items():
-            if isinstance(value, (int, float)):
-                self.writer.add_scalar(f"{group}/{key}", value, state.global_step)
+            if writer and isinstance(value, (int, float)):
+                writer.add_scalar(f"{group}/{key}", value, state.global_step)
 
     def on_evaluate(self, args, state: TrainerState, control, model: SparseEncoder | None = None, **kwargs) -> None:
         """Top terms of the probe sentences."""

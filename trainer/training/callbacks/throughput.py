@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+from torch import Tensor
+
 from trainer.system.distributed import total
 
 
@@ -21,7 +23,9 @@ class Throughput:
         self.total_rows = self.total_tokens = self.total_encoded = self.total_padding = 0
         self.total_seconds = self.seconds = 0.0
         self.since: float | None = None  # the clock stands still until `restart`
-        self.rows, self.positions, self.tokens, self.encoded = 0, 0, [], []
+        self.rows = self.positions = 0
+        self.tokens: list[int | Tensor] = []
+        self.encoded: list[int | Tensor] = []
 
     def restart(self) -> None:
         """Count what was seen towards the totals, and start a new interval."""
@@ -55,7 +59,8 @@ class Throughput:
 
     def _seen(self) -> tuple[int, int, int, int]:
         tokens, encoded = (int(sum(counts)) for counts in (self.tokens, self.encoded))
-        return tuple(int(count) for count in total(self.rows, tokens, encoded, self.positions))
+        rows, tokens, encoded, positions = map(int, total(self.rows, tokens, encoded, self.positions))
+        return rows, tokens, encoded, positions
 
     def add(self, features: list[dict[str, Any]]) -> None:
         """The columns of one batch, with their attention masks [rows, length], or packed: with where each text begins."""

@@ -44,7 +44,7 @@ SIGNS = (
     Sign(
         "a dim in every document",
         lambda s: s["document"]["busiest_dim_share"] > 0.95,
-        "dimension {document[busiest_term]} is active in {document[busiest_dim_share]:.0%} of the documents, so it "
+        "dimension {busiest_term} is active in {document[busiest_dim_share]:.0%} of the documents, so it "
         "tells nothing apart. Raise loss.document_regularizer_weight or lower loss.target_document_dims",
     ),
     Sign(
@@ -72,8 +72,6 @@ class Watchdog(TrainerCallback):
         """Look at what was seen since the last log."""
         summary = self.statistics.summary() if logs and "loss" in logs else {}
         warm = state.global_step >= self.WARM_FROM * state.max_steps
-        if summary:
-            summary["document"]["busiest_term"] = term_of(kwargs.get("model"), summary["document"]["busiest_dim"])
         for sign in SIGNS if summary else ():
             if not (warm or sign.from_start) or not sign.shows(summary):
                 continue
@@ -81,7 +79,8 @@ class Watchdog(TrainerCallback):
             if known:
                 known["last_step"] = state.global_step
                 continue
-            message = sign.message.format(**summary)
+            busiest_term = term_of(kwargs.get("model"), int(summary["document"]["busiest_dim"]))
+            message = sign.message.format(**summary, busiest_term=busiest_term)
             self.warnings.append(
                 {"sign": sign.name, "step": state.global_step, "last_step": state.global_step, "message": message}
             )
