@@ -74,8 +74,8 @@ images: ## build the container images nordsparse:cpu and nordsparse:cuda
 test: $(VENV)/.dev ## the fast tests, offline
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
-lint: $(VENV)/.dev ## ruff: errors, style, format
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(VENV)/.dev ## ruff: errors, style, format; mypy: types
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 audit: $(VENV)/.dev ## ask a vulnerability service about every locked package
 	@$(BIN)/python $(REQ)/audit.py $(ARGS)

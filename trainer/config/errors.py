@@ -17,7 +17,7 @@ class ConfigError(click.ClickException):
 
     exit_code = 2
 
-    def __init__(self, message: str):
+    def __init__(self, message: str) -> None:
         line = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in message)
         if len(line) > LONGEST:  # the place is at the start, and what to do is at the end
             line = f"{line[: LONGEST // 2]} […] {line[-LONGEST // 2 :]}"

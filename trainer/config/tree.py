@@ -33,7 +33,7 @@ TOO_LARGE = "the file is too large or too deeply nested for a config"
 class YamlError(ConfigError):
     """What is wrong with a YAML text. `problem` is the message without the place."""
 
-    def __init__(self, source: str, line: int, problem: str):
+    def __init__(self, source: str, line: int, problem: str) -> None:
         super().__init__(f"{source}:{line}: {problem}")
         self.problem = problem
 
@@ -76,7 +76,7 @@ def parse_scalar(text: str, tag: str) -> Any:
 class _Builder:
     """Turns one file's node tree into values and origins, refusing duplicate keys, and trees that grow by aliases."""
 
-    def __init__(self, source: str):
+    def __init__(self, source: str) -> None:
         self.source, self.nodes = source, 0
         self.origins: Origins = {}
 

@@ -6,10 +6,12 @@ Everything here is a function of the seed and a batch's number, so a resumed run
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets import Dataset
 from sentence_transformers.base.sampler import DefaultBatchSampler
 
 from trainer.config import ConfigError
@@ -23,7 +25,7 @@ MAX_SWAPS = 200
 MAX_RETRIES = 2_000
 
 
-def text_ids(dataset) -> np.ndarray:
+def text_ids(dataset: Dataset) -> np.ndarray:
     """[rows, columns] integer ids; two cells have the same id exactly when they hold the same text."""
     table = dataset.with_format("arrow")[:]
     columns = [table[name] for name in table.column_names if pa.types.is_string(table[name].type)]
@@ -63,7 +65,7 @@ class NoDuplicateBatches(DefaultBatchSampler):
 
     def __init__(
         self,
-        dataset,
+        dataset: Dataset,
         batch_size: int,
         seed: int = 0,
         processes: int = 1,
@@ -71,7 +73,7 @@ class NoDuplicateBatches(DefaultBatchSampler):
         ids: np.ndarray | None = None,
         lengths: np.ndarray | None = None,
         window: int = 1,
-    ):
+    ) -> None:
         """ids: what text_ids gives for the data set, if it is known already."""
         super().__init__(dataset, batch_size=batch_size, drop_last=False, seed=seed)
         self.rows, self.processes = len(dataset), processes
@@ -144,7 +146,15 @@ class _Repair:
     near: [slots] the slots in an order in which neighbours hold rows of about the same length, or None.
     """
 
-    def __init__(self, ids, order, batch_of, starts, rng, near=None):
+    def __init__(
+        self,
+        ids: np.ndarray,
+        order: np.ndarray,
+        batch_of: np.ndarray,
+        starts: np.ndarray,
+        rng: np.random.Generator,
+        near: np.ndarray | None = None,
+    ) -> None:
         self.ids, self.order, self.batch_of, self.starts, self.rng = ids, order, batch_of, starts, rng
         self.near = near
         if near is not None:
@@ -226,7 +236,7 @@ class Mixture:
     shuffled anew for every pass, and a larger one goes on in the next epoch where it stopped.
     """
 
-    def __init__(self, groups: Sequence[Sequence[int]], strategy: str, epoch_rule: str, seed: int):
+    def __init__(self, groups: Sequence[Sequence[int]], strategy: str, epoch_rule: str, seed: int) -> None:
         self.groups, self.strategy, self.seed = [list(group) for group in groups], strategy, seed
         self.sizes = [sum(group) for group in self.groups]
         self.turns = (min if epoch_rule == "smallest" else max)(self.sizes, default=0)
@@ -296,7 +306,7 @@ class Mixture:
 class MixedBatches(DefaultBatchSampler):
     """Draws batches from several NoDuplicateBatches in the order of a Mixture."""
 
-    def __init__(self, dataset, batch_samplers: Sequence[NoDuplicateBatches], mixture: Mixture):
+    def __init__(self, dataset: Any, batch_samplers: Sequence[NoDuplicateBatches], mixture: Mixture) -> None:
         super().__init__(dataset, batch_size=1, drop_last=False)
         self.batch_size = None  # as in NoDuplicateBatches
         self.dataset, self.batch_samplers, self.mixture = dataset, batch_samplers, mixture

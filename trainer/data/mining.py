@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -179,7 +180,7 @@ def _table(chosen: Iterator[tuple[int, list[int], int]]) -> pa.Table:
 class _Lexical:
     """BM25 within the passages of a query's language, stemmed where that is a Scandinavian one."""
 
-    def __init__(self, search: Search, settings: MiningConfig):
+    def __init__(self, search: Search, settings: MiningConfig) -> None:
         self.search, self.settings = search, settings
         self.indexes: dict[str, tuple] = {}
 
@@ -234,7 +235,7 @@ class _Lexical:
         return ranker, tokenize, numbers
 
     @staticmethod
-    def _score_of_worst(ranker, words: list[str], numbers: np.ndarray, own: set[int]) -> float:
+    def _score_of_worst(ranker: Any, words: list[str], numbers: np.ndarray, own: set[int]) -> float:
         """The lowest score among the query's own positives."""
         scores = ranker.get_scores(words) if words else np.zeros(len(numbers))
         return float(scores[np.isin(numbers, list(own))].min(initial=np.inf))
@@ -244,10 +245,10 @@ class _Lexical:
 class Remembered:
     """A dense model whose vectors are kept in parts, so that mining goes on where it was killed."""
 
-    def __init__(self, model, folder: Path):
+    def __init__(self, model: Any, folder: Path) -> None:
         self.model, self.folder = model, folder
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
     def encode_query(self, texts: list[str], **options) -> np.ndarray:
@@ -258,7 +259,7 @@ class Remembered:
         """[texts, width]."""
         return self._encode(self.model.encode_document, "document", texts, options)
 
-    def _encode(self, encode, route: str, texts: list[str], options: dict) -> np.ndarray:
+    def _encode(self, encode: Callable, route: str, texts: list[str], options: dict) -> np.ndarray:
         options = options | {"show_progress_bar": False, "convert_to_numpy": True}
 
         def vectors(part: list[str]) -> pa.Table:
@@ -273,8 +274,8 @@ class Remembered:
         return np.concatenate([chunk.flatten().to_numpy().reshape(len(chunk), -1) for chunk in columns])
 
 
-def load_dense(snapshot: Snapshot, key: str, prompts: dict[str, str], device: str | None = None):
-    """A dense model from the files that are here; without `device` the library chooses one. Raises ConfigError."""
+def load_dense(snapshot: Snapshot, key: str, prompts: dict[str, str], device: str | None = None) -> Any:
+    """A SentenceTransformer from the files that are here; without `device` the library chooses one. Raises ConfigError."""
     from sentence_transformers import SentenceTransformer
 
     try:

@@ -51,7 +51,8 @@ class Rows:
 
 def read_files(pattern: str, columns: Columns | None, language: str | None, key: str) -> Rows:
     """Rows of every .jsonl or .parquet file that `pattern` (a file or a glob) names."""
-    files = [Path(name) for name in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))]
+    whole = str(Path(pattern).expanduser())  # Path.glob takes no absolute pattern
+    files = [Path(name) for name in sorted(glob.glob(whole, recursive=True))]  # noqa: PTH207
     if not files:
         raise ConfigError(f"{key}: no file matches {pattern}")
     columns = columns or {role: role for role in ROLES}

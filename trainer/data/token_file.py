@@ -16,7 +16,7 @@ TEXTS_PER_PART = 10_000
 class TokenFile:
     """Token ids of numbered texts, in parts of TEXTS_PER_PART texts; a table in memory, or mapped from a file."""
 
-    def __init__(self, table: pa.Table, path: Path | None = None):
+    def __init__(self, table: pa.Table, path: Path | None = None) -> None:
         self.table, self.path = table, path
         self.parts = [(part.offsets.to_numpy(), part.values.to_numpy()) for part in table["ids"].chunks]
 
@@ -48,7 +48,7 @@ class TokenFile:
                 writer.write_batch(batch, custom_metadata={"crc32": _checksum(batch)})
         return cls.open(path)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         """A loader worker that is started anew (not forked) maps the same file."""
         return (TokenFile.open, (self.path,)) if self.path else (TokenFile, (self.table,))
 

@@ -245,7 +245,7 @@ def _named(prefix: str, features: Features) -> Features:
 class TokenCollator:
     """Makes the features of a batch from its row numbers, counted through several sets. A batch is of one set."""
 
-    def __init__(self, sets: Sequence[TokenRows], passes: ForwardPasses = BY_COLUMN):
+    def __init__(self, sets: Sequence[TokenRows], passes: ForwardPasses = BY_COLUMN) -> None:
         self.sets, self.passes = sets, passes
         self.ends = np.cumsum([len(rows) for rows in sets])
 
@@ -260,7 +260,7 @@ class TokenCollator:
 class Tokeniser:
     """Makes TokenRows for one model, and counts texts, tokens, bytes and seconds."""
 
-    def __init__(self, model: SparseEncoder, routes: dict[str, str], say: Say, *, keep: bool = True):
+    def __init__(self, model: SparseEncoder, routes: dict[str, str], say: Say, *, keep: bool = True) -> None:
         """routes: the task of each column, as in router_mapping. keep: store the ids of large sets on disk."""
         self.model, self.routes, self.say, self.keep = model, routes, say, keep
         self.texts = self.tokens = self.texts_found = self.bytes = 0

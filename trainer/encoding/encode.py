@@ -43,7 +43,7 @@ def encode(
 class StaticQueries:
     """The query side of an inference-free model without torch: a tokenizer call, and a look-up of the weights."""
 
-    def __init__(self, embedding: SparseStaticEmbedding):
+    def __init__(self, embedding: SparseStaticEmbedding) -> None:
         tokenizer = embedding.tokenizer
         # a copy: the library's own sets padding and truncation at every call
         self.tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

@@ -81,7 +81,7 @@ def _pairs(model: SparseEncoder) -> Iterator[tuple[Transformer, SpladePooling]]:
 class FusedHead:
     """One transformer's head: its decoder hands its input over, and the pooling computes the vectors from it."""
 
-    def __init__(self, transformer: Transformer, pooling: SpladePooling):
+    def __init__(self, transformer: Transformer, pooling: SpladePooling) -> None:
         """Raises NotFusable with the reason."""
         if pooling.pooling_strategy != "max":
             raise NotFusable(f"pooling is {pooling.pooling_strategy}, not max")

@@ -8,6 +8,7 @@ its value comes from. Padding is left out before anything is computed. (On GPUs 
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,9 @@ def pack(mask: Tensor) -> tuple[Tensor | None, Tensor]:
 
 class _SpladeMax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, offsets, activation):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, activation: str
+    ) -> Tensor:
         learns = any(ctx.needs_input_grad[:3])
         hidden, weight = hidden.contiguous(), weight.contiguous()
         values, positions = _path(hidden).forward(hidden, weight, bias, offsets, learns)
@@ -77,7 +80,7 @@ class _SpladeMax(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
         hidden, weight, values, positions = ctx.saved_tensors
         gradient = torch.where(values > 0, gradient * SLOPES[ctx.activation](values), 0.0)
         to_hidden, to_weight, to_bias = _path(hidden).backward(gradient, positions, hidden, weight)

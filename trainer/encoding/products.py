@@ -9,6 +9,7 @@ what a BERT layer keeps: four of its 17 times the width. A step takes no longer 
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +33,16 @@ def goes_through_onednn(tensor: Tensor) -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, inputs, weight, bias, made_by, made_of):
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, made_by: Callable | None, made_of: Tensor | None
+    ) -> Tensor:
         """inputs may be left out of what is kept if they are made_by(made_of)."""
         ctx.made_by = made_by
         ctx.save_for_backward(inputs if made_by is None else made_of, weight)
         return product(inputs, weight, bias)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
         inputs, weight = ctx.saved_tensors
         if ctx.made_by is not None:
             inputs = ctx.made_by(inputs)
@@ -75,12 +78,12 @@ class _ScaledLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, inputs, bias, scale, *weights):
+    def forward(ctx: Any, inputs: Tensor, bias: Tensor | None, scale: Tensor, *weights: Tensor) -> Tensor:
         ctx.save_for_backward(inputs, scale, *weights)
         return product(inputs, torch.cat(weights) * (scale + 1.0), bias)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
         inputs, scale, *weights = ctx.saved_tensors
         stacked, flat = torch.cat(weights), gradient.reshape(-1, gradient.shape[-1])
         to_inputs = product(gradient, (stacked * (scale + 1.0)).t()) if ctx.needs_input_grad[0] else None

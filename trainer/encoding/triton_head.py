@@ -72,7 +72,7 @@ def _maxima(
     BLOCK_WORDS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
-):
+) -> None:
     """One program: BLOCK_WORDS words of one text, over the text's tokens."""
     # Neighbouring programs take the texts of one group for the same words, then the next words: see GROUP_BYTES.
     blocks = tl.cdiv(vocabulary, BLOCK_WORDS)
@@ -144,7 +144,7 @@ def _sum_over_texts(
     WIDTH: tl.constexpr,
     BLOCK_TEXTS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
-):
+) -> None:
     """One program: out[word] = sum over texts b of gradient[b, word] * hidden[positions[b, word]]."""
     word = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
@@ -173,7 +173,7 @@ def _sum_over_words(
     WIDTH: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
-):
+) -> None:
     """One program: out[row] = sum over cells c in order[starts[row]:starts[row + 1]] of gradient[c] * weight[c's word].
 
     A row without cells is left as it is.

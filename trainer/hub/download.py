@@ -92,7 +92,7 @@ def bytes_of(source: str) -> type[ProgressReport]:
     shown: list[ProgressReport] = []
 
     class Fetching(ProgressReport):
-        def __init__(self, *args: Any, desc: str | None = None, unit: str = "it", **options: Any):
+        def __init__(self, *args: Any, desc: str | None = None, unit: str = "it", **options: Any) -> None:
             name = in_columns("fetching", source, 11)
             super().__init__(*args, desc=name, unit=unit, disable=unit != "B" or bool(shown), **options)
             shown.extend([self] * (unit == "B"))

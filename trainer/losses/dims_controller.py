@@ -46,7 +46,7 @@ class DimsController:
     LEAST_PENALTY = 0.01  # at the start's activations; less has no effect, and the way back would be long
     HIGHEST = 1e4  # times the first weight
 
-    def __init__(self, target: int):
+    def __init__(self, target: int) -> None:
         self.target, self.steps = target, 0
         self.log_weight = self.level = self.first = self.dims = self.rows = self.start = 0.0
         self.ranking_loss = 0.0

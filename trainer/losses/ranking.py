@@ -34,7 +34,7 @@ class RankingLoss(SparseMultipleNegativesRankingLoss):
         scale: float,
         similarities: tuple[Similarity, Similarity],
         teacher: TeacherConfig | None,
-    ):
+    ) -> None:
         """similarities: of all queries with all passages, and of each with its own."""
         similarity, pairwise = similarities
         super().__init__(model, scale=scale, similarity_fct=similarity, gather_across_devices=processes() > 1)

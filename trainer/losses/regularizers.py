@@ -64,7 +64,7 @@ class Regularizer(nn.Module):
     first step has no penalty, and the weight's warm-up starts at 0 too.
     """
 
-    def __init__(self, model: nn.Module, function: Callable[[Tensor], Tensor], cap: int | None = None):
+    def __init__(self, model: nn.Module, function: Callable[[Tensor], Tensor], cap: int | None = None) -> None:
         super().__init__()
         self.model, self.function, self.cap = model, function, cap
         self.running: Tensor | None = None  # [vocabulary], of the first batch on

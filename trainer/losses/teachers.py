@@ -56,7 +56,7 @@ def teacher_prompts(teacher: TeacherConfig, snapshot: Snapshot, base: ModelConfi
 class ScoreStore:
     """Scores by the content of a pair, in the folder of one teacher at one revision; every file in it is whole."""
 
-    def __init__(self, teacher: TeacherConfig, snapshot: Snapshot, base: ModelConfig | None = None):
+    def __init__(self, teacher: TeacherConfig, snapshot: Snapshot, base: ModelConfig | None = None) -> None:
         """base: the config's model, for the prompts of a teacher that is the base model."""
         prompts = quoted(teacher_prompts(teacher, snapshot, base))
         of_teacher = digest(identity(snapshot), teacher.kind, *([prompts] if prompts else []))

@@ -61,7 +61,7 @@ def layers_of(network: nn.Module) -> list[nn.Module]:
 class _Compiled:
     """A layer's forward, compiled in training."""
 
-    def __init__(self, layer: nn.Module, compiled: Callable, packed: bool):
+    def __init__(self, layer: nn.Module, compiled: Callable, packed: bool) -> None:
         self.layer, self.plain, self.compiled, self.packed = layer, layer.forward, compiled, packed
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:

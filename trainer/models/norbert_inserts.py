@@ -5,11 +5,11 @@ def rebuilt_after_load(module_class):
     """Class decorator: tables that are not saved with the weights are computed again once the weights are loaded."""
     build = module_class.__init__
 
-    def __init__(self, *arguments, **options):
+    def __init__(self, *arguments, **options) -> None:
         build(self, *arguments, **options)
         self.built_from = arguments, options
 
-    def rebuild_tables(self):
+    def rebuild_tables(self) -> None:
         arguments, options = self.built_from
         fresh = dict(type(self)(*arguments, **options).named_buffers(recurse=False))
         for name, table in self.named_buffers(recurse=False):

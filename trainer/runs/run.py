@@ -41,7 +41,7 @@ class Run:
     Of several processes that train together only the first writes; in the others, `is_mine` is False.
     """
 
-    def __init__(self, folder: Path, is_mine: bool = True):
+    def __init__(self, folder: Path, is_mine: bool = True) -> None:
         self.folder, self.is_mine = folder, is_mine
         self._before: dict[Path, str] = {}  # files of a run that is resumed, as they were
         self.manifest: dict[str, Any] = {}

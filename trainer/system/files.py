@@ -13,7 +13,7 @@ def written_whole(file: Path) -> Iterator[Path]:
     with _aside(file) as aside:
         yield aside
         flush(aside)
-        os.replace(aside, file)
+        aside.replace(file)
         flush(file.parent)
 
 
@@ -34,7 +34,7 @@ def write_once(file: Path, text: str) -> None:
             return
         except OSError:  # a file system without links, where starting together is not guarded against
             if not file.exists():
-                os.replace(aside, file)
+                aside.replace(file)
         flush(file.parent)
 
 

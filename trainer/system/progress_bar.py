@@ -33,7 +33,7 @@ class ProgressReport(tqdm):
     monitor_interval = 0  # no thread of tqdm's own: loader workers are forked
     next_line = 0.0
 
-    def __init__(self, *args: Any, disable: bool = False, **options: Any):
+    def __init__(self, *args: Any, disable: bool = False, **options: Any) -> None:
         self.is_bar = sys.stderr.isatty()
         options |= {"delay": SILENT, "leave": False, "miniters": 0, "mininterval": 0.1 if self.is_bar else LOOK_EVERY}
         options |= {"file": sys.stderr if self.is_bar else io.StringIO(), "dynamic_ncols": self.is_bar}

@@ -38,7 +38,7 @@ class GradedSearch(SparseInformationRetrievalEvaluator):
     reported ones.
     """
 
-    def __init__(self, found: SearchSet, batch_size: int):
+    def __init__(self, found: SearchSet, batch_size: int) -> None:
         parts: list[SearchSet | Chooser] = [found]
         if found.chooser is not None and not found.also_chooses:
             parts.append(found.chooser)
@@ -88,7 +88,7 @@ class SearchEvaluator(SentenceEvaluator):
     languages of NanoBEIR have the same names.
     """
 
-    def __init__(self, parts: dict[str, SentenceEvaluator]):
+    def __init__(self, parts: dict[str, SentenceEvaluator]) -> None:
         super().__init__()
         self.parts = parts
         self.primary_metric = SCORE

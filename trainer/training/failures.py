@@ -21,7 +21,7 @@ from trainer.training.callbacks.non_finite_loss import NonFiniteLoss
 class Stopped(Exception):
     """Training was asked to stop, and did, with a checkpoint."""
 
-    def __init__(self, step: int, signal_number: int):
+    def __init__(self, step: int, signal_number: int) -> None:
         super().__init__(f"stopped at step {step}")
         self.step, self.signal_number = step, signal_number
 

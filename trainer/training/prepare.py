@@ -77,7 +77,7 @@ class Prepared(Parts):
 class Decisions:
     """Prints every decision when it is made, and keeps it. Of several processes the first prints."""
 
-    def __init__(self, echo: Callable[[str], None]):
+    def __init__(self, echo: Callable[[str], None]) -> None:
         self.lines: list[str] = []
         self.echo = echo if is_first() else lambda line: None
 

@@ -24,7 +24,7 @@ class Progress:
     run then goes on at the same share of the epoch, so each row is still seen about once in a pass, and epochs stay epochs.
     """
 
-    def __init__(self, config: Config, data: TrainingData):
+    def __init__(self, config: Config, data: TrainingData) -> None:
         self.config, self.data = config, data
         self.mixture = data.mixture(config)
         self.steps_per_epoch = max(math.ceil(len(self.mixture) / config.training.gradient_accumulation_steps), 1)

@@ -16,7 +16,7 @@ from trainer.training.trainer import SparseTrainer
 class RunTotals:
     """Adds the training of this process to the totals of earlier ones, in the manifest."""
 
-    def __init__(self, run: Run, throughput: Throughput, watchdog: Watchdog, device: str, start: float):
+    def __init__(self, run: Run, throughput: Throughput, watchdog: Watchdog, device: str, start: float) -> None:
         """start: when this process began with the run, in time.perf_counter()."""
         self.run, self.throughput, self.watchdog, self.device = run, throughput, watchdog, device
         self.start, self.seconds_before = start, run.manifest.get("total_seconds", 0.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from sentence_transformers.sparse_encoder import SparseEncoderTrainer
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 from torch.utils.data import DataLoader
@@ -42,7 +42,7 @@ def between_steps(method: Callable) -> Callable:
     """A method of SparseTrainer whose time is none of the steps'."""
 
     @functools.wraps(method)
-    def untimed(self: "SparseTrainer", *args, **kwargs) -> Any:
+    def untimed(self: "SparseTrainer", *args: Any, **kwargs: Any) -> Any:
         with self.throughput.paused():
             return method(self, *args, **kwargs)
 
@@ -61,7 +61,7 @@ class SparseTrainer(SparseEncoderTrainer):
         stop: StopOnSignal,
         regularizer_weights: RegularizerWeights | None,
         callbacks: list[TrainerCallback],
-    ):
+    ) -> None:
         """run_id: goes into the seal of every checkpoint. regularizer_weights: None for a loss without regularizers."""
         self.data, self.config, self.progress = prepared.data, prepared.config, prepared.progress
         self.depends_on = prepared.best.depends_on
@@ -81,7 +81,9 @@ class SparseTrainer(SparseEncoderTrainer):
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)  # ours stand in the callbacks argument
 
-    def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
+    def get_batch_sampler(
+        self, dataset: Dataset, batch_size: int, drop_last: bool, *args: Any, seed: int = 0, **kwargs: Any
+    ) -> NoDuplicateBatches:
         """Batches of one data set in which no text occurs twice; the last is dealt out in equal parts too, not dropped.
 
         Those of held-out rows are drawn whatever the lengths, so that evaluation losses mean the same in all runs.
@@ -91,12 +93,14 @@ class SparseTrainer(SparseEncoderTrainer):
             return self.data.batches(name, self.config)
         return NoDuplicateBatches(dataset, batch_size, seed=seed, processes=processes())
 
-    def get_multi_dataset_batch_sampler(self, dataset, batch_samplers, generator=None, seed=0):
+    def get_multi_dataset_batch_sampler(
+        self, dataset: Any, batch_samplers: list[NoDuplicateBatches], *args: Any, **kwargs: Any
+    ) -> MixedBatches:
         """Batches of all data sets, triplets and pairs of one set sharing its turns."""
         self.order = MixedBatches(dataset, batch_samplers, self.data.mixture(self.config))
         return self.order
 
-    def _build_dataloader(self, dataset, batch_size: int, dataset_kind: str) -> DataLoader:
+    def _build_dataloader(self, dataset: Dataset | DatasetDict, batch_size: int, dataset_kind: str) -> DataLoader:
         """The library's batches, as row numbers whose token ids are looked up, not as texts to tokenise at every step."""
         loader = super()._build_dataloader(dataset, batch_size, dataset_kind)
         if isinstance(dataset, DatasetDict):
@@ -113,13 +117,15 @@ class SparseTrainer(SparseEncoderTrainer):
             prefetch_factor=loader.prefetch_factor,
         )
 
-    def set_initial_training_values(self, args, dataloader: DataLoader) -> tuple[int, ...]:
+    def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple[int, ...]:
         """The library's, but for epochs and steps, of which it knows only those of a run that never changed its batches."""
         _, *others, _ = super().set_initial_training_values(args, dataloader)
         steps = self.progress.steps
         return (math.ceil(self.progress.place_at(steps) / self.progress.steps_per_epoch), *others, steps)
 
-    def _init_training_state(self, max_steps: int, per_epoch: int, epochs: int, checkpoint, trial) -> tuple[int, int]:
+    def _init_training_state(
+        self, max_steps: int, per_epoch: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
         """The library takes eval_steps, save_steps and logging_steps from the checkpoint, and its step for its place."""
         place = super()._init_training_state(max_steps, per_epoch, epochs, checkpoint, trial)
         if checkpoint is None:
@@ -160,26 +166,26 @@ class SparseTrainer(SparseEncoderTrainer):
         if self.accelerator.scaler is not None:
             super()._load_scaler(checkpoint)
 
-    def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
         """With several processes and a resumed epoch, the library's wrappers do not pass the epoch on to our order."""
         self.order.set_epoch(epoch)
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
-    def collect_features(self, inputs):
+    def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
         """The batch's columns, counted."""
         features, labels = super().collect_features(inputs)
         if self.model.training:
             self.throughput.add(features)
         return features, labels
 
-    def compute_loss(self, *args, **kwargs) -> torch.Tensor | tuple[torch.Tensor, dict]:
+    def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, dict]:
         """The library's. Of a training step's loss, it starts to ask whether it is finite."""
         loss = super().compute_loss(*args, **kwargs)
         if self.model.training:
             self.loss_is_finite.ask(loss)
         return loss
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Raises NonFiniteLoss before the optimizer can spoil the weights."""
         loss = super().training_step(*args, **kwargs)
         if not self.loss_is_finite.read():
@@ -189,7 +195,9 @@ class SparseTrainer(SparseEncoderTrainer):
                 keep_smallest(module.stats_last_nonzero)  # passes since a dim was active, in any process
         return loss
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """The library's metrics, and eval_loss: the mean over all sets by their rows, which it only has for one set."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None and isinstance(self.eval_dataset, dict):
@@ -199,7 +207,7 @@ class SparseTrainer(SparseEncoderTrainer):
         return metrics
 
     @between_steps
-    def _evaluate(self, *args, **kwargs) -> dict[str, float]:
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """An evaluation that a signal ends gives no scores, and a checkpoint is saved at once.
 
         Its loaders draw random numbers; dropout gets the same as without an evaluation, however often there is one.
@@ -214,7 +222,7 @@ class SparseTrainer(SparseEncoderTrainer):
             if is_first() and (empty := Path(self.args.output_dir) / "eval").is_dir():
                 empty.rmdir()
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """The best is the best of those that are saved; the library remembers scores of steps without a checkpoint."""
         return super()._determine_best_metric(metrics, trial) if metrics and self.control.should_save else False
 
@@ -229,12 +237,12 @@ class SparseTrainer(SparseEncoderTrainer):
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
 
-    def _get_output_dir(self, trial=None) -> str:
+    def _get_output_dir(self, trial: Any = None) -> str:
         """Where the library writes its checkpoint-N: aside, under the checkpoints, never under the name they have."""
         return str(Path(self.args.output_dir) / ASIDE)
 
     @between_steps
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint appears whole: written aside, sealed, flushed, renamed. Then the oldest go. One process writes."""
         place = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
         if is_first():
@@ -263,7 +271,7 @@ class SparseTrainer(SparseEncoderTrainer):
                 for name, content in files.items():
                     (Path(output_dir) / name).write_bytes(content)
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """One process writes: transformers 5 calls this in every one, and the library takes each for the first."""
         if not is_first():
             return

@@ -1,7 +1,9 @@
 """CSR starts with many active dims per code, and ends with few."""
 
+from typing import Any
+
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer.config import Config
 
@@ -22,18 +24,27 @@ def k_at(step: int, of: int, config: Config) -> int:
 class ActiveDimsAnnealing(TrainerCallback):
     """Sets k before every step. Restores csr_k after it, so evaluations and checkpoints have the final k. Logs k."""
 
-    def __init__(self, autoencoder: SparseAutoEncoder, config: Config):
+    def __init__(self, autoencoder: SparseAutoEncoder, config: Config) -> None:
         self.autoencoder, self.config = autoencoder, config
 
-    def on_step_begin(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """This step's k."""
         self.autoencoder.k = k_at(state.global_step, state.max_steps, self.config)
 
-    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The final k."""
         self.autoencoder.k = self.config.model.csr_k
 
-    def on_log(self, args, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """The last step's k."""
         if logs is not None and "loss" in logs:
             logs["csr_k"] = k_at(state.global_step - 1, state.max_steps, self.config)

@@ -1,9 +1,11 @@
 """Dims of CSR's autoencoder that no text activates any more get new weights."""
 
+from typing import Any
+
 import torch
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer.config import Config
 from trainer.losses.reconstruction import SharedReconstructionLoss
@@ -18,17 +20,24 @@ class DeadDimReviver(TrainerCallback):
     (arXiv 2503.01776) works on dead dims too, but only on csr_k_aux of them, and a little per step.
     """
 
-    def __init__(self, autoencoder: SparseAutoEncoder, loss: SharedReconstructionLoss, config: Config):
+    def __init__(self, autoencoder: SparseAutoEncoder, loss: SharedReconstructionLoss, config: Config) -> None:
         """loss: keeps the residuals of the last batch."""
         self.autoencoder, self.loss, self.every = autoencoder, loss, config.model.csr_revive_steps
         self.revived = 0
 
-    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Revive now and then, but not at the end: a dim that nothing has trained is noise."""
         if self.every and state.global_step % self.every == 0 and state.global_step + self.every <= state.max_steps:
             self.revive(kwargs["optimizer"])
 
-    def on_log(self, args, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """The share of dead dims, and how many were revived so far."""
         if logs is not None and "loss" in logs:
             logs["csr_dead_share"] = self.dead().float().mean().item()

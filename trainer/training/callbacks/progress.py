@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from trainer.system.progress_bar import ProgressReport, in_columns
@@ -14,7 +15,14 @@ class EvaluationProgress(TrainerCallback):
 
     progress: ProgressReport | None = None
 
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs) -> None:
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """One batch more."""
         if self.progress is None:
             self.progress = ProgressReport(
@@ -22,7 +30,7 @@ class EvaluationProgress(TrainerCallback):
             )
         self.progress.update()
 
-    def on_evaluate(self, *args, **kwargs) -> None:
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Called once for every set."""
         if self.progress is not None:
             self.progress.close()
@@ -32,10 +40,17 @@ class EvaluationProgress(TrainerCallback):
 class ProgressBar(ProgressCallback):
     """The progress bar with the loss behind it; no printed dictionary per log line, no bar per evaluation."""
 
-    def on_prediction_step(self, *args, **kwargs) -> None:
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         """An evaluation has a bar of ours, if it takes long."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Show the loss."""
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
@@ -46,15 +61,24 @@ class ProgressLines(TrainerCallback):
 
     SECONDS = 10.0
 
-    def __init__(self, say: Callable[[str], None]):
+    def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Start the clock."""
         self.start = self.last = time.perf_counter()
         self.first_step = state.global_step
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """A line if the last one is long ago, or training is at its end."""
         now = time.perf_counter()
         if not logs or "loss" not in logs or not state.is_world_process_zero:

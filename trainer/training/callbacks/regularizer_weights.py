@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import SpladeRegularizerWeightSchedulerCallback
 from sentence_transformers.sparse_encoder.losses import SpladeLoss
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from trainer.config import Config, ConfigError
 from trainer.losses.dims_controller import DimsController
@@ -24,7 +25,7 @@ class RegularizerWeights(SpladeRegularizerWeightSchedulerCallback):
     is also told the ranking loss, which the regularizers work against.
     """
 
-    def __init__(self, loss: SpladeLoss, config: Config):
+    def __init__(self, loss: SpladeLoss, config: Config) -> None:
         targets = {"document": config.loss.target_document_dims, "query": config.loss.target_query_dims}
         self.controllers = {route: DimsController(target) for route, target in targets.items() if target}
         super().__init__(loss, warmup_ratio=DimsController.WARM_UP if self.controllers else 1 / 3)
@@ -41,7 +42,7 @@ class RegularizerWeights(SpladeRegularizerWeightSchedulerCallback):
         """The regularizer of queries or documents."""
         return getattr(self.loss, f"{route}_regularizer")
 
-    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take in the step; choose the next weights."""
         ranking_loss = self._mean_ranking_loss() if self.controllers else 0.0
         for route in ROUTES:

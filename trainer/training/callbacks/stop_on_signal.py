@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer.system.distributed import largest, processes
 
@@ -14,7 +14,7 @@ from trainer.system.distributed import largest, processes
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM outside the training steps, where there is nothing to save."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
 
@@ -32,7 +32,7 @@ class StopOnSignal(TrainerCallback):
 
     SAME_SECONDS = 3.0
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._received_at = 0.0
         self._in_steps = self._evaluating = False
@@ -65,11 +65,13 @@ class StopOnSignal(TrainerCallback):
         finally:
             self._evaluating = False
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """From here on there is something to save."""
         self._in_steps = True
 
-    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop after the step in which the signal came."""
         # one process may be told alone, or a step later than another: all stop after the same step
         if number := largest(self.received or 0):
@@ -77,6 +79,8 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """From here on everything is saved."""
         self._in_steps = False

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from sentence_transformers import SparseEncoder
 from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer.losses.statistics import BatchStatistics
 from trainer.system.device import peak_memory_gib
@@ -25,7 +25,9 @@ PROBES = (
 class TensorBoardLog(TrainerCallback):
     """Writes every scalar to TensorBoard, and the top terms of fixed probe sentences as text."""
 
-    def __init__(self, folder: Path, statistics: BatchStatistics, throughput: Throughput, device: str, probes: int):
+    def __init__(
+        self, folder: Path, statistics: BatchStatistics, throughput: Throughput, device: str, probes: int
+    ) -> None:
         self.folder, self.statistics, self.throughput, self.device = folder, statistics, throughput, device
         self.probes = PROBES[:probes]
         self.writer: SummaryWriter | None = None
@@ -39,12 +41,21 @@ class TensorBoardLog(TrainerCallback):
             )
         return self.writer
 
-    def on_train_begin(self, args, state: TrainerState, control, **kwargs) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Start the clock."""
         self._open(state)
         self.throughput.restart()
 
-    def on_log(self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """One line of scalars: losses, learning rates, sparsity, speed, memory."""
         if not logs:
             return
@@ -92,7 +103,14 @@ class TensorBoardLog(TrainerCallback):
             if writer and isinstance(value, (int, float)):
                 writer.add_scalar(f"{group}/{key}", value, state.global_step)
 
-    def on_evaluate(self, args, state: TrainerState, control, model: SparseEncoder | None = None, **kwargs) -> None:
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: SparseEncoder | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Top terms of the probe sentences."""
         writer = self._open(state)
         if writer and self.probes and self.last_panel != state.global_step:  # called once for every set
@@ -100,7 +118,9 @@ class TensorBoardLog(TrainerCallback):
             if (text := top_terms(model, self.probes)) is not None:
                 writer.add_text("top terms", text, state.global_step)
 
-    def on_train_end(self, args, state: TrainerState, control, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Close the file."""
         if self.writer is not None:
             self.writer.close()

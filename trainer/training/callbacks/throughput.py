@@ -17,7 +17,7 @@ class Throughput:
     `restart` and `read` are called by every process at the same steps.
     """
 
-    def __init__(self, static_routes: Collection[str] = (), clock: Callable[[], float] = time.perf_counter):
+    def __init__(self, static_routes: Collection[str] = (), clock: Callable[[], float] = time.perf_counter) -> None:
         """static_routes: tasks whose texts do not go through the network, where padding costs nothing."""
         self.static_routes, self.clock = static_routes, clock
         self.total_rows = self.total_tokens = self.total_encoded = self.total_padding = 0

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer.losses.statistics import BatchStatistics
 from trainer.training.callbacks.tensorboard_log import term_of
@@ -64,11 +64,18 @@ class Watchdog(TrainerCallback):
 
     WARM_FROM = 1 / 3
 
-    def __init__(self, statistics: BatchStatistics, say: Callable[[str], None]):
+    def __init__(self, statistics: BatchStatistics, say: Callable[[str], None]) -> None:
         self.statistics, self.say = statistics, say
         self.warnings: list[dict[str, Any]] = []
 
-    def on_log(self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Look at what was seen since the last log."""
         summary = self.statistics.summary() if logs and "loss" in logs else {}
         warm = state.global_step >= self.WARM_FROM * state.max_steps
