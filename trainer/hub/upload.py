@@ -75,8 +75,8 @@ def upload(files: dict[str, Path], repo: str, *, public: bool, message: str, say
         *(CommitOperationAdd(name, str(file)) for name, file in files.items()),
     ]
     say(f"uploading {len(files)} files to {repo} ({'public' if public else 'private'}), in one commit")
-    seen = contextlib.nullcontext() if sys.stderr.isatty() else going_on(in_columns("uploading", repo, 11))
-    with explained(repo, again), seen:
+    progress = contextlib.nullcontext() if sys.stderr.isatty() else going_on(in_columns("uploading", repo, 11))
+    with explained(repo, again), progress:
         commit = api.create_commit(repo, operations, commit_message=message, parent_commit=before.sha)
     if public and before.private:
         with explained(repo, "the files have arrived, but only you can see them: open the repository in its settings"):

@@ -1,4 +1,4 @@
-"""Takes out of what is published where files lie on this machine: that is nobody else's business, and of no use to them."""
+"""Removes the paths of this machine from what is published."""
 
 import re
 from collections.abc import Iterator
@@ -21,11 +21,10 @@ class LocalPaths:
     """The paths that a config and a run's manifest name, and how texts and values read without them."""
 
     def __init__(self, *values: Any):
-        found = [(keys, text) for value in values for keys, text in _texts(value, ()) if _names_files(keys, text)]
-        self.keys = sorted({".".join(keys) for keys, _ in found})
-        """Where they stood, as dotted paths."""
+        named = [(keys, text) for value in values for keys, text in _texts(value, ()) if _names_files(keys, text)]
+        self.keys = sorted({".".join(keys) for keys, _ in named})  # where they stood
         # longest first: one may be the beginning of another; a word without a slash may stand for something else in a text
-        self.within = sorted({_without_language(text) for _, text in found if "/" in text}, key=len, reverse=True)
+        self.within = sorted({_without_language(text) for _, text in named if "/" in text}, key=len, reverse=True)
 
     def without(self, value: Any, keys: Keys = ()) -> Any:
         """The same value, with REMOVED wherever it names a local path."""
@@ -33,9 +32,7 @@ class LocalPaths:
             return {self.without(key): self.without(child, (*keys, key)) for key, child in value.items()}
         if isinstance(value, list):
             return [self.without(child, keys) for child in value]
-        if (
-            not isinstance(value, str) or "prompts" in keys
-        ):  # a prompt is what the model needs in front, whatever it looks like
+        if not isinstance(value, str) or "prompts" in keys:  # the model needs a prompt, whatever it looks like
             return value
         return REMOVED if _names_files(keys, value) else self.in_text(value)
 

@@ -24,42 +24,21 @@ from trainer.publish.local_paths import REMOVED, LocalPaths
 from trainer.runs.run import Run
 from trainer.system.progress_bar import going_on, in_columns
 
-Say = Callable[[str], None]
-
 # Queries and documents that are encoded again: enough to meet every module, few enough for a large model on a CPU.
 SAMPLE = {"query": 24, "document": 32}
 # Vectors of one folder, made twice on one machine and device, differ by nothing; another model differs by far more.
 TOLERANCE = 1e-5
 # What of run.json others may read: how the model came about, without commands, overrides and paths of this machine.
 PUBLIC = (
-    "name",
-    "started",
-    "git_commit",
-    "lock",
-    "python",
-    "packages",
-    "device",
-    "processes",
-    "seed",
-    "base_model",
-    "datasets",
-    "steps",
-    "steps_done",
-    "before",
-    "after",
-    "train_seconds",
-    "total_seconds",
-    "rows_trained",
-    "tokens_trained",
-    "samples_per_second",
-    "tokens_per_second",
-    "peak_memory_gib",
-    "best_metric",
-    "warnings",
-)
+    "name", "started", "git_commit", "lock", "python", "packages", "device", "processes", "seed", "base_model", "datasets",
+    "steps", "steps_done", "before", "after", "train_seconds", "total_seconds", "rows_trained", "tokens_trained",
+    "samples_per_second", "tokens_per_second", "peak_memory_gib", "best_metric", "warnings",
+)  # fmt: skip
 
 
-def publish(run: Run, repo: str, *, public: bool = False, dry_run: bool = False, say: Say = print) -> None:
+def publish(
+    run: Run, repo: str, *, public: bool = False, dry_run: bool = False, say: Callable[[str], None] = print
+) -> None:
     """Upload the run's model, card, config and summary to `repo`, once a fresh process has given the same vectors.
 
     Raises ConfigError for what the user can mend; then nothing was uploaded, or the revision before is in place.
@@ -80,16 +59,16 @@ def publish(run: Run, repo: str, *, public: bool = False, dry_run: bool = False,
         )
         require_no_secrets(folder)
         files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
-        for name, file in files.items():
-            say(f"file      {size_of(file.stat().st_size):>10}  {name}")
+        sizes = {name: file.stat().st_size for name, file in files.items()}
+        for name, size in sizes.items():
+            say(f"file      {size_of(size):>10}  {name}")
         if dry_run:
-            total = size_of(sum(file.stat().st_size for file in files.values()))
+            total = size_of(sum(sizes.values()))
             say(f"dry run   {len(files)} files, {total}, would go to {repo}; nothing was uploaded")
             return
         say(f"published {upload(files, repo, public=public, message=f'{run.name}: model, card and config', say=say)}")
 
 
-# ------------------------------------------------------------------------------------------- the folder
 @contextmanager
 def upload_folder(run: Run) -> Iterator[Path]:
     """A folder to make beside final/, gone afterwards. There, large weights can be links instead of copies."""
@@ -103,7 +82,7 @@ def upload_folder(run: Run) -> Iterator[Path]:
 def build_upload_folder(run: Run, folder: Path, repo: str, dimensions: int) -> None:
     """Model, card, config and summary. The library's own card gives way to ours."""
     shutil.copytree(run.final, folder, ignore=shutil.ignore_patterns("README.md", ".*"), copy_function=_link_or_copy)
-    paths = local_paths(run)
+    paths = LocalPaths(run.config().model_dump())
     card = build_model_card(run, repo, dimensions, paths.keys)
     (folder / "README.md").write_text(paths.in_text(str(card)), encoding="utf-8")
     (folder / "config.yaml").write_text(public_config(run, paths), encoding="utf-8")
@@ -116,11 +95,6 @@ def _link_or_copy(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
-
-
-def local_paths(run: Run) -> LocalPaths:
-    """The paths of this machine that the run's config names."""
-    return LocalPaths(run.config().model_dump())
 
 
 def public_config(run: Run, paths: LocalPaths) -> str:
@@ -153,7 +127,7 @@ def require_no_secrets(folder: Path) -> None:
 
 
 def _holds(file: Path, secret: bytes) -> bool:
-    """Whether a file holds these bytes, read a piece at a time, with the end of the piece before in front."""
+    """Whether a file holds these bytes. It is read in pieces, each with the end of the one before in front."""
     before = b""
     with file.open("rb") as data:
         while piece := data.read(2**24):
@@ -168,12 +142,11 @@ def size_of(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
 
 
-# ------------------------------------------------------------------------------------------- the check
 def sample_texts() -> dict[str, list[str]]:
     """The same queries and documents every time, from all of the embedded data: bokmål, nynorsk, Danish and Swedish."""
     search = read_search_set(QUICKSTART / "search", "dev", "quickstart")
-    found = {"query": list(search.queries.values()), "document": list(search.corpus.values())}
-    return {side: texts[:: len(texts) // SAMPLE[side]][: SAMPLE[side]] for side, texts in found.items()}
+    texts = {"query": list(search.queries.values()), "document": list(search.corpus.values())}
+    return {side: all_of[:: len(all_of) // SAMPLE[side]][: SAMPLE[side]] for side, all_of in texts.items()}
 
 
 def encode_in_a_fresh_process(folder: Path, texts: dict[str, list[str]]) -> dict[str, np.ndarray]:
