@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from trainer.config import ConfigError
 from trainer.export import processes
 from trainer.export.corpus import Shard
 from trainer.export.processes import count_processes, cuda_devices, environment_of, run_shards
+from trainer.export.request import Request
+from trainer.runs.run import Run
 
 FOLDER = "models/tiny/export/lucene"
 COMMAND = ("export", "tiny.yaml", "--to", "lucene", "--corpus", "corpus.jsonl")
@@ -57,18 +61,37 @@ def one_thread():
 
 
 def test_every_shard_is_given_the_options_of_the_command_but_those_for_all_of_them(trained, monkeypatch):
-    given = []
-    monkeypatch.setattr(processes, "run_shards", lambda arguments, count, say: given.append((arguments, count)))
-    monkeypatch.setattr("trainer.export.qdrant.upsert", lambda folder, url, *rest: given.append((str(folder), url)))
+    calls = []
+    monkeypatch.setattr(processes, "run_shards", lambda arguments, count, say: calls.append((arguments, count)))
+    monkeypatch.setattr("trainer.export.qdrant.upsert", lambda folder, url, *rest: calls.append((str(folder), url)))
     options = ["--corpus", "corpus.jsonl", "--queries", "q.jsonl", "--output", "out", "--scale", "7", "--name", "tiny"]
     every = ["export", "tiny.yaml", "--to", "qdrant", *options]
     found = CliRunner().invoke(main, [*every, "--processes", "3", "--upsert", "folder"])
     assert found.exit_code == 0, found.output
-    (arguments, count), uploaded = given
-    assert (arguments[:2], count) == (["export", "tiny.yaml"], 3)
-    pairs = [arguments[2:][place : place + 2] for place in range(0, len(arguments) - 2, 2)]
-    assert sorted(pairs) == sorted([every[2:][place : place + 2] for place in range(0, len(every) - 2, 2)])
+    (_, count), uploaded = calls
+    assert count == 3
     assert uploaded == ("out", "folder")  # once, and after all shards
+
+
+def test_a_request_becomes_the_arguments_of_its_shards_as_the_command_reads_them(trained, monkeypatch):
+    calls, requests = [], []
+    monkeypatch.setattr(processes, "run_shards", lambda arguments, *rest: calls.append((arguments, *rest)))
+    monkeypatch.setattr("trainer.export.export.export", lambda to, request: requests.append((to, request)))
+    files = {"corpus": Path("corpus.jsonl"), "queries": Path("q.jsonl"), "output": Path("-out")}
+    request = Request(Run.finished("tiny"), **files, shard=Shard(1, 1), scale=7, say=print)
+    processes.export_in_processes("lucene", request, 3)
+    ((arguments, count, say),) = calls
+    assert (count, say) == (3, print)
+    found = CliRunner().invoke(main, [*arguments, "--shard", "2/3"])
+    assert found.exit_code == 0, found.output
+    ((to, of_shard),) = requests
+    assert (to, of_shard.run.folder) == ("lucene", request.run.folder)
+    assert replace(of_shard, run=None, say=None) == replace(request, run=None, say=None, shard=Shard(2, 3))
+    for other in (replace(request, corpus=None), replace(request, shard=Shard(1, 2))):
+        with pytest.raises(
+            ConfigError, match=r"^--processes takes the corpus apart itself: it needs --corpus, and goes"
+        ):
+            processes.export_in_processes("lucene", other, 2)
 
 
 @pytest.mark.slow  # two processes of the command
@@ -85,7 +108,7 @@ def test_processes_write_what_shards_by_hand_do_with_the_same_options(trained, c
         run_export("lucene", corpus, **settings)
         assert f"{number}/2  exported  42 documents to together/documents-{number}-of-2.jsonl" in found.output
     names = sorted(file.name for file in (trained / "by_hand").iterdir())
-    assert len(names) == 2 + 2 + 2 + 2  # documents, checks, their queries; queries.jsonl and export.json
+    assert len(names) == 2 + 2 + 2  # documents and checks; queries.jsonl and export.json
     assert names == sorted(file.name for file in (trained / "together").iterdir())
     for name in names:
         assert (trained / "by_hand" / name).read_bytes() == (trained / "together" / name).read_bytes(), name

@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import IO
 
 from trainer.config import ConfigError
+from trainer.export.export import export
+from trainer.export.request import Request
 from trainer.system.device import find_device
 
-Say = Callable[[str], None]
 
-
-def count_processes(text: str, say: Say) -> int:
+def count_processes(text: str, say: Callable[[str], None]) -> int:
     """How many processes `--processes text` stands for on this machine; for `all`, which is said with its reason."""
     if text.isascii() and text.isdigit() and int(text) > 0:
         return int(text)
@@ -42,7 +42,19 @@ def environment_of(number: int, count: int, devices: list[str]) -> dict[str, str
     return {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads} | os.environ | device
 
 
-def run_shards(arguments: list[str], count: int, say: Say) -> None:
+def export_in_processes(to: str, request: Request, count: int) -> None:
+    """Export a corpus in as many shards, each in a process of its own; in this process where there is one."""
+    if count == 1:
+        return export(to, request)
+    if request.corpus is None or request.shard.of > 1:
+        raise ConfigError("--processes takes the corpus apart itself: it needs --corpus, and goes without --shard")
+    options = {"to": to, "name": request.run.name}
+    options |= {name: getattr(request, name) for name in ("corpus", "queries", "output", "scale")}
+    given = (f"--{name}={value}" for name, value in options.items() if value is not None)
+    run_shards(["export", str(request.run.folder / "config.yaml"), *given], count, request.say)
+
+
+def run_shards(arguments: list[str], count: int, say: Callable[[str], None]) -> None:
     """Run `python -m trainer <arguments> --shard i/count` for every i at once, each saying its lines after its number.
 
     Raises ConfigError with the line of the first that fails; the others are stopped, and go on where they were when the
@@ -74,7 +86,7 @@ def run_shards(arguments: list[str], count: int, say: Say) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def follow(process: subprocess.Popen, errors: IO[str], shard: str, say: Say) -> None:
+def follow(process: subprocess.Popen, errors: IO[str], shard: str, say: Callable[[str], None]) -> None:
     """Say what a process says until it ends. Raises ConfigError when it has failed."""
     with process, errors:
         for line in process.stdout:
