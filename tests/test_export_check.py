@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 import trainer.export.documents
 from tests.test_export import corpus, run_export  # noqa: F401, corpus is a fixture
 from trainer.config import ConfigError
-from trainer.export.check import Rule, Weights, compare, explained, swapped
+from trainer.export.check import Vectors, compare, compare_top_10, write_figures
 from trainer.export.corpus import Shard
 from trainer.export.lines import Lucene, OpenSearch, kept_bits
 from trainer.export.sample import Sample, choose_scale
+from trainer.export.seismic import Seismic
 from trainer.export.vectors import Encoder
 
 
@@ -32,100 +33,78 @@ def test_documents_that_were_changed_by_hand_are_noticed(trained, corpus):  # no
         run_export("lucene", corpus)
 
 
-def same_order(queries, documents):
-    """Nothing may change the order."""
-    return Rule(queries, documents)
-
-
-def rounded_by_engine(queries, documents, **settings):
-    """The engine may."""
-    return Rule(queries, documents, engine="it rounds", **settings)
-
-
-def weights(rows, lower=0.0, higher=0.0):
-    rows = np.array(rows, float)
-    return Weights(rows, np.broadcast_to(lower, rows.shape), np.broadcast_to(higher, rows.shape))
+def vectors(queries, documents):
+    return Vectors(np.array(queries, float), np.array(documents, float))
 
 
 def test_scores_may_differ_by_what_the_stated_rounding_adds_up_to_and_no_more():
-    queries, documents = weights([[1, 2]]), weights([[3, 0], [0, 4]], 0.1, 0.1)  # scores 3 and 8, 0.3 lower or higher
-    figures = compare(queries, documents, np.array([[3.3, 7.7]]), same_order(queries, documents))
-    assert figures["largest_difference"] == pytest.approx(0.3)
-    assert figures["largest_allowed"] == pytest.approx(0.3, abs=1e-3)
+    # scores 3 and 8; documents' weights off by 0.1 where there are any, which is 0.1 and 0.2 of the scores
+    exact, off_by = vectors([[1, 2]], [[3, 0], [0, 4]]), vectors([[0, 0]], [[0.1, 0], [0, 0.1]])
+    figures = compare(exact, np.array([[3.1, 7.8]]), off_by, engine_rounds=True)
+    assert figures["largest_difference"] == pytest.approx(0.2)
     with pytest.raises(
-        ConfigError, match=r"query 1 and document 2 have 7\.6000 instead of 8\.0000, where .* explains 0\.30"
+        ConfigError, match=r"query 1 and document 2 have 7\.7000 instead of 8\.0000, where .* explains 0\.20"
     ):
-        compare(queries, documents, np.array([[3, 7.6]]), same_order(queries, documents))
+        compare(exact, np.array([[3, 7.7]]), off_by, engine_rounds=True)
     with pytest.raises(ConfigError, match="score differently"):
-        compare(queries, documents, np.array([[3, np.nan]]), same_order(queries, documents))
+        compare(exact, np.array([[3, np.nan]]), off_by, engine_rounds=True)
 
 
 def test_where_the_precision_is_ours_no_order_changes_but_that_which_float32_does_not_know():
-    query, near = weights([[1.0]]), weights([[1.0], [0.999999]], 0.1, 0.1)
-    assert compare(query, near, np.array([[0.98, 0.99]]), same_order(query, near))["top_10_unchanged"] == 1
-    apart = weights([[1.0], [0.9999]], 0.1, 0.1)
+    off_by = vectors([[0]], [[0.1], [0.1]])
+    figures = compare(vectors([[1]], [[1], [0.999999]]), np.array([[0.98, 0.99]]), off_by, engine_rounds=False)
+    assert figures["top_10_unchanged"] == 1
+    apart = vectors([[1]], [[1], [0.9999]])
     with pytest.raises(
-        ConfigError, match=r"query 1, documents change places whose scores are 0\.0100% of the best apart"
+        ConfigError, match=r"the top 10 changes for 1 of 1 queries, by 0\.01% of the best score at most"
     ):
-        compare(query, apart, np.array([[0.98, 0.99]]), same_order(query, apart))
+        compare(apart, np.array([[0.98, 0.99]]), off_by, engine_rounds=False)
+    assert compare(apart, np.array([[0.98, 0.99]]), off_by, engine_rounds=True)["top_10_unchanged"] == 0
 
 
-def test_where_the_engine_rounds_only_two_documents_whose_own_rounding_explains_it_change_places():
-    # by hand: the better one's first word may be stored as low as 1.9; the worse one is stored as it is
-    query, documents = weights([[1.0, 1.0]]), weights([[2.0, 1.0], [0.0, 2.91]], [[0.1, 0.0], [0.0, 0.0]])
-    figures = compare(query, documents, np.array([[2.9, 2.91]]), rounded_by_engine(query, documents))
-    assert (figures["top_10_unchanged"], figures["pairs_swapped"]) == (0, 1)
-    assert figures["largest_gap_swapped"] == pytest.approx(0.03)
-    assert figures["largest_share_of_what_is_explained"] == pytest.approx(0.9, abs=1e-3)
-    # scores of 11.6 and 10.9, as low as 10.6 and 9.9: but 10 is never stored below what 9.5 is, which leaves 0.5 to lose
-    documents = weights([[10.0, 1.6], [9.5, 1.4]], [[1.0, 0.0], [1.0, 0.0]])
-    with pytest.raises(ConfigError, match=r"6\.0345% of the best apart; the engine explains 4\.31% for these two"):
-        compare(query, documents, np.array([[10.6, 10.9]]), rounded_by_engine(query, documents))
-
-
-def test_a_word_that_weighs_the_same_to_both_documents_explains_nothing_that_a_lighter_one_does_not():
-    # a heavy shared word rounds by 1 in either document, but never so that the lighter becomes the heavier
-    documents = weights([[10.0, 1.0], [9.0, 1.5]], [[1.0, 0.0], [1.0, 0.0]], 0.0)
-    queries = weights([[1.0, 1.0]])
-    assert explained(rounded_by_engine(queries, documents), 0, 0, 1) == pytest.approx(1.0, abs=1e-3)
-    more = weights([[10.0, 1.0], [9.5, 1.4]], [[1.0, 0.0], [1.0, 0.0]], 0.0)  # 0.5 of which are all there is to lose
-    assert explained(rounded_by_engine(queries, more), 0, 0, 1) == pytest.approx(0.5, abs=1e-3)
-    assert explained(rounded_by_engine(queries, more, monotone=False), 0, 0, 1) == pytest.approx(1.0, abs=1e-3)
-
-
-@given(st.integers(0, 10**6))
-def test_whatever_nine_bits_do_to_an_order_is_explained(seed):
+@given(st.integers(0, 10**6), st.sampled_from(["nine bits", "float16", "whole numbers"]))
+def test_what_storing_does_to_any_score_is_within_the_stated_rounding(seed, kind):
     random = np.random.default_rng(seed)
-    form = OpenSearch()
-    rows = random.gamma(1.0, 1.0, (20, 4)) * (random.random((20, 4)) < 0.7)
-    documents = Weights.of(rows, form.document_rounding)
-    stored = np.array([kept_bits(row) for row in rows.tolist()])
-    queries = weights(random.gamma(1.0, 1.0, (3, 4)))
-    figures = compare(queries, documents, queries.exact @ stored.T, rounded_by_engine(queries, documents))
-    assert figures["largest_share_of_what_is_explained"] <= 1
-    assert (rows - documents.lower <= stored).all() and (stored <= rows + 1e-6).all()
+    form, store = {
+        "nine bits": (OpenSearch(), lambda rows: np.array([kept_bits(row) for row in rows.tolist()])),
+        "float16": (Seismic(), lambda rows: rows.astype(np.float16).astype(float)),
+        "whole numbers": (Lucene(7), lambda rows: np.round(rows * 7) / 7),
+    }[kind]
+    queries = random.gamma(1.0, 1.0, (3, 4))
+    documents = random.gamma(1.0, 1.0, (20, 4)) * (random.random((20, 4)) < 0.7)
+    exact = Vectors(queries, documents)
+    off_by = Vectors(form.query_rounding.of(queries), form.document_rounding.of(documents))
+    stored = Vectors(store(queries) if kind == "whole numbers" else queries, store(documents))
+    compare(exact, stored.scores(), off_by, engine_rounds=True)
+    tenth = Vectors(off_by.queries / 10, off_by.documents / 10)
+    with pytest.raises(ConfigError, match="score differently"):  # and not much more than that is stated
+        compare(exact, stored.scores(), tenth, engine_rounds=True)
 
 
 def test_only_the_first_ten_places_count():
     wanted = np.arange(20, 0, -1.0)[None]
-    found = wanted.copy()
-    found[0, [15, 16]] = found[0, [16, 15]]
-    assert list(swapped(wanted, found)) == []
-    found[0, [9, 10]] = found[0, [10, 9]]
-    assert list(swapped(wanted, found)) == [(0, 9, 10)]
-    # one that falls from the first place to the last has changed places with the ten that are seen
-    found = wanted.copy()
-    found[0, 0] = 0
-    assert list(swapped(wanted, found)) == [(0, 0, worse) for worse in range(1, 11)]
+    # of scores 20, 19, … 1: the tenth is 11 and becomes 10; the first is 20 and becomes 1
+    for places, change in {(15, 16): 0, (9, 10): 1 / 20, (0, 19): 19 / 20}.items():
+        found = wanted.copy()
+        found[0, list(places)] = found[0, list(places[::-1])]
+        figures = compare_top_10(wanted, found)
+        assert (figures["top_10_unchanged"], figures["largest_change"]) == (change == 0, pytest.approx(change)), places
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=20), st.randoms())
+def test_a_top_ten_is_the_same_when_no_two_documents_of_different_scores_change_places(scores, random):
+    found = [score + random.choice([0, 0, 0, 0.5, 1.5]) for score in scores]
+    order = sorted(range(len(scores)), key=lambda place: -found[place])
+    swapped = [1 for n, first in enumerate(order[:10]) for later in order[n + 1 :] if scores[later] > scores[first]]
+    figures = compare_top_10(np.array([scores], float), np.array([found]))
+    assert figures["top_10_unchanged"] == (not swapped)
 
 
 def test_a_scale_given_by_hand_that_changes_the_order_is_refused_and_the_one_chosen_does_not(trained, corpus):  # noqa: F811
-    with pytest.raises(ConfigError, match=r"the order of the best 10 changes: .* Quantise less, ARGS=.--scale 10., or"):
+    with pytest.raises(ConfigError, match=r"the top 10 changes for .* Quantise less, ARGS=.--scale 10., or"):
         run_export("lucene", corpus, scale=1)
     folder = trained / "models/tiny/export/lucene"
-    assert [file.name for file in folder.iterdir() if not file.name.startswith("check-queries")] == [
-        "documents-1-of-1.jsonl.refused"
-    ]
+    assert [file.name for file in folder.iterdir()] == ["documents-1-of-1.jsonl.refused"]
     (said,) = [line for line in run_export("lucene", corpus) if line.startswith("scale")]  # and in the same folder
     scale = json.loads((folder / "export.json").read_text())["scale"]
     assert said.startswith(f"scale     {scale:,} (of 100, 200, 500, … the first that keeps the top 10 of all ")
@@ -147,14 +126,24 @@ def test_the_scale_is_the_first_that_keeps_the_order_by_hand():
     )
 
 
-def test_a_query_word_below_0_that_an_engine_does_not_take_explains_an_order_and_no_scale_is_chosen_for_it():
+def test_a_query_word_below_0_that_an_engine_does_not_take_explains_an_order_and_no_scale_is_chosen_for_it(
+    tmp_path,
+):
     queries, encoder = sp.csr_matrix([[1.0, -0.5]]), Encoder(None, ["a", "b"], 1)
     sample = Sample([], [""], sp.csr_matrix([[2.0, 0.0], [2.1, 1.0]]), queries)  # 2 and 1.6: without b, 2 and 2.1
-    assert sample.stays_in_order(Lucene(10), encoder.terms)
-    figures = sample.compare(Lucene(10), encoder.terms, [{"a": 1.0}], [{"a": 2.0}, {"a": 2.1, "b": 1.0}])
-    assert figures["pairs_swapped"] == 1
-    assert figures["largest_share_of_what_is_explained"] == pytest.approx(0.4 / 0.5, abs=1e-3)
-    assert "(query weights below 0 are left out)" in figures["rule"]
+    assert sample.keeps_top_10(Lucene(10), encoder.terms)
+    figures = sample.compare(Lucene(10), encoder.terms, [{"a": 2.0}, {"a": 2.1, "b": 1.0}])
+    assert figures["top_10_unchanged"] == 0
+    said = []
+    write_figures(tmp_path / "check.json", figures, said.append)
+    assert said == [
+        "checked   top 10 the same for 0 of 1 queries over 2 documents, as read back from the files",
+        "          fine: the others change by 20% of the best score at most, which the engine does by itself "
+        "(query weights below 0 are left out)",
+    ]
+    # but not by anything else
+    with pytest.raises(ConfigError, match="the top 10 changes for 1 of 1 queries"):
+        sample.compare(Lucene(1), encoder.terms, [{"a": 2.1}, {"a": 2.0, "b": 1.0}])
 
 
 def test_a_scale_for_an_engine_that_takes_weights_as_they_are_is_refused(trained, corpus):  # noqa: F811
@@ -176,9 +165,7 @@ def test_nothing_of_a_refused_export_is_left_under_the_name_of_a_finished_one(tr
     monkeypatch.setattr(trainer.export.documents, "require_same_queries", refuse)
     with pytest.raises(ConfigError, match=r"^not the same\. The documents are set aside as .*1-of-1\.ndjson\.refused$"):
         run_export("opensearch", corpus, queries=queries)
-    left = {file.name for file in folder.iterdir()}
-    assert left == {"documents-1-of-1.ndjson.refused", "check-queries-1-of-1.jsonl"}
-    assert left & finished == {"check-queries-1-of-1.jsonl"}
+    assert [file.name for file in folder.iterdir()] == ["documents-1-of-1.ndjson.refused"]
 
 
 def test_a_refused_shard_leaves_the_others_as_they_are(trained, corpus):  # noqa: F811

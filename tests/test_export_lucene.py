@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.test_export import run_export
 from trainer.data.sources import QUICKSTART
-from trainer.export.check import Rule, Weights, compare, exactly, swapped, used_by
+from trainer.export.check import Vectors, compare, compare_top_10, in_query_dimensions
 from trainer.export.corpus import read_passages
 from trainer.export.lines import Elasticsearch, OpenSearch, kept_bits
 from trainer.export.vectors import Encoder
@@ -63,12 +63,11 @@ def search(jars, kind, folder, documents, queries):
 
 @pytest.fixture
 def exact(trained):
-    """The model's own queries and documents, and their scores."""
+    """The model's own queries and documents."""
     encoder = Encoder.open(trained / "models/tiny/final", "cpu", 64)
     queries = encoder.queries([passage.text for passage in read_passages(QUERIES)])
     documents = encoder.documents([passage.text for passage in read_passages(CORPUS)])
-    queries, documents = used_by(queries.maximum(0), documents)
-    return queries, documents, queries @ documents.T
+    return next(in_query_dimensions((queries.maximum(0), documents)))
 
 
 def lines_of(trained, to, name):
@@ -81,10 +80,10 @@ def test_lucene_finds_the_top_ten_of_the_model_in_whole_numbers(trained, jars, e
     documents = [(row["id"], row["vector"]) for row in lines_of(trained, "lucene", "documents-1-of-1.jsonl")]
     queries = [(row["id"], row["vector"]) for row in lines_of(trained, "lucene", "queries.jsonl")]
     scores, best = search(jars, "impact", trained, documents, queries)
-    _, _, wanted = exact
+    wanted = exact.scores()
     assert (len(documents), len(queries)) == (256, 72)
     np.testing.assert_allclose(scores / scale**2, wanted, atol=0.1 * 100 / scale)
-    assert list(swapped(wanted, scores)) == []
+    assert compare_top_10(wanted, scores)["top_10_unchanged"] == 72
     top = [np.argsort(-row, kind="stable")[:10].tolist() for row in wanted]
     same = sum(found == model for found, model in zip(best, top, strict=True))
     assert same >= 70  # in the others two scores are nearer than float32 tells apart
@@ -92,7 +91,7 @@ def test_lucene_finds_the_top_ten_of_the_model_in_whole_numbers(trained, jars, e
     coarse = [[(name, {t: round(w / scale) for t, w in v.items() if round(w / scale)}) for name, v in rows]
               for rows in (documents, queries)]  # fmt: skip
     scores, _ = search(jars, "impact", trained, *coarse)
-    assert len(list(swapped(wanted, scores))) > 100
+    assert compare_top_10(wanted, scores)["top_10_unchanged"] < 36
 
 
 @pytest.mark.parametrize("to,form", [("opensearch", OpenSearch()), ("elasticsearch", Elasticsearch())])
@@ -106,8 +105,7 @@ def test_a_feature_field_ranks_as_the_check_says_it_will(trained, jars, exact, t
     kept = [dict(zip(vector, kept_bits(list(vector.values())), strict=True)) for _, vector in documents]
     by_hand = np.array([[sum(w * d.get(t, 0.0) for t, w in query.items()) for d in kept] for _, query in queries])
     np.testing.assert_allclose(scores, by_hand, rtol=1e-5, atol=1e-5)
-    asked, held, _ = exact
-    rule = Rule(Weights.of(asked, exactly), Weights.of(held, form.document_rounding), engine=form.quantisation)
-    figures = compare(rule.queries, rule.documents, scores, rule)
-    assert figures["pairs"] == 72 * 256
-    assert figures["largest_share_of_what_is_explained"] <= 1
+    # and no score is further off than the stated rounding adds up to
+    off_by = Vectors(np.zeros_like(exact.queries), form.document_rounding.of(exact.documents))
+    figures = compare(exact, scores, off_by, engine_rounds=True)
+    assert (figures["queries"], figures["documents"]) == (72, 256)

@@ -14,7 +14,7 @@ from tests.checkpoints import DOCUMENTS, QUERIES, nfd, write_dense, write_robert
 from tests.standins import COMMIT, SHAPES, write_norbert
 from tests.test_export import put_model, run_export
 from trainer.config import ConfigError
-from trainer.export.onnx import compare_vectors, require_pooled_prompts
+from trainer.export.onnx import Graph, compare_vectors, require_pooled_prompts
 
 FOLDER = "models/tiny/export/onnx"
 PROMPTS = ("model.prompts.query='hva er: '", "model.prompts.document='tekst: '")
@@ -86,19 +86,20 @@ def test_what_leaves_the_graph_is_one_weight_per_dimension_and_no_logits(trained
     assert [(d.dim_param or d.dim_value) for d in output.type.tensor_type.shape.dim] == ["texts", 800]
     assert [node.name for node in graph.input] == ["input_ids", "attention_mask"]
     figures = json.loads((trained / FOLDER / "check-model.json").read_text())
-    assert figures["pairs"] == 72 * 256
+    assert (figures["queries"], figures["documents"], figures["top_10_unchanged"]) == (72, 256, 72)
     assert figures["largest_difference"] < 1e-3
     small, large = ((trained / FOLDER / name).stat().st_size for name in ("model_int8.onnx", "model.onnx"))
     assert small < large
 
 
 def test_an_int8_graph_that_is_not_near_enough_is_left_out_and_a_float_graph_stops_the_export(trained, monkeypatch):
-    exact, int8 = ("model.onnx", 1e-4, "float32"), ("model_int8.onnx", 1e-7, "int8")
+    exact = Graph("model.onnx", 1e-4, "float32", is_exact=True)
+    int8 = Graph("model_int8.onnx", 1e-7, "int8", is_exact=False)
     monkeypatch.setattr("trainer.export.onnx.GRAPHS", (exact, int8))
     lines = run_export("onnx", None)
     assert any(line.startswith("left out  model_int8.onnx: a weight of model_int8.onnx is off by") for line in lines)
     assert not (trained / FOLDER / "model_int8.onnx").exists()
-    monkeypatch.setattr("trainer.export.onnx.GRAPHS", (("model.onnx", -1.0, "float32"), int8))
+    monkeypatch.setattr("trainer.export.onnx.GRAPHS", (exact._replace(share=-1.0), int8))
     with pytest.raises(
         ConfigError, match=r"a weight of model\.onnx is off by .* of its text's largest, where -100 % is"
     ):
@@ -106,18 +107,16 @@ def test_an_int8_graph_that_is_not_near_enough_is_left_out_and_a_float_graph_sto
     assert not [file.name for file in (trained / FOLDER).iterdir() if file.suffix == ".onnx" or "check" in file.name]
 
 
-def test_int8_may_change_an_order_that_its_stated_rounding_explains_and_float32_may_not():
-    queries = sp.csr_matrix([[1.0, 0.0]])
+def test_int8_may_change_an_order_within_its_stated_rounding_and_float32_may_not():
+    queries, int8 = sp.csr_matrix([[1.0, 0.0]]), Graph("model_int8.onnx", 0.05, "int8", is_exact=False)
     exact, found = sp.csr_matrix([[1.0, 2.0], [0.95, 2.0]]), sp.csr_matrix([[0.96, 2.0], [0.97, 2.0]])
-    figures = compare_vectors(("model_int8.onnx", 0.05, "int8"), (queries, exact), (queries, found), looked_up=True)
-    assert (figures["pairs_swapped"], figures["top_10_unchanged"]) == (1, 0)
-    # 5 % of 2.0 for either document: 0.2, of which 0.05 is a quarter
-    assert figures["largest_share_of_what_is_explained"] == pytest.approx(0.25, abs=1e-4)
-    assert figures["largest_difference_of_a_weight"] == pytest.approx(0.02)
-    with pytest.raises(ConfigError, match=r"order of the best 10 changes: .* 5\.0000% of the best apart\. The export"):
-        compare_vectors(("model.onnx", 0.05, "float32"), (queries, exact), (queries, found), looked_up=True)
+    figures = compare_vectors(int8, (queries, exact), (queries, found), looked_up=True)
+    assert (figures["top_10_unchanged"], figures["engine"]) == (0, "int8")
+    assert figures["largest_difference"] == pytest.approx(0.04)
+    with pytest.raises(ConfigError, match=r"the top 10 changes for 1 of 1 queries, by 5% of the best score"):
+        compare_vectors(int8._replace(is_exact=True), (queries, exact), (queries, found), looked_up=True)
     with pytest.raises(ConfigError, match=r"a weight of model_int8\.onnx is off by 2 % of .*, where 1 % is stated"):
-        compare_vectors(("model_int8.onnx", 0.01, "int8"), (queries, exact), (queries, found), looked_up=True)
+        compare_vectors(int8._replace(share=0.01), (queries, exact), (queries, found), looked_up=True)
 
 
 def test_a_corpus_is_not_taken_and_left_unread(trained):

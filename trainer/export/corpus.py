@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from trainer.config import ConfigError
 from trainer.data.beir import read_records, unique
 from trainer.data.texts import Reading
 from trainer.system.progress_bar import ProgressReport, in_columns
+
+T = TypeVar("T")
 
 # OpenSearch and Elasticsearch take no longer ones.
 MAX_ID_BYTES = 512
@@ -86,8 +88,8 @@ def describe(file: Path) -> dict[str, Any]:
     return {"name": file.name, "bytes": size, "sha256_of_both_ends": digest.hexdigest()}
 
 
-def chunks(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
-    """Lists of `size` passages; the last may be shorter."""
-    passages = iter(passages)
-    while chunk := list(islice(passages, size)):
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items; the last may be shorter."""
+    items = iter(items)
+    while chunk := list(islice(items, size)):
         yield chunk

@@ -20,8 +20,6 @@ from trainer.runs.run import hash_of_model
 from trainer.system.files import write_once
 from trainer.system.progress_bar import ProgressReport, in_columns
 
-Say = Callable[[str], None]
-
 # What an export folder is made with.
 CLAIM = "export.json"
 
@@ -31,48 +29,54 @@ def export_documents(make_form: Callable[[int | None], Format], to: str, request
 
     Raises ConfigError for what the user can mend, and when the files would rank documents differently from the model.
     """
-    run, corpus, part, say = request.run, request.corpus, request.shard, request.say
+    run, corpus, shard, say = request.run, request.corpus, request.shard, request.say
     if corpus is None:
         raise ConfigError(f"say which documents to encode for {to}: CORPUS=file.jsonl (--corpus), or .parquet")
     form, folder = make_form(request.scale), request.folder(to)
     if request.scale and not form.scales:
         raise ConfigError(f"--scale is for whole numbers; {to} takes weights as they are. Leave it out")
-    made_with = {"to": to, "model": hash_of_model(run.final), "corpus": describe(corpus), "shards": part.of}
-    for file in [corpus, *([request.queries] if request.queries else [])]:
+    made_with = {"to": to, "model": hash_of_model(run.final), "corpus": describe(corpus), "shards": shard.of}
+    for file in filter(None, (corpus, request.queries)):
         for line in survey(file).lines():
             say(f"{file.name}: {line}")
-    given = list(read_passages(request.queries)) if request.queries else []
-    encoder = Encoder.open(run.final, request.device(), run.config().training.per_device_eval_batch_size)
-    tokens, encoder = encoder.terms, replace(encoder, terms=form.terms(encoder.terms))
+    queries = list(read_passages(request.queries)) if request.queries else []
+    by_token = Encoder.open(run.final, request.device(), run.config().training.per_device_eval_batch_size)
+    encoder = replace(by_token, terms=form.terms(by_token.terms))
 
     def scale_for_all_shards() -> int | None:
         if request.scale or not form.scales:
             return request.scale
-        shards = (Shard(number, part.of) for number in range(1, part.of + 1))
-        samples = [Sample.of(encoder, corpus, shard, given) for shard in shards]
-        return choose_scale(make_form, encoder, samples, say)
+        shards = (Shard(number, shard.of) for number in range(1, shard.of + 1))
+        return choose_scale(make_form, encoder, [Sample.of(encoder, corpus, each, queries) for each in shards], say)
 
     form = make_form(claim(folder, made_with, request.scale, scale_for_all_shards))
-    if part.number == 1:  # for all shards; and first, so that what cannot be written is known before hours of encoding
-        form.write_beside(folder, replace(encoder, terms=tokens), request)
-    documents = form.documents_at(folder / f"documents-{part.number}-of-{part.of}")
-    figures_file = folder / f"check-{part.number}-of-{part.of}.json"
+    if shard.number == 1:  # for all shards; and first, so that what cannot be written is known before hours of encoding
+        form.write_beside(folder, by_token, request)
+    write_shard(encoder, form, folder, request, queries)
+
+
+def write_shard(encoder: Encoder, form: Format, folder: Path, request: Request, queries: list[Passage]) -> None:
+    """One shard's documents, and with the first one the queries; then the check. Raises ConfigError when it fails."""
+    corpus, shard, say = request.corpus, request.shard, request.say
+    name = f"{shard.number}-of-{shard.of}"
+    documents, figures_file = form.documents_at(folder / f"documents-{name}"), folder / f"check-{name}.json"
     figures_file.unlink(missing_ok=True)
-    count = write_documents(encoder, form, part.of_passages(read_passages(corpus)), documents, say)
-    queries = form.queries_at(folder / "queries")
-    if given and part.number == 1:
-        write_queries(encoder, form, given, queries)
-    figures = {"to": to, "quantisation": form.quantisation, "documents_written": count}
+    count = write_documents(encoder, form, shard.of_passages(read_passages(corpus)), documents, say)
+    first, all_queries = shard.number == 1, form.queries_at(folder / "queries")
+    if queries and first:
+        write_queries(encoder, form, queries, all_queries)
+    sample = Sample.of(encoder, corpus, shard, queries)
     try:
-        figures |= check(encoder, form, documents, Sample.of(encoder, corpus, part, given), figures_file)
+        figures = check(encoder, form, documents, sample)
+        if first and (folder / "query").is_dir():
+            require_same_queries(folder / "query", sample.texts, sample.queries, encoder.terms)
     except ConfigError as error:
-        written = documents.paths()
-        beside = (*(folder / name for name in form.beside), *queries.paths()) if part.number == 1 else ()
-        set_aside(folder, written, beside)
+        beside = [*(folder / each for each in form.beside), *all_queries.paths()] if first else []
+        set_aside(folder, documents.paths(), beside)
         raise ConfigError(
             f"{error.format_message()}. The documents are set aside as {refused_name(Path(str(documents)))}"
         ) from None
-    write_figures(figures_file, figures, say)
+    write_figures(figures_file, {"quantisation": form.quantisation, "documents_written": count} | figures, say)
     for file in documents.paths():
         refused_name(file).unlink(missing_ok=True)  # of an export that was refused before
     say(f"exported  {count:,} documents to {documents}")
@@ -102,32 +106,34 @@ def set_aside(folder: Path, documents: Iterable[Path], beside: Iterable[Path]) -
 def claim(
     folder: Path, made_with: dict[str, Any], scale: int | None, choose_scale: Callable[[], int | None]
 ) -> int | None:
-    """Note what an export folder is made with, and its scale: the user's, or else the one noted first.
+    """Record what an export folder is made with, and its scale: the user's, or else the one recorded first.
 
-    The scale is chosen where none is noted yet, before the first document of any shard is written, and it is noted once:
-    shards that start together take the same. Raises ConfigError when the folder holds an export of something else.
+    The scale is chosen where none is recorded, before the first document of any shard is written, and it is recorded
+    once: shards that start together take the same. Raises ConfigError when the folder holds an export of something else.
     """
     file = folder / CLAIM
+
+    def with_scale(number: int | None) -> dict[str, Any]:
+        return made_with | ({"scale": number} if number else {})
+
     try:
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_once(file, json.dumps(made_with | _if_any(choose_scale()), indent=1) + "\n")
+            write_once(file, json.dumps(with_scale(choose_scale()), indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror}") from None
-    known = json.loads(file.read_text(encoding="utf-8"))
-    for key, value in (made_with | _if_any(scale)).items():
-        if known.get(key) != value:
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    for key, value in with_scale(scale).items():
+        if recorded.get(key) != value:
             raise ConfigError(
                 f"{folder} holds an export with another {key}. Remove the folder, or name another: OUTPUT=folder (--output)"
             )
-    return known.get("scale")
+    return recorded.get("scale")
 
 
-def _if_any(scale: int | None) -> dict[str, int]:
-    return {"scale": scale} if scale else {}
-
-
-def write_documents(encoder: Encoder, form: Format, passages: Iterable[Passage], store: Store, say: Say) -> int:
+def write_documents(
+    encoder: Encoder, form: Format, passages: Iterable[Passage], store: Store, say: Callable[[str], None]
+) -> int:
     """Append the passages that the store does not hold yet, whole chunks at a time; the number of all it holds."""
     done = store.whole()
     if done:
@@ -153,23 +159,14 @@ def write_queries(encoder: Encoder, form: Format, queries: list[Passage], store:
     store.close()
 
 
-def check(encoder: Encoder, form: Format, documents: Store, checked: Sample, figures_file: Path) -> dict[str, Any]:
-    """Score queries against the first documents as they stand in the files, beside the model's own scores."""
-    found = [form.read_document(record) for record in documents.first(len(checked.passages))]
-    if [name for name, _ in found] != [passage.id for passage in checked.passages]:
+def check(encoder: Encoder, form: Format, documents: Store, sample: Sample) -> dict[str, Any]:
+    """Figures of a sample as it stands in the files.
+
+    Raises ConfigError when the files hold other documents, or rank them differently from the model.
+    """
+    read = [form.read_document(record) for record in documents.first(len(sample.passages))]
+    if [name for name, _ in read] != [passage.id for passage in sample.passages]:
         raise ConfigError(
             f"{documents} does not hold the documents of the corpus in their order. Remove it and export again"
         )
-    written = form.queries_at(figures_file.with_name(figures_file.stem.replace("check-", "check-queries-")))
-    queries = [Passage(f"check-{number}", text) for number, text in enumerate(checked.texts, 1)]
-    write_queries(encoder, form, queries, written)
-    read = [form.read_query(record) for record in written.first(len(queries))]
-    figures = checked.compare(form, encoder.terms, read, [vector for _, vector in found])
-    if not form.signed:
-        figures["query_weights_below_0_left_out"] = int((checked.queries.data < 0).sum())
-    # of the first shard, which writes it
-    if (beside := figures_file.parent / "query").is_dir() and figures_file.name.startswith("check-1-"):
-        figures["query_files_largest_difference"] = require_same_queries(
-            beside, checked.texts, checked.queries, encoder.terms
-        )
-    return figures
+    return sample.compare(form, encoder.terms, [vector for _, vector in read])

@@ -1,14 +1,13 @@
-"""What the formats of an export share: their names for dimensions, how they round, and the files they are written to."""
+"""What the formats of an export share: names for dimensions, rounding, and the files that records are written to."""
 
+import json
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import numpy as np
-
 from trainer.config import ConfigError
-from trainer.export.check import exactly
+from trainer.export.check import Rounding
 from trainer.export.request import Request
 from trainer.export.vectors import Encoder, Vector, require_distinct
 
@@ -33,16 +32,17 @@ class Store(Protocol):
 
 
 class Format:
-    """How one engine takes sparse vectors. `quantisation` says, in words, what the rounding says in numbers."""
+    """How one engine takes sparse vectors. `quantisation` says in words what the two roundings say in numbers."""
 
     suffix: ClassVar[str] = ".jsonl"
     lines_per_document: ClassVar[int] = 1
     signed: ClassVar[bool] = False  # whether the engine takes weights below 0, which a trained query word may have
     beside: ClassVar[tuple[str, ...]] = ()  # names of what write_beside makes
     scales: ClassVar[tuple[int, ...]] = ()  # what to try for whole numbers; none where weights are floating-point
-    fixed: ClassVar[bool] = False  # whether the engine rounds weights by itself
+    engine_rounds: ClassVar[bool] = False  # whether the precision is the engine's own, and not ours to choose
+    document_rounding = query_rounding = Rounding()
     quantisation: str = "float32"
-    remedy: str = ""  # what to do when quantisation changes the order
+    remedy: str = ""  # what to do when quantisation changes a top 10
 
     def __init__(self, scale: int | None = None):
         self.scale = scale
@@ -60,24 +60,12 @@ class Format:
         raise NotImplementedError
 
     def query(self, name: str, text: str, vector: Vector) -> Any:
-        """A query's record."""
-        raise NotImplementedError
+        """A query's record; as a document's where the engine has no other form for it."""
+        return self.document(name, text, vector)
 
     def read_query(self, record: Any) -> Vector:
         """A query's vector as the engine will use it."""
-        raise NotImplementedError
-
-    def document_rounding(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How much lower, and how much higher, each weight of a document may be where it is stored; 0 stays 0."""
-        return exactly(weights)
-
-    def query_rounding(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same of a query's weights."""
-        return self.left_out(weights)
-
-    def left_out(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What a query loses where the engine takes no weight below 0."""
-        return np.zeros_like(weights), np.maximum(-weights, 0.0) * (not self.signed)
+        return self.read_document(record)[1]
 
     def documents_at(self, stem: Path) -> Store:
         """Where documents are written."""
@@ -89,6 +77,32 @@ class Format:
 
     def write_beside(self, folder: Path, encoder: Encoder, request: Request) -> None:
         """Mappings and the like."""
+
+
+class NumberedFormat(Format):
+    """A format whose dimensions are numbers, and that takes weights below 0."""
+
+    signed = True
+
+    def terms(self, tokens: list[str]) -> list[str]:
+        """The dimensions' numbers."""
+        return [str(number) for number in range(len(tokens))]
+
+
+def json_line(values: Any) -> str:
+    """One line of JSON, in which letters stay as they are."""
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def sorted_by_number(vector: Vector) -> dict[str, list]:
+    """A vector as two lists, in ascending order of its dimensions."""
+    pairs = sorted((int(term), weight) for term, weight in vector.items())
+    return {"indices": [number for number, _ in pairs], "values": [weight for _, weight in pairs]}
+
+
+def by_term(row: dict[str, list]) -> Vector:
+    """A vector out of two such lists."""
+    return dict(zip(map(str, row["indices"]), row["values"], strict=True))
 
 
 class LineFile:
@@ -142,8 +156,3 @@ class LineFile:
 def full(file: Path, error: OSError) -> ConfigError:
     """What to say when a file of documents cannot be written any further."""
     return ConfigError(f"{file} cannot be written: {error.strerror or error}. To go on from there, run this again")
-
-
-def step_of(weights: np.ndarray, bits: int) -> np.ndarray:
-    """The value of the last of a weight's `bits` significant bits; 0 for 0."""
-    return np.where(weights == 0, 0.0, np.ldexp(1.0, np.frexp(weights)[1] - bits))

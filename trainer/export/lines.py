@@ -8,14 +8,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from trainer.config import ConfigError
-from trainer.export.formats import Format, step_of
+from trainer.export.check import Rounding
+from trainer.export.formats import Format, json_line
 from trainer.export.ml_commons import DOCUMENT, QUERY, write_models
-from trainer.export.query_side import write_query_tokenizer
+from trainer.export.query_side import LARGEST_QUERY_WEIGHT, write_query_tokenizer
 from trainer.export.request import Request
 from trainer.export.vectors import Encoder, Vector, escaped, nine_digits, require_distinct
 
-# Lucene's FeatureField keeps 9 significant bits of a weight, and takes query weights up to 64.
-FEATURE_BITS, MAX_QUERY_WEIGHT = 9, 64.0
 # What is tried for whole numbers. Half a step of the last is 1e-6, less than what float32 tells apart in a score.
 SCALES = tuple(step * 10**power for power in (2, 3, 4, 5) for step in (1, 2, 5))
 
@@ -25,15 +24,12 @@ class Lucene(Format):
 
     scales = SCALES
 
-    @property
-    def quantisation(self) -> str:
-        """In words."""
-        return f"weights times {self.scale}, rounded to whole numbers"
-
-    @property
-    def remedy(self) -> str:
-        """What keeps the order."""
-        return f'. Quantise less, ARGS="--scale {10 * self.scale}", or leave out the scale to have it chosen'
+    def __init__(self, scale: int | None = None):
+        super().__init__(scale)
+        if scale:
+            self.quantisation = f"weights times {scale}, rounded to whole numbers"
+            self.document_rounding = self.query_rounding = Rounding(step=0.5 / scale)
+            self.remedy = f'. Quantise less, ARGS="--scale {10 * scale}", or leave out the scale to have it chosen'
 
     def terms(self, tokens: list[str]) -> list[str]:
         """Without whitespace and control characters: the index is made with a whitespace analyzer."""
@@ -42,9 +38,7 @@ class Lucene(Format):
     def document(self, name: str, text: str, vector: Vector) -> str:
         """id, contents, and whole numbers by term."""
         whole = {term: round(weight * self.scale) for term, weight in vector.items()}
-        return _json({"id": name, "contents": text, "vector": {term: n for term, n in whole.items() if n > 0}})
-
-    query = document
+        return json_line({"id": name, "contents": text, "vector": {term: n for term, n in whole.items() if n > 0}})
 
     def read_document(self, record: str) -> tuple[str, Vector]:
         """Back to the model's scale, so that scores can be compared."""
@@ -52,20 +46,6 @@ class Lucene(Format):
         if not all(type(weight) is int for weight in row["vector"].values()):
             raise ConfigError(f"document {row['id']} has a weight that is no whole number")
         return row["id"], {term: weight / self.scale for term, weight in row["vector"].items()}
-
-    def read_query(self, record: str) -> Vector:
-        """As documents are read."""
-        return self.read_document(record)[1]
-
-    def document_rounding(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Half of a step; what is smaller is left out."""
-        half = np.where(weights > 0, 0.5 / self.scale, 0.0)
-        return half, half
-
-    def query_rounding(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Half of a step too, and all of what is below 0."""
-        half, _ = self.document_rounding(weights)
-        return half, half + self.left_out(weights)[1]
 
 
 class Bulk(Format):
@@ -75,12 +55,13 @@ class Bulk(Format):
     lines_per_document = 2
     beside = ("index.json",)
     field_type: ClassVar[str]
-    fixed = True
-    quantisation = f"the engine keeps {FEATURE_BITS} significant bits of a document's weight and cuts off the others"
+    engine_rounds = True
+    document_rounding = Rounding(share=2.0**-8)
+    quantisation = "the engine keeps 9 significant bits of a document's weight and cuts off the others"
 
     def document(self, name: str, text: str, vector: Vector) -> str:
         """Into whatever index the request names."""
-        return _json({"index": {"_id": name}}) + _json({"text": text, "vector": nine_digits(vector)})
+        return json_line({"index": {"_id": name}}) + json_line({"text": text, "vector": nine_digits(vector)})
 
     def read_document(self, record: str) -> tuple[str, Vector]:
         """With the bits that Lucene's FeatureField keeps."""
@@ -88,18 +69,13 @@ class Bulk(Format):
         vector = json.loads(document)["vector"]
         return json.loads(action)["index"]["_id"], dict(zip(vector, kept_bits(list(vector.values())), strict=True))
 
-    def document_rounding(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Less than the ninth bit is cut off."""
-        return step_of(weights, FEATURE_BITS), np.zeros_like(weights)
-
     def query(self, name: str, text: str, vector: Vector) -> str:
         """The body of a search request."""
-        if vector and max(vector.values()) > MAX_QUERY_WEIGHT:
+        if (largest := max(vector.values(), default=0.0)) > LARGEST_QUERY_WEIGHT:
             raise ConfigError(
-                f"query '{text[:40]}' has a weight of {max(vector.values()):.1f}; "
-                f"the engine takes {MAX_QUERY_WEIGHT:.0f} at most"
+                f"query '{text[:40]}' has a weight of {largest:.1f}; the engine takes {LARGEST_QUERY_WEIGHT:.0f} at most"
             )
-        return _json({"id": name, "text": text, "query": self.clause(nine_digits(vector))})
+        return json_line({"id": name, "text": text, "query": self.clause(nine_digits(vector))})
 
     def read_query(self, record: str) -> Vector:
         """Out of the search request."""
@@ -116,7 +92,7 @@ class Bulk(Format):
     def write_beside(self, folder: Path, encoder: Encoder, request: Request) -> None:
         """index.json: the body with which the index is created."""
         fields = {"text": {"type": "text"}, "vector": {"type": self.field_type}}
-        (folder / "index.json").write_text(_json({"mappings": {"properties": fields}}), encoding="utf-8")
+        (folder / "index.json").write_text(json_line({"mappings": {"properties": fields}}), encoding="utf-8")
 
 
 class OpenSearch(Bulk):
@@ -171,7 +147,3 @@ def kept_bits(weights: list[float]) -> list[float]:
 
 def _is_space_or_control(character: str) -> bool:
     return character.isspace() or unicodedata.category(character) in ("Cc", "Cf", "Zs", "Zl", "Zp")
-
-
-def _json(values: Any) -> str:
-    return json.dumps(values, ensure_ascii=False) + "\n"

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from trainer.config import ConfigError, one_line
 from trainer.export import ml_commons_reader
-from trainer.export.check import embedded_documents
 from trainer.export.graph import DocumentGraph, document_tokenizer, modules_of
-from trainer.export.vectors import Encoder, has_words, matrix_of
+from trainer.export.sample import embedded_texts
+from trainer.export.vectors import Encoder, has_words, matrix_of, require_same_vectors
 
 # What the two zips and their requests are called in an export's folder.
 DOCUMENT, QUERY = "document-model", "query-model"
@@ -167,17 +167,10 @@ def write_model(stem: Path, files: dict[str, bytes], name: str, function: str, s
 
 def require_same_documents(file: Path, encoder: Encoder) -> float:
     """The largest difference between the model's vectors and those of the zip. Raises ConfigError for a real one."""
-    documents = embedded_documents()[:CHECKED]
+    documents = embedded_texts()[1][:CHECKED]
     texts = [*documents, documents[0].split()[0], " ".join(documents), "", "😀 3.14"]  # one longer than any model reads
     found = matrix_of(read_in_a_fresh_process(file, texts), encoder.terms)
-    difference = abs(found - encoder.documents(texts).maximum(0))
-    largest = float(difference.max()) if difference.nnz else 0.0
-    if not largest <= TOLERANCE:  # also true of NaN
-        text = int(difference.tocsr().max(axis=1).toarray().argmax())
-        raise ConfigError(
-            f"{file.name} gives another vector than the model for '{texts[text][:60]}': a weight is off by {largest:.3g}"
-        )
-    return largest
+    return require_same_vectors(f"{file.name} gives", texts, found, encoder.documents(texts), TOLERANCE)
 
 
 def read_in_a_fresh_process(file: Path, texts: list[str]) -> list[dict[str, float]]:

@@ -26,18 +26,14 @@ def read_vectors(file: Path, texts: list[str]) -> list[dict[str, float]]:
         (program,) = Path(aside).glob("*.pt")
         model = torch.jit.load(str(program), map_location="cpu")
         tokenizer = Tokenizer.from_file(str(Path(aside) / "tokenizer.json"))
-    return [_encode(model, tokenizer, text) for text in texts]
-
-
-def _encode(model: torch.jit.ScriptModule, tokenizer: Tokenizer, text: str) -> dict[str, float]:
-    encoding = tokenizer.encode(text)
-    inputs = {"input_ids": torch.tensor([encoding.ids]), "attention_mask": torch.tensor([encoding.attention_mask])}
-    with torch.no_grad():
-        weights = model(inputs)["output"][0]
-    names = {
-        number: tokenizer.decode([number], skip_special_tokens=True) for number in weights.nonzero().flatten().tolist()
-    }
-    return {name: float(weights[number]) for number, name in names.items() if name}
+    vectors = []
+    for encoding in map(tokenizer.encode, texts):
+        inputs = {"input_ids": torch.tensor([encoding.ids]), "attention_mask": torch.tensor([encoding.attention_mask])}
+        with torch.no_grad():
+            weights = model(inputs)["output"][0]
+        names = {tokenizer.decode([n], skip_special_tokens=True): n for n in weights.nonzero().flatten().tolist()}
+        vectors.append({name: float(weights[number]) for name, number in names.items() if name})
+    return vectors
 
 
 if __name__ == "__main__":

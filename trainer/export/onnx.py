@@ -5,7 +5,7 @@ import logging
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -13,34 +13,35 @@ import torch
 
 from trainer.config import ConfigError
 from trainer.export import onnx_example
-from trainer.export.check import (
-    Rounding,
-    Rule,
-    Weights,
-    compare,
-    embedded_documents,
-    embedded_queries,
-    exactly,
-    used_by,
-    write_figures,
-)
+from trainer.export.check import Vectors, compare, in_query_dimensions, write_figures
 from trainer.export.graph import DocumentGraph, document_tokenizer
 from trainer.export.query_side import write_query_tokenizer
 from trainer.export.request import Request
+from trainer.export.sample import embedded_texts
 from trainer.export.vectors import Encoder, has_words
 
-Pair = tuple[sp.csr_matrix, sp.csr_matrix]
-
 OPSET = 17
-# By how much a text's weight in any dimension may differ, as a share of its largest one.
-FLOAT_SHARE, INT8_SHARE = 1e-4, 0.05
+
+
+class Graph(NamedTuple):
+    """A file, by how much a text's weights may be off there, as a share of its largest, in words too, and its precision."""
+
+    file: str
+    share: float
+    quantisation: str
+    is_exact: bool
+
+
+GRAPHS = (
+    Graph("model.onnx", 1e-4, "float32", is_exact=True),
+    Graph("model_int8.onnx", 0.05, "int8: a text's weights within 5% of its largest one", is_exact=False),
+)
 
 
 def export_onnx(to: str, request: Request) -> None:
     """model.onnx, model_int8.onnx, the tokenizers and an example. Raises ConfigError when the float32 graph is not exact.
 
-    The int8 graph is kept when its weights, and so its scores and its order, are as near to the model's as stated; else
-    it is removed, which is said.
+    An int8 graph whose weights are further off than stated is removed, which is said.
     """
     if request.corpus or request.queries or request.shard.of > 1:
         raise ConfigError(
@@ -53,58 +54,53 @@ def export_onnx(to: str, request: Request) -> None:
     write_graph(encoder.model, folder / "model.onnx")
     quantise(folder / "model.onnx", folder / "model_int8.onnx")
     write_beside(folder, encoder)
-    queries, documents = embedded_queries(), embedded_documents()
+    for graph in GRAPHS:
+        (folder / f"check-{Path(graph.file).stem}.json").unlink(missing_ok=True)  # of an earlier export
+    queries, documents = embedded_texts()
     exact = encoder.queries(queries), encoder.documents(documents)
-    for name, share, words in GRAPHS:
-        figures_file = folder / f"check-{Path(name).stem}.json"
-        figures_file.unlink(missing_ok=True)  # of an earlier export
-        graph = onnx_example.Encoder(folder, name)
-        found = tuple(sp.csr_matrix(vectors) for vectors in (graph.queries(queries), graph.documents(documents)))
+    for graph in GRAPHS:
+        example = onnx_example.Encoder(folder, graph.file)
+        found = tuple(sp.csr_matrix(vectors) for vectors in (example.queries(queries), example.documents(documents)))
         try:
-            figures = {"to": to, "model": name, "quantisation": words}
-            figures |= compare_vectors((name, share, words), exact, found, looked_up=graph.table is not None)
+            figures = compare_vectors(graph, exact, found, looked_up=example.table is not None)
         except ConfigError as error:
-            exact_one = name == "model.onnx"
-            for refused in GRAPHS if exact_one else [(name,)]:  # int8 is made from float32
-                (folder / refused[0]).unlink(missing_ok=True)
-            if exact_one:
+            if graph.is_exact:  # and the other is made from it
+                for each in GRAPHS:
+                    (folder / each.file).unlink(missing_ok=True)
                 raise
-            say(f"left out  {name}: {error.format_message()}")
+            (folder / graph.file).unlink()
+            say(f"left out  {graph.file}: {error.format_message()}")
             continue
-        write_figures(figures_file, figures, say)
-        say(f"exported  {folder / name} ({(folder / name).stat().st_size / 2**20:.1f} MiB)")
+        figures = {"model": graph.file, "quantisation": graph.quantisation} | figures
+        write_figures(folder / f"check-{Path(graph.file).stem}.json", figures, say)
+        say(f"exported  {folder / graph.file} ({(folder / graph.file).stat().st_size / 2**20:.1f} MiB)")
 
 
-def compare_vectors(graph: tuple[str, float, str], exact: Pair, found: Pair, *, looked_up: bool) -> dict[str, Any]:
+def compare_vectors(
+    graph: Graph, exact: tuple[sp.csr_matrix, ...], found: tuple[sp.csr_matrix, ...], *, looked_up: bool
+) -> dict[str, Any]:
     """Figures of what a graph gives: (queries, documents), [texts, dimensions] each, beside the model's own.
 
-    Queries that are `looked_up` are not rounded. Raises ConfigError when a weight is further off than the share of its
-    text's largest one, or for another order.
+    Queries that are `looked_up` are exact. Raises ConfigError when a weight is further off than the graph's share, and
+    for another top 10 in float32.
     """
-    (name, share, words), largest = graph, 0.0
-    for wanted, given in zip(exact, found, strict=True):
-        shares = abs(given - wanted).max(axis=1).toarray() / np.maximum(wanted.max(axis=1).toarray(), TINY)
-        largest = max(largest, float(shares.max()))
-    if not largest <= share:  # also true of NaN
-        raise ConfigError(
-            f"a weight of {name} is off by {100 * largest:.3g} % of its text's largest, where {100 * share:g} % is stated"
-        )
-    asked, held, found_queries, found_documents = used_by(*exact, *found)
-    of_queries, of_documents = (within(share * wanted.max(axis=1).toarray()) for wanted in exact)
-    queries, documents = Weights.of(asked, exactly if looked_up else of_queries), Weights.of(held, of_documents)
-    rule = Rule(queries, documents, monotone=False, engine=words * (name != "model.onnx"))
-    figures = compare(queries, documents, found_queries @ found_documents.T, rule)
-    return figures | {"largest_difference_of_a_weight": largest}
-
-
-def within(tolerance: np.ndarray) -> Rounding:
-    """Any weight of a text may be off by its tolerance, [texts, 1], either way."""
-
-    def rounding(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        either_way = np.broadcast_to(tolerance, weights.shape)
-        return either_way, either_way
-
-    return rounding
+    largest = [abs(wanted).max(axis=1).toarray() for wanted in exact]
+    for wanted, given, of_text in zip(exact, found, largest, strict=True):
+        off_by = abs(given - wanted).max(axis=1).toarray()
+        if not (off_by <= graph.share * of_text).all():  # also true of NaN
+            share = (off_by / np.maximum(of_text, 1e-30)).max()
+            raise ConfigError(
+                f"a weight of {graph.file} is off by {100 * share:.3g} % of its text's largest, "
+                f"where {100 * graph.share:g} % is stated"
+            )
+    model, read = in_query_dimensions(exact, found)
+    of_queries = (0.0 if looked_up else graph.share) * largest[0]
+    off_by = Vectors(
+        np.broadcast_to(of_queries, model.queries.shape),
+        np.broadcast_to(graph.share * largest[1], model.documents.shape),
+    )
+    figures = compare(model, read.scores(), off_by, engine_rounds=not graph.is_exact)
+    return figures | {"engine": graph.quantisation * (not graph.is_exact)}
 
 
 def require_pooled_prompts(model: Any) -> None:
@@ -157,12 +153,3 @@ def write_beside(folder: Path, encoder: Encoder) -> None:
     }
     (folder / "settings.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     shutil.copyfile(onnx_example.__file__, folder / "example.py")
-
-
-# What a text without any weight is divided by.
-TINY = 1e-30
-
-GRAPHS = (
-    ("model.onnx", FLOAT_SHARE, "float32"),
-    ("model_int8.onnx", INT8_SHARE, f"int8: a text's weights within {INT8_SHARE:.0%} of its largest one"),
-)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from trainer.export.formats import Format, Store, full
+from trainer.export.formats import NumberedFormat, Store, by_term, full, sorted_by_number
 from trainer.export.request import Request
 from trainer.export.vectors import Encoder, Vector
 from trainer.system.files import flush
@@ -26,39 +26,25 @@ SCHEMA = pa.schema(
 PART, ROW_GROUP_WEIGHTS = 8192, 2**20
 
 
-class Parquet(Format):
+class Parquet(NumberedFormat):
     """id, indices in ascending order, values; no text, which the corpus has."""
 
     suffix = ".parquet"
-    signed = True
     beside = ("vocabulary.parquet",)
-
-    def terms(self, tokens: list[str]) -> list[str]:
-        """Dimensions are numbers here."""
-        return [str(number) for number in range(len(tokens))]
 
     def document(self, name: str, text: str, vector: Vector) -> dict[str, Any]:
         """A row."""
-        pairs = sorted((int(term), weight) for term, weight in vector.items())
-        return {"id": name, "indices": [i for i, _ in pairs], "values": [weight for _, weight in pairs]}
-
-    query = document
+        return {"id": name} | sorted_by_number(vector)
 
     def read_document(self, record: dict[str, Any]) -> tuple[str, Vector]:
         """Out of a row."""
-        return record["id"], dict(zip(map(str, record["indices"]), record["values"], strict=True))
-
-    def read_query(self, record: dict[str, Any]) -> Vector:
-        """As documents are read."""
-        return self.read_document(record)[1]
+        return record["id"], by_term(record)
 
     def documents_at(self, stem: Path) -> Store:
         """Parts."""
         return ParquetParts(stem)
 
-    def queries_at(self, stem: Path) -> Store:
-        """Parts too, of which there is one but for very many queries."""
-        return ParquetParts(stem)
+    queries_at = documents_at
 
     def write_beside(self, folder: Path, encoder: Encoder, request: Request) -> None:
         """vocabulary.parquet: what each dimension is called."""

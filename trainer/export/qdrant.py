@@ -3,11 +3,12 @@
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from trainer.config import ConfigError, one_line
-from trainer.export.formats import Format
+from trainer.export.corpus import chunks
+from trainer.export.formats import NumberedFormat, by_term, json_line, sorted_by_number
 from trainer.export.request import Request
 from trainer.export.vectors import Encoder, Vector, nine_digits
 
@@ -16,38 +17,34 @@ COLLECTION = {"sparse_vectors": {VECTOR: {"index": {"on_disk": False}}}}
 BATCH = 256
 
 
-class Qdrant(Format):
+class Qdrant(NumberedFormat):
     """Points with dimensions by number, and the document's own id and text as payload."""
 
-    signed = True
     beside = ("collection.json",)
-
-    def terms(self, tokens: list[str]) -> list[str]:
-        """Dimensions are numbers here."""
-        return [str(number) for number in range(len(tokens))]
 
     def document(self, name: str, text: str, vector: Vector) -> str:
         """A point. Its id must be a number or a UUID, so it is made from the document's."""
-        point = {"id": point_id(name), "vector": {VECTOR: _sparse(vector)}, "payload": {"id": name, "text": text}}
-        return json.dumps(point, ensure_ascii=False) + "\n"
+        sparse = sorted_by_number(nine_digits(vector))
+        return json_line({"id": point_id(name), "vector": {VECTOR: sparse}, "payload": {"id": name, "text": text}})
 
     def read_document(self, record: str) -> tuple[str, Vector]:
         """Out of a point."""
         point = json.loads(record)
-        return point["payload"]["id"], _dense(point["vector"][VECTOR])
+        return point["payload"]["id"], by_term(point["vector"][VECTOR])
 
     def query(self, name: str, text: str, vector: Vector) -> str:
         """The body of a query request."""
-        body = {"query": _sparse(vector), "using": VECTOR, "limit": 10, "with_payload": True}
-        return json.dumps({"id": name, "text": text, "query": body}, ensure_ascii=False) + "\n"
+        sparse = sorted_by_number(nine_digits(vector))
+        body = {"query": sparse, "using": VECTOR, "limit": 10, "with_payload": True}
+        return json_line({"id": name, "text": text, "query": body})
 
     def read_query(self, record: str) -> Vector:
         """Out of a query request."""
-        return _dense(json.loads(record)["query"]["query"])
+        return by_term(json.loads(record)["query"]["query"])
 
     def write_beside(self, folder: Path, encoder: Encoder, request: Request) -> None:
         """collection.json: the body with which the collection is created."""
-        (folder / "collection.json").write_text(json.dumps(COLLECTION) + "\n", encoding="utf-8")
+        (folder / "collection.json").write_text(json_line(COLLECTION), encoding="utf-8")
 
 
 def point_id(name: str) -> str:
@@ -74,9 +71,10 @@ def upsert(folder: Path, url: str, collection: str, say: Callable[[str], None]) 
             )
         count = 0
         for file in files:
-            for points in _batches(file, models.PointStruct):
-                client.upsert(collection, points, wait=True)
-                count += len(points)
+            with file.open(encoding="utf-8") as lines:
+                for batch in chunks(lines, BATCH):
+                    client.upsert(collection, [models.PointStruct(**json.loads(line)) for line in batch], wait=True)
+                    count += len(batch)
         client.close()
     except (ApiException, OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
@@ -84,24 +82,3 @@ def upsert(folder: Path, url: str, collection: str, say: Callable[[str], None]) 
         ) from None
     say(f"uploaded  {count:,} points to the collection '{collection}' at {url}")
     return count
-
-
-def _batches(file: Path, make_point: Callable) -> Iterator[list]:
-    batch = []
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            batch.append(make_point(**json.loads(line)))
-            if len(batch) == BATCH:
-                yield batch
-                batch = []
-    if batch:
-        yield batch
-
-
-def _sparse(vector: Vector) -> dict[str, list]:
-    pairs = sorted((int(term), weight) for term, weight in nine_digits(vector).items())
-    return {"indices": [number for number, _ in pairs], "values": [weight for _, weight in pairs]}
-
-
-def _dense(sparse: dict[str, list]) -> Vector:
-    return dict(zip(map(str, sparse["indices"]), sparse["values"], strict=True))

@@ -9,13 +9,13 @@ from tokenizers import Tokenizer
 
 from trainer.config import ConfigError
 from trainer.export.graph import copy_of
-from trainer.export.vectors import Encoder, nine_digits
+from trainer.export.vectors import Encoder, matrix_of, nine_digits, require_same_vectors
 from trainer.models.build import static_embedding
 
 # transformers' model_max_length of tokenizers that read texts of any length is greater.
 NO_LIMIT = 10**9
 # Lucene refuses query weights of 0 or less, and greater ones; a token that is not listed would weigh 1.
-SMALLEST, LARGEST = 1e-6, 64.0
+SMALLEST_QUERY_WEIGHT, LARGEST_QUERY_WEIGHT = 1e-6, 64.0
 
 
 def write_query_tokenizer(folder: Path, encoder: Encoder, *, for_lucene: bool) -> bool:
@@ -30,9 +30,9 @@ def write_query_tokenizer(folder: Path, encoder: Encoder, *, for_lucene: bool) -
         return False
     weights = dict(zip(encoder.terms, embedding.weight.tolist(), strict=True))
     if for_lucene:
-        if max(weights.values()) > LARGEST:
-            raise ConfigError(f"a query weight is {max(weights.values()):.1f}; OpenSearch takes {LARGEST:.0f} at most")
-        weights = {term: max(weight, SMALLEST) for term, weight in weights.items()}
+        if (largest := max(weights.values())) > LARGEST_QUERY_WEIGHT:
+            raise ConfigError(f"a query weight is {largest:.1f}; OpenSearch takes {LARGEST_QUERY_WEIGHT:.0f} at most")
+        weights = {term: max(weight, SMALLEST_QUERY_WEIGHT) for term, weight in weights.items()}
     tokenizer = copy_of(embedding.tokenizer)
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -50,22 +50,12 @@ def queries_by_files(folder: Path, texts: list[str], terms: list[str]) -> sp.csr
     """Query vectors as OpenSearch makes them from the two files: [queries, dimensions]."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     idf = json.loads((folder / "idf.json").read_text(encoding="utf-8"))
-    number = {term: dimension for dimension, term in enumerate(terms)}
-    found = sp.lil_matrix((len(texts), len(terms)))
-    for row, text in enumerate(texts):
-        for token in dict.fromkeys(tokenizer.encode(text).ids):
-            if term := tokenizer.decode([token], skip_special_tokens=True):
-                found[row, number[term]] = idf.get(term, 1.0)
-    return found.tocsr()
+    names = [[tokenizer.decode([token], skip_special_tokens=True) for token in tokenizer.encode(t).ids] for t in texts]
+    return matrix_of([{name: idf.get(name, 1.0) for name in of_text if name} for of_text in names], terms)
 
 
 def require_same_queries(folder: Path, texts: list[str], exact: sp.csr_matrix, terms: list[str]) -> float:
-    """The largest difference between the model's query vectors and those from the files; ConfigError for a real one."""
-    difference = abs(queries_by_files(folder, texts, terms) - exact.maximum(0))
-    largest = float(difference.max()) if difference.nnz else 0.0
-    if not largest <= 1e-5 * max(1.0, float(np.abs(exact.data).max(initial=0.0))):
-        query = int(difference.tocsr().max(axis=1).toarray().argmax())
-        raise ConfigError(
-            f"the exported tokenizer and weights give another vector than the model for '{texts[query][:60]}'"
-        )
-    return largest
+    """The largest difference between the model's query weights and those from the files; ConfigError for a real one."""
+    tolerance = 1e-5 * max(1.0, float(np.abs(exact.data).max(initial=0.0)))
+    found = queries_by_files(folder, texts, terms)
+    return require_same_vectors("the exported tokenizer and weights give", texts, found, exact, tolerance)

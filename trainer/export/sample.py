@@ -1,16 +1,17 @@
 """What an export is checked with: the first documents of a shard and some queries, as the model scores them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import scipy.sparse as sp
 
 from trainer.config import ConfigError
-from trainer.export.check import Rule, Weights, compare, embedded_queries, exactly, swaps_of, used_by
+from trainer.data.beir import read_search_set
+from trainer.data.sources import QUICKSTART
+from trainer.export.check import Vectors, compare, compare_top_10, in_query_dimensions
 from trainer.export.corpus import Passage, Shard, read_passages
 from trainer.export.formats import Format
 from trainer.export.vectors import Encoder, Vector, matrix_of, vectors_of
@@ -33,61 +34,56 @@ class Sample:
     queries: sp.csr_matrix
 
     @classmethod
-    def of(cls, encoder: Encoder, corpus: Path, part: Shard, given: list[Passage]) -> "Sample":
+    def of(cls, encoder: Encoder, corpus: Path, shard: Shard, queries: list[Passage]) -> "Sample":
         """The sample of a shard; its queries are the user's where there are any."""
-        passages = list(islice(part.of_passages(read_passages(corpus)), CHECKED_DOCUMENTS))
-        texts = [query.text for query in given[:CHECKED_QUERIES]] or embedded_queries()
+        passages = list(islice(shard.of_passages(read_passages(corpus)), CHECKED_DOCUMENTS))
+        texts = [query.text for query in queries[:CHECKED_QUERIES]] or embedded_texts()[0]
         texts += [" ".join(passage.text.split()[:QUERY_WORDS]) for passage in passages[:CHECKED_QUERIES]]
-        documents = encoder.documents([passage.text for passage in passages])
-        return cls(passages, texts, documents, encoder.queries(texts))
+        return cls(passages, texts, encoder.documents([passage.text for passage in passages]), encoder.queries(texts))
 
-    def compare(self, form: Format, terms: list[str], queries: list[Vector], documents: list[Vector]) -> dict[str, Any]:
-        """Figures of the vectors read from an export. Raises ConfigError when they rank differently from the model."""
-        asked, held, found = self._rows(terms, queries, documents)
-        of_queries, of_documents = Weights.of(asked, form.query_rounding), Weights.of(held, form.document_rounding)
-        return compare(of_queries, of_documents, found, _rule(form, asked, held))
+    def compare(self, form: Format, terms: list[str], documents: list[Vector]) -> dict[str, Any]:
+        """Figures of documents as read from an export. Raises ConfigError when they rank differently from the model."""
+        model, taken, read = self._vectors(form, terms, documents)
+        off_by = Vectors(form.query_rounding.of(taken.queries), form.document_rounding.of(taken.documents))
+        figures = compare(taken, read.scores(), off_by, engine_rounds=form.engine_rounds, remedy=form.remedy)
+        engine = [form.quantisation] if form.engine_rounds else []
+        if not form.signed and (self.queries.data < 0).any():
+            engine.append("query weights below 0 are left out")
+        return figures | compare_top_10(model.scores(), read.scores()) | {"engine": "; ".join(engine)}
 
-    def stays_in_order(self, form: Format, terms: list[str]) -> bool:
-        """Whether every query keeps its best ten as they would be read, but for what the engine itself does."""
+    def keeps_top_10(self, form: Format, terms: list[str]) -> bool:
+        """Whether every query keeps its top 10 as the engine would read it."""
         documents = [form.read_document(form.document("", "", v))[1] for v in vectors_of(self.documents, terms)]
-        queries = [form.read_query(form.query("", "", v)) for v in vectors_of(self.queries, terms, form.signed)]
-        asked, held, found = self._rows(terms, queries, documents)
-        swaps = swaps_of(asked @ held.T, found, _rule(form, asked, held))
-        return all(swap.gap <= swap.explained for swap in swaps)
+        _, taken, read = self._vectors(form, terms, documents)
+        return compare_top_10(taken.scores(), read.scores())["top_10_unchanged"] == len(self.texts)
 
-    def _rows(
-        self, terms: list[str], queries: list[Vector], documents: list[Vector]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The model's queries and documents in the dimensions that queries have, and scores as read from an export."""
-        asked, held, read_queries, read_documents = used_by(
-            self.queries, self.documents, matrix_of(queries, terms), matrix_of(documents, terms)
-        )
-        return asked, held, read_queries @ read_documents.T
-
-
-def _rule(form: Format, queries: np.ndarray, documents: np.ndarray) -> Rule:
-    own = [form.quantisation] * form.fixed + ["query weights below 0 are left out"] * (not form.signed)
-    return Rule(
-        Weights.of(queries, form.query_rounding if form.fixed else form.left_out),
-        Weights.of(documents, form.document_rounding if form.fixed else exactly),
-        engine="; ".join(own),
-        remedy=form.remedy,
-    )
+    def _vectors(self, form: Format, terms: list[str], documents: list[Vector]) -> Iterator[Vectors]:
+        """The model's, the same without query weights that the engine does not take, and those that it reads."""
+        taken = self.queries if form.signed else self.queries.maximum(0)
+        texts_and_vectors = zip(self.texts, vectors_of(self.queries, terms, form.signed), strict=True)
+        queries = [form.read_query(form.query("", text, vector)) for text, vector in texts_and_vectors]
+        read = matrix_of(queries, terms), matrix_of(documents, terms)
+        return in_query_dimensions((self.queries, self.documents), (taken, self.documents), read)
 
 
 def choose_scale(
     make_form: Callable[[int], Format], encoder: Encoder, samples: list[Sample], say: Callable[[str], None]
 ) -> int:
-    """The first of a format's scales that keeps the best ten of every sample's queries in order, which is said.
+    """The first of a format's scales that keeps the top 10 of every sample's queries, which is said.
 
     One for all shards: `samples` are those of every shard. Raises ConfigError when none does.
     """
-    scales = make_form(1).scales
+    scales, queries = make_form(1).scales, sum(len(sample.texts) for sample in samples)
     for scale in scales:
         form = make_form(scale)
-        if all(sample.stays_in_order(form, encoder.terms) for sample in samples):
-            queries = sum(len(sample.texts) for sample in samples)
-            say(f"scale     {scale:,} (of {scales[0]}, {scales[1]}, {scales[2]}, … the first that keeps the top 10 of all "
-                f"{queries} checked queries in order)")  # fmt: skip
+        if all(sample.keeps_top_10(form, encoder.terms) for sample in samples):
+            reason = f"of 100, 200, 500, … the first that keeps the top 10 of all {queries} checked queries in order"
+            say(f"scale     {scale:,} ({reason})")
             return scale
-    raise ConfigError(f"no scale up to {scales[-1]:,} keeps the top 10 of the checked queries in order")
+    raise ConfigError(f"no scale up to {scales[-1]:,} keeps the top 10 of the checked queries")
+
+
+def embedded_texts() -> tuple[list[str], list[str]]:
+    """Queries and documents that come with the project, to check with where the user gives none."""
+    search = read_search_set(QUICKSTART / "search", "dev", "quickstart")
+    return list(search.queries.values()), list(search.corpus.values())

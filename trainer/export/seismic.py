@@ -4,19 +4,21 @@ import json
 
 import numpy as np
 
-from trainer.export.formats import Format, step_of
+from trainer.export.check import Rounding
+from trainer.export.formats import Format, json_line
 from trainer.export.vectors import Vector, nine_digits, require_distinct
 
-# It compares words as arrays of this many characters (get_seismic_string), and keeps documents' weights in float16:
-# 11 significant bits, and steps of 2^-24 among the smallest.
-MAX_TERM, HALF_BITS, SMALLEST_STEP = 100, 11, 2.0**-24
+# It compares words as arrays of this many characters (get_seismic_string).
+MAX_TERM = 100
 
 
 class Seismic(Format):
     """id, content, and weights by term; queries in the same form."""
 
-    fixed = True
-    quantisation = f"the index keeps {HALF_BITS} significant bits of a document's weight, to the nearest (float16)"
+    engine_rounds = True
+    # to the nearest: half of the last bit, which is worth 2^-24 among the smallest weights
+    document_rounding = Rounding(share=2.0**-11, step=2.0**-25)
+    quantisation = "the index keeps 11 significant bits of a document's weight, to the nearest (float16)"
 
     def terms(self, tokens: list[str]) -> list[str]:
         """The tokens, and a number for what is longer than it compares."""
@@ -24,9 +26,7 @@ class Seismic(Format):
 
     def document(self, name: str, text: str, vector: Vector) -> str:
         """A line."""
-        return json.dumps({"id": name, "content": text, "vector": nine_digits(vector)}, ensure_ascii=False) + "\n"
-
-    query = document
+        return json_line({"id": name, "content": text, "vector": nine_digits(vector)})
 
     def read_document(self, record: str) -> tuple[str, Vector]:
         """With the bits that the index keeps."""
@@ -36,8 +36,3 @@ class Seismic(Format):
     def read_query(self, record: str) -> Vector:
         """As it is."""
         return json.loads(record)["vector"]
-
-    def document_rounding(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Half of the last bit either way."""
-        half = np.where(weights > 0, np.maximum(step_of(weights, HALF_BITS), SMALLEST_STEP) / 2, 0.0)
-        return half, half
