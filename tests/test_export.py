@@ -21,11 +21,12 @@ from tests.checkpoints import DOCUMENTS, QUERIES, write_dense
 from tests.conftest import run_trainer
 from tests.test_models import build_from, config_of
 from trainer.config import ConfigError
+from trainer.export.bulk import Elasticsearch, OpenSearch, kept_bits
 from trainer.export.corpus import Passage, Shard, read_passages, survey
 from trainer.export.documents import claim, write_documents
 from trainer.export.export import export
 from trainer.export.formats import LineFile
-from trainer.export.lines import Elasticsearch, Lucene, OpenSearch, kept_bits
+from trainer.export.lucene import Lucene
 from trainer.export.parquet import Parquet
 from trainer.export.request import Request
 from trainer.export.vectors import Encoder, escaped, matrix_of, require_distinct, vectors_of
@@ -224,7 +225,7 @@ def test_a_shard_is_written_as_number_and_count(text):
 def test_only_whole_documents_stay_of_a_file(tmp_path, written, whole):
     file = tmp_path / "documents"
     file.write_text(written)
-    assert LineFile(file, 2).whole() == whole
+    assert LineFile(file, 2).recover() == whole
     assert file.read_text() == "a\nb\n" * whole
 
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 import trainer.export.documents
 from tests.test_export import corpus, run_export  # noqa: F401, corpus is a fixture
 from trainer.config import ConfigError
+from trainer.export.bulk import OpenSearch, kept_bits
 from trainer.export.check import Vectors, compare, compare_top_10, write_figures
 from trainer.export.corpus import Shard
-from trainer.export.lines import Lucene, OpenSearch, kept_bits
+from trainer.export.lucene import Lucene
 from trainer.export.sample import Sample, choose_scale
 from trainer.export.seismic import Seismic
 from trainer.export.vectors import Encoder
@@ -138,8 +139,7 @@ def test_a_query_word_below_0_that_an_engine_does_not_take_explains_an_order_and
     write_figures(tmp_path / "check.json", figures, said.append)
     assert said == [
         "checked   top 10 the same for 0 of 1 queries over 2 documents, as read back from the files",
-        "          fine: the others change by 20% of the best score at most, which the engine does by itself "
-        "(query weights below 0 are left out)",
+        "          fine: the others swap documents within 20% of the best score (query weights below 0 are left out)",
     ]
     # but not by anything else
     with pytest.raises(ConfigError, match="the top 10 changes for 1 of 1 queries"):

@@ -12,9 +12,9 @@ import pytest
 from tests.conftest import ROOT
 from tests.test_export import run_export
 from trainer.data.sources import QUICKSTART
+from trainer.export.bulk import Elasticsearch, OpenSearch, kept_bits
 from trainer.export.check import Vectors, compare, compare_top_10, in_query_dimensions
 from trainer.export.corpus import read_passages
-from trainer.export.lines import Elasticsearch, OpenSearch, kept_bits
 from trainer.export.vectors import Encoder
 
 CORPUS, QUERIES = QUICKSTART / "search/corpus.jsonl", QUICKSTART / "search/queries.dev.jsonl"
@@ -99,7 +99,7 @@ def test_a_feature_field_ranks_as_the_check_says_it_will(trained, jars, exact, t
     run_export(to, CORPUS, queries=QUERIES)
     lines = lines_of(trained, to, "documents-1-of-1.ndjson")
     documents = [(a["index"]["_id"], d["vector"]) for a, d in zip(lines[::2], lines[1::2], strict=True)]
-    queries = [(row["id"], form.vector_in(row["query"])) for row in lines_of(trained, to, "queries.jsonl")]
+    queries = [(row["id"], form.read_query(json.dumps(row))) for row in lines_of(trained, to, "queries.jsonl")]
     scores, _ = search(jars, "feature", trained, documents, queries)
     # what Lucene keeps of a weight is what the check takes it to keep
     kept = [dict(zip(vector, kept_bits(list(vector.values())), strict=True)) for _, vector in documents]

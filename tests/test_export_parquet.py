@@ -166,7 +166,7 @@ def test_parts_and_row_groups_hold_every_row_once_however_they_are_appended(tmp_
         store.append(iter(piece))
         rows += piece
     store.close()
-    assert ParquetParts(stem).whole() == len(rows)
+    assert ParquetParts(stem).recover() == len(rows)
     assert ParquetParts(stem).first(10**6) == rows
 
 

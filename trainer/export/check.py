@@ -111,5 +111,5 @@ def write_figures(file: Path, figures: dict[str, Any], say: Callable[[str], None
     count = f"all {queries}" if same == queries else f"{same} of {queries}"
     say(f"checked   top 10 the same for {count} queries over {documents} documents, as read back from the files")
     if same < queries:
-        change = f"{100 * figures['largest_change']:.2g}% of the best score at most"
-        say(f"          fine: the others change by {change}, which the engine does by itself ({figures['engine']})")
+        change = f"{100 * figures['largest_change']:.2g}% of the best score"
+        say(f"          fine: the others swap documents within {change} ({figures['engine']})")

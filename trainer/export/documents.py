@@ -24,7 +24,7 @@ from trainer.system.progress_bar import ProgressReport, in_columns
 CLAIM = "export.json"
 
 
-def export_documents(make_form: Callable[[int | None], Format], to: str, request: Request) -> None:
+def export_documents(make_engine: Callable[[int | None], Format], to: str, request: Request) -> None:
     """Write the documents, what must stand beside them, and the queries if any; check the files.
 
     Raises ConfigError for what the user can mend, and when the files would rank documents differently from the model.
@@ -32,8 +32,8 @@ def export_documents(make_form: Callable[[int | None], Format], to: str, request
     run, corpus, shard, say = request.run, request.corpus, request.shard, request.say
     if corpus is None:
         raise ConfigError(f"say which documents to encode for {to}: CORPUS=file.jsonl (--corpus), or .parquet")
-    form, folder = make_form(request.scale), request.folder(to)
-    if request.scale and not form.scales:
+    engine, folder = make_engine(request.scale), request.folder(to)
+    if request.scale and not engine.scales:
         raise ConfigError(f"--scale is for whole numbers; {to} takes weights as they are. Leave it out")
     made_with = {"to": to, "model": hash_of_model(run.final), "corpus": describe(corpus), "shards": shard.of}
     for file in filter(None, (corpus, request.queries)):
@@ -41,42 +41,42 @@ def export_documents(make_form: Callable[[int | None], Format], to: str, request
             say(f"{file.name}: {line}")
     queries = list(read_passages(request.queries)) if request.queries else []
     by_token = Encoder.open(run.final, request.device(), run.config().training.per_device_eval_batch_size)
-    encoder = replace(by_token, terms=form.terms(by_token.terms))
+    encoder = replace(by_token, terms=engine.terms(by_token.terms))
 
     def scale_for_all_shards() -> int | None:
-        if request.scale or not form.scales:
+        if request.scale or not engine.scales:
             return request.scale
         shards = (Shard(number, shard.of) for number in range(1, shard.of + 1))
-        return choose_scale(make_form, encoder, [Sample.of(encoder, corpus, each, queries) for each in shards], say)
+        return choose_scale(make_engine, encoder, [Sample.of(encoder, corpus, each, queries) for each in shards], say)
 
-    form = make_form(claim(folder, made_with, request.scale, scale_for_all_shards))
+    engine = make_engine(claim(folder, made_with, request.scale, scale_for_all_shards))
     if shard.number == 1:  # for all shards; and first, so that what cannot be written is known before hours of encoding
-        form.write_beside(folder, by_token, request)
-    write_shard(encoder, form, folder, request, queries)
+        engine.write_beside(folder, by_token, request)
+    write_shard(encoder, engine, folder, request, queries)
 
 
-def write_shard(encoder: Encoder, form: Format, folder: Path, request: Request, queries: list[Passage]) -> None:
+def write_shard(encoder: Encoder, engine: Format, folder: Path, request: Request, queries: list[Passage]) -> None:
     """One shard's documents, and with the first one the queries; then the check. Raises ConfigError when it fails."""
     corpus, shard, say = request.corpus, request.shard, request.say
     name = f"{shard.number}-of-{shard.of}"
-    documents, figures_file = form.documents_at(folder / f"documents-{name}"), folder / f"check-{name}.json"
+    documents, figures_file = engine.documents_at(folder / f"documents-{name}"), folder / f"check-{name}.json"
     figures_file.unlink(missing_ok=True)
-    count = write_documents(encoder, form, shard.of_passages(read_passages(corpus)), documents, say)
-    first, all_queries = shard.number == 1, form.queries_at(folder / "queries")
+    count = write_documents(encoder, engine, shard.of_passages(read_passages(corpus)), documents, say)
+    first, all_queries = shard.number == 1, engine.queries_at(folder / "queries")
     if queries and first:
-        write_queries(encoder, form, queries, all_queries)
+        write_queries(encoder, engine, queries, all_queries)
     sample = Sample.of(encoder, corpus, shard, queries)
     try:
-        figures = check(encoder, form, documents, sample)
+        figures = check(encoder, engine, documents, sample)
         if first and (folder / "query").is_dir():
             require_same_queries(folder / "query", sample.texts, sample.queries, encoder.terms)
     except ConfigError as error:
-        beside = [*(folder / each for each in form.beside), *all_queries.paths()] if first else []
+        beside = [*(folder / each for each in engine.beside), *all_queries.paths()] if first else []
         set_aside(folder, documents.paths(), beside)
         raise ConfigError(
             f"{error.format_message()}. The documents are set aside as {refused_name(Path(str(documents)))}"
         ) from None
-    write_figures(figures_file, {"quantisation": form.quantisation, "documents_written": count} | figures, say)
+    write_figures(figures_file, {"quantisation": engine.quantisation, "documents_written": count} | figures, say)
     for file in documents.paths():
         refused_name(file).unlink(missing_ok=True)  # of an export that was refused before
     say(f"exported  {count:,} documents to {documents}")
@@ -132,16 +132,16 @@ def claim(
 
 
 def write_documents(
-    encoder: Encoder, form: Format, passages: Iterable[Passage], store: Store, say: Callable[[str], None]
+    encoder: Encoder, engine: Format, passages: Iterable[Passage], store: Store, say: Callable[[str], None]
 ) -> int:
     """Append the passages that the store does not hold yet, whole chunks at a time; the number of all it holds."""
-    done = store.whole()
+    done = store.recover()
     if done:
         say(f"resuming  {store} holds {done:,} documents")
     with ProgressReport(desc=in_columns("encoding", "the corpus"), initial=done, unit="documents") as progress:
         for chunk in chunks(islice(passages, done, None), CHUNK):
             vectors = vectors_of(encoder.documents([passage.text for passage in chunk], progress), encoder.terms)
-            store.append(form.document(p.id, p.text, v) for p, v in zip(chunk, vectors, strict=True))
+            store.append(engine.document(p.id, p.text, v) for p, v in zip(chunk, vectors, strict=True))
             done += len(chunk)
     store.close()
     if not done:
@@ -149,24 +149,24 @@ def write_documents(
     return done
 
 
-def write_queries(encoder: Encoder, form: Format, queries: list[Passage], store: Store) -> None:
+def write_queries(encoder: Encoder, engine: Format, queries: list[Passage], store: Store) -> None:
     """One record per query, in the place of what the store held before."""
     for file in store.paths():
         file.unlink()
     for chunk in chunks(queries, CHUNK):
-        vectors = vectors_of(encoder.queries([query.text for query in chunk]), encoder.terms, form.signed)
-        store.append(form.query(query.id, query.text, vector) for query, vector in zip(chunk, vectors, strict=True))
+        vectors = vectors_of(encoder.queries([query.text for query in chunk]), encoder.terms, engine.signed)
+        store.append(engine.query(query.id, query.text, vector) for query, vector in zip(chunk, vectors, strict=True))
     store.close()
 
 
-def check(encoder: Encoder, form: Format, documents: Store, sample: Sample) -> dict[str, Any]:
+def check(encoder: Encoder, engine: Format, documents: Store, sample: Sample) -> dict[str, Any]:
     """Figures of a sample as it stands in the files.
 
     Raises ConfigError when the files hold other documents, or rank them differently from the model.
     """
-    read = [form.read_document(record) for record in documents.first(len(sample.passages))]
+    read = [engine.read_document(record) for record in documents.first(len(sample.passages))]
     if [name for name, _ in read] != [passage.id for passage in sample.passages]:
         raise ConfigError(
             f"{documents} does not hold the documents of the corpus in their order. Remove it and export again"
         )
-    return sample.compare(form, encoder.terms, [vector for _, vector in read])
+    return sample.compare(engine, encoder.terms, [vector for _, vector in read])

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from functools import partial
 
 from trainer.config import ConfigError
+from trainer.export.bulk import Elasticsearch, OpenSearch
 from trainer.export.documents import export_documents
-from trainer.export.lines import Elasticsearch, Lucene, OpenSearch
+from trainer.export.lucene import Lucene
 from trainer.export.parquet import Parquet
 from trainer.export.qdrant import Qdrant
 from trainer.export.request import Request

@@ -15,8 +15,8 @@ from trainer.export.vectors import Encoder, Vector, require_distinct
 class Store(Protocol):
     """Where the records of documents, or of queries, are written one after the other."""
 
-    def whole(self) -> int:
-        """Remove what a killed run left half written; the number of whole records that stay."""
+    def recover(self) -> int:
+        """Remove what a killed run left incomplete; the number of complete records."""
 
     def append(self, records: Iterable[Any]) -> None:
         """Add records. Raises ConfigError when the disk is full or gone."""
@@ -112,8 +112,8 @@ class LineFile:
         self.file = file
         self.lines_per_record = lines_per_record
 
-    def whole(self) -> int:
-        """Cut off what a killed run left half written; the number of whole records that stay."""
+    def recover(self) -> int:
+        """Cut off what a killed run left incomplete; the number of complete records."""
         if not self.file.exists():
             return 0
         lines = offset = whole = 0
@@ -128,7 +128,7 @@ class LineFile:
         return lines // self.lines_per_record
 
     def append(self, records: Iterable[str]) -> None:
-        """Add whole records. Raises ConfigError when the disk is full or gone."""
+        """Add records. Raises ConfigError when the disk is full or gone."""
         try:
             with self.file.open("a", encoding="utf-8") as out:
                 out.write("".join(records))

@@ -55,8 +55,8 @@ class Parquet(NumberedFormat):
 class ParquetParts:
     """Files of PART records each, `<stem>-00001.parquet` and so on.
 
-    A part is written under another name, flushed, and gets its own when it is whole; so a killed run leaves no torn one,
-    and what another hand tore, by copying or cutting, has no footer and is not taken either.
+    A part is written under another name, flushed, and renamed when it is complete, so a killed run leaves no torn one. A
+    part torn by other means has no footer and is not taken either.
     """
 
     def __init__(self, stem: Path):
@@ -72,17 +72,17 @@ class ParquetParts:
         """Where a part is."""
         return self.stem.with_name(f"{self.stem.name}-{number:05d}.parquet")
 
-    def whole(self) -> int:
-        """Remove what follows the last whole part without a gap; the number of rows that stay."""
+    def recover(self) -> int:
+        """Remove what follows the first parts without a gap; the number of rows in these."""
         rows = 0
         for self.number in count(1):
-            found = rows_of(self.part(self.number))
-            if found is None:
+            rows_in_part = rows_of(self.part(self.number))
+            if rows_in_part is None:
                 break
-            rows += found
-        kept = [self.part(number) for number in range(1, self.number)]
+            rows += rows_in_part
+        complete = [self.part(number) for number in range(1, self.number)]
         for file in self.stem.parent.glob(f"{self.stem.name}-*.parquet*"):
-            if file not in kept and not file.name.endswith(".refused"):
+            if file not in complete and not file.name.endswith(".refused"):
                 file.unlink()
         return rows
 
@@ -144,7 +144,7 @@ class ParquetParts:
 def rows_of(file: Path) -> int | None:
     """How many rows a part has; None for one that is not there, is torn or is something else."""
     try:
-        found = pq.ParquetFile(file)
+        part = pq.ParquetFile(file)
     except (OSError, pa.ArrowException):
         return None
-    return found.metadata.num_rows if found.schema_arrow.equals(SCHEMA) else None
+    return part.metadata.num_rows if part.schema_arrow.equals(SCHEMA) else None

@@ -41,42 +41,42 @@ class Sample:
         texts += [" ".join(passage.text.split()[:QUERY_WORDS]) for passage in passages[:CHECKED_QUERIES]]
         return cls(passages, texts, encoder.documents([passage.text for passage in passages]), encoder.queries(texts))
 
-    def compare(self, form: Format, terms: list[str], documents: list[Vector]) -> dict[str, Any]:
+    def compare(self, engine: Format, terms: list[str], documents: list[Vector]) -> dict[str, Any]:
         """Figures of documents as read from an export. Raises ConfigError when they rank differently from the model."""
-        model, taken, read = self._vectors(form, terms, documents)
-        off_by = Vectors(form.query_rounding.of(taken.queries), form.document_rounding.of(taken.documents))
-        figures = compare(taken, read.scores(), off_by, engine_rounds=form.engine_rounds, remedy=form.remedy)
-        engine = [form.quantisation] if form.engine_rounds else []
-        if not form.signed and (self.queries.data < 0).any():
-            engine.append("query weights below 0 are left out")
-        return figures | compare_top_10(model.scores(), read.scores()) | {"engine": "; ".join(engine)}
+        model, taken, read = self._vectors(engine, terms, documents)
+        off_by = Vectors(engine.query_rounding.of(taken.queries), engine.document_rounding.of(taken.documents))
+        figures = compare(taken, read.scores(), off_by, engine_rounds=engine.engine_rounds, remedy=engine.remedy)
+        by_itself = [engine.quantisation] if engine.engine_rounds else []
+        if not engine.signed and (self.queries.data < 0).any():
+            by_itself.append("query weights below 0 are left out")
+        return figures | compare_top_10(model.scores(), read.scores()) | {"engine": "; ".join(by_itself)}
 
-    def keeps_top_10(self, form: Format, terms: list[str]) -> bool:
+    def keeps_top_10(self, engine: Format, terms: list[str]) -> bool:
         """Whether every query keeps its top 10 as the engine would read it."""
-        documents = [form.read_document(form.document("", "", v))[1] for v in vectors_of(self.documents, terms)]
-        _, taken, read = self._vectors(form, terms, documents)
+        documents = [engine.read_document(engine.document("", "", v))[1] for v in vectors_of(self.documents, terms)]
+        _, taken, read = self._vectors(engine, terms, documents)
         return compare_top_10(taken.scores(), read.scores())["top_10_unchanged"] == len(self.texts)
 
-    def _vectors(self, form: Format, terms: list[str], documents: list[Vector]) -> Iterator[Vectors]:
+    def _vectors(self, engine: Format, terms: list[str], documents: list[Vector]) -> Iterator[Vectors]:
         """The model's, the same without query weights that the engine does not take, and those that it reads."""
-        taken = self.queries if form.signed else self.queries.maximum(0)
-        texts_and_vectors = zip(self.texts, vectors_of(self.queries, terms, form.signed), strict=True)
-        queries = [form.read_query(form.query("", text, vector)) for text, vector in texts_and_vectors]
+        taken = self.queries if engine.signed else self.queries.maximum(0)
+        texts_and_vectors = zip(self.texts, vectors_of(self.queries, terms, engine.signed), strict=True)
+        queries = [engine.read_query(engine.query("", text, vector)) for text, vector in texts_and_vectors]
         read = matrix_of(queries, terms), matrix_of(documents, terms)
         return in_query_dimensions((self.queries, self.documents), (taken, self.documents), read)
 
 
 def choose_scale(
-    make_form: Callable[[int], Format], encoder: Encoder, samples: list[Sample], say: Callable[[str], None]
+    make_engine: Callable[[int], Format], encoder: Encoder, samples: list[Sample], say: Callable[[str], None]
 ) -> int:
     """The first of a format's scales that keeps the top 10 of every sample's queries, which is said.
 
     One for all shards: `samples` are those of every shard. Raises ConfigError when none does.
     """
-    scales, queries = make_form(1).scales, sum(len(sample.texts) for sample in samples)
+    scales, queries = make_engine(1).scales, sum(len(sample.texts) for sample in samples)
     for scale in scales:
-        form = make_form(scale)
-        if all(sample.keeps_top_10(form, encoder.terms) for sample in samples):
+        engine = make_engine(scale)
+        if all(sample.keeps_top_10(engine, encoder.terms) for sample in samples):
             reason = f"of 100, 200, 500, … the first that keeps the top 10 of all {queries} checked queries in order"
             say(f"scale     {scale:,} ({reason})")
             return scale

@@ -1,5 +1,6 @@
 """Sparse vectors as engines want them: named dimensions with positive weights."""
 
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,11 @@ def escaped(term: str, forbidden: Callable[[str], bool]) -> str:
     `%` itself is written so too, so no two terms become one.
     """
     return "".join(f"%{ord(c):X};" if c == "%" or forbidden(c) else c for c in term) or "%;"
+
+
+def is_space_or_control(character: str) -> bool:
+    """What cuts a text into words, or is not seen."""
+    return character.isspace() or unicodedata.category(character) in ("Cc", "Cf", "Zs", "Zl", "Zp")
 
 
 def require_distinct(terms: list[str]) -> list[str]:

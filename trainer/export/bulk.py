@@ -1,7 +1,8 @@
-"""Engines that take text files: one or two lines per document, one per query, and what must stand beside them."""
+"""OpenSearch and Elasticsearch: what their _bulk takes, search requests, and the index that both are for."""
 
 import json
-import unicodedata
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,39 +14,7 @@ from trainer.export.formats import Format, json_line
 from trainer.export.ml_commons import DOCUMENT, QUERY, write_models
 from trainer.export.query_side import LARGEST_QUERY_WEIGHT, write_query_tokenizer
 from trainer.export.request import Request
-from trainer.export.vectors import Encoder, Vector, escaped, nine_digits, require_distinct
-
-# What is tried for whole numbers. Half a step of the last is 1e-6, less than what float32 tells apart in a score.
-SCALES = tuple(step * 10**power for power in (2, 3, 4, 5) for step in (1, 2, 5))
-
-
-class Lucene(Format):
-    """Impact vectors as Anserini and Pyserini read them (JsonVectorCollection, -impact -pretokenized)."""
-
-    scales = SCALES
-
-    def __init__(self, scale: int | None = None):
-        super().__init__(scale)
-        if scale:
-            self.quantisation = f"weights times {scale}, rounded to whole numbers"
-            self.document_rounding = self.query_rounding = Rounding(step=0.5 / scale)
-            self.remedy = f'. Quantise less, ARGS="--scale {10 * scale}", or leave out the scale to have it chosen'
-
-    def terms(self, tokens: list[str]) -> list[str]:
-        """Without whitespace and control characters: the index is made with a whitespace analyzer."""
-        return require_distinct([escaped(token, _is_space_or_control) for token in tokens])
-
-    def document(self, name: str, text: str, vector: Vector) -> str:
-        """id, contents, and whole numbers by term."""
-        whole = {term: round(weight * self.scale) for term, weight in vector.items()}
-        return json_line({"id": name, "contents": text, "vector": {term: n for term, n in whole.items() if n > 0}})
-
-    def read_document(self, record: str) -> tuple[str, Vector]:
-        """Back to the model's scale, so that scores can be compared."""
-        row = json.loads(record)
-        if not all(type(weight) is int for weight in row["vector"].values()):
-            raise ConfigError(f"document {row['id']} has a weight that is no whole number")
-        return row["id"], {term: weight / self.scale for term, weight in row["vector"].items()}
+from trainer.export.vectors import Encoder, Vector, escaped, is_space_or_control, nine_digits, require_distinct
 
 
 class Bulk(Format):
@@ -55,6 +24,7 @@ class Bulk(Format):
     lines_per_document = 2
     beside = ("index.json",)
     field_type: ClassVar[str]
+    vector_at: ClassVar[tuple[str, ...]]  # where a vector stands in a query clause
     engine_rounds = True
     document_rounding = Rounding(share=2.0**-8)
     quantisation = "the engine keeps 9 significant bits of a document's weight and cuts off the others"
@@ -79,14 +49,10 @@ class Bulk(Format):
 
     def read_query(self, record: str) -> Vector:
         """Out of the search request."""
-        return self.vector_in(json.loads(record)["query"])
+        return reduce(getitem, self.vector_at, json.loads(record)["query"])
 
     def clause(self, vector: Vector) -> dict[str, Any]:
         """The query clause for a vector."""
-        raise NotImplementedError
-
-    def vector_in(self, clause: dict[str, Any]) -> Vector:
-        """The vector in a query clause."""
         raise NotImplementedError
 
     def write_beside(self, folder: Path, encoder: Encoder, request: Request) -> None:
@@ -102,15 +68,11 @@ class OpenSearch(Bulk):
     """
 
     beside = ("index.json", "query", *(f"{name}{suffix}" for name in (DOCUMENT, QUERY) for suffix in (".zip", ".json")))
-    field_type = "rank_features"
+    field_type, vector_at = "rank_features", ("neural_sparse", "vector", "query_tokens")
 
     def clause(self, vector: Vector) -> dict[str, Any]:
         """neural_sparse with a vector of ours."""
         return {"neural_sparse": {"vector": {"query_tokens": vector}}}
-
-    def vector_in(self, clause: dict[str, Any]) -> Vector:
-        """Its tokens."""
-        return clause["neural_sparse"]["vector"]["query_tokens"]
 
     def write_beside(self, folder: Path, encoder: Encoder, request: Request) -> None:
         """The index, query/ with the tokenizer and its weights where queries need no neural network, and the models."""
@@ -124,26 +86,18 @@ class OpenSearch(Bulk):
 class Elasticsearch(Bulk):
     """sparse_vector."""
 
-    field_type = "sparse_vector"
+    field_type, vector_at = "sparse_vector", ("sparse_vector", "query_vector")
 
     def terms(self, tokens: list[str]) -> list[str]:
         """Without dots, which versions before 8.16 refuse in the name of a dimension."""
-        return require_distinct([escaped(token, lambda c: c == "." or _is_space_or_control(c)) for token in tokens])
+        return require_distinct([escaped(token, lambda c: c == "." or is_space_or_control(c)) for token in tokens])
 
     def clause(self, vector: Vector) -> dict[str, Any]:
         """sparse_vector with all of a vector of ours: by default, newer versions leave out frequent terms."""
         return {"sparse_vector": {"field": "vector", "query_vector": vector, "prune": False}}
-
-    def vector_in(self, clause: dict[str, Any]) -> Vector:
-        """Its vector."""
-        return clause["sparse_vector"]["query_vector"]
 
 
 def kept_bits(weights: list[float]) -> list[float]:
     """Weights as Lucene's FeatureField stores them: the upper 17 bits of a float32, 9 of them significant."""
     bits = np.asarray(weights, dtype=np.float32).view(np.uint32)
     return ((bits >> 15) << 15).view(np.float32).astype(float).tolist()
-
-
-def _is_space_or_control(character: str) -> bool:
-    return character.isspace() or unicodedata.category(character) in ("Cc", "Cf", "Zs", "Zl", "Zp")

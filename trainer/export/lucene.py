@@ -1,0 +1,40 @@
+"""Lucene: impact vectors of whole numbers, whose scale is chosen so that rounding changes no top 10."""
+
+import json
+
+from trainer.config import ConfigError
+from trainer.export.check import Rounding
+from trainer.export.formats import Format, json_line
+from trainer.export.vectors import Vector, escaped, is_space_or_control, require_distinct
+
+# What is tried for whole numbers. Half a step of the last is 1e-6, less than what float32 tells apart in a score.
+SCALES = tuple(step * 10**power for power in (2, 3, 4, 5) for step in (1, 2, 5))
+
+
+class Lucene(Format):
+    """Impact vectors as Anserini and Pyserini read them (JsonVectorCollection, -impact -pretokenized)."""
+
+    scales = SCALES
+
+    def __init__(self, scale: int | None = None):
+        super().__init__(scale)
+        if scale:
+            self.quantisation = f"weights times {scale}, rounded to whole numbers"
+            self.document_rounding = self.query_rounding = Rounding(step=0.5 / scale)
+            self.remedy = f'. Quantise less, ARGS="--scale {10 * scale}", or leave out the scale to have it chosen'
+
+    def terms(self, tokens: list[str]) -> list[str]:
+        """Without whitespace and control characters: the index is made with a whitespace analyzer."""
+        return require_distinct([escaped(token, is_space_or_control) for token in tokens])
+
+    def document(self, name: str, text: str, vector: Vector) -> str:
+        """id, contents, and whole numbers by term."""
+        whole = {term: round(weight * self.scale) for term, weight in vector.items()}
+        return json_line({"id": name, "contents": text, "vector": {term: n for term, n in whole.items() if n > 0}})
+
+    def read_document(self, record: str) -> tuple[str, Vector]:
+        """Back to the model's scale, so that scores can be compared."""
+        row = json.loads(record)
+        if not all(type(weight) is int for weight in row["vector"].values()):
+            raise ConfigError(f"document {row['id']} has a weight that is no whole number")
+        return row["id"], {term: weight / self.scale for term, weight in row["vector"].items()}
