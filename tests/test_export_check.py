@@ -12,7 +12,7 @@ import trainer.export.documents
 from tests.test_export import corpus, run_export  # noqa: F401, corpus is a fixture
 from trainer.config import ConfigError
 from trainer.export.bulk import OpenSearch, kept_bits
-from trainer.export.check import Vectors, compare, compare_top_10, write_figures
+from trainer.export.check import Vectors, compare_scores, compare_top_10, require_rounded, write_figures
 from trainer.export.corpus import Shard
 from trainer.export.lucene import Lucene
 from trainer.export.sample import Sample, choose_scale
@@ -41,26 +41,25 @@ def vectors(queries, documents):
 def test_scores_may_differ_by_what_the_stated_rounding_adds_up_to_and_no_more():
     # scores 3 and 8; documents' weights off by 0.1 where there are any, which is 0.1 and 0.2 of the scores
     exact, off_by = vectors([[1, 2]], [[3, 0], [0, 4]]), vectors([[0, 0]], [[0.1, 0], [0, 0.1]])
-    figures = compare(exact, np.array([[3.1, 7.8]]), off_by, engine_rounds=True)
-    assert figures["largest_difference"] == pytest.approx(0.2)
+    require_rounded(exact, np.array([[3.1, 7.8]]), off_by)
     with pytest.raises(
         ConfigError, match=r"query 1 and document 2 have 7\.7000 instead of 8\.0000, where .* explains 0\.20"
     ):
-        compare(exact, np.array([[3, 7.7]]), off_by, engine_rounds=True)
+        require_rounded(exact, np.array([[3, 7.7]]), off_by)
     with pytest.raises(ConfigError, match="score differently"):
-        compare(exact, np.array([[3, np.nan]]), off_by, engine_rounds=True)
+        require_rounded(exact, np.array([[3, np.nan]]), off_by)
 
 
 def test_where_the_precision_is_ours_no_order_changes_but_that_which_float32_does_not_know():
-    off_by = vectors([[0]], [[0.1], [0.1]])
-    figures = compare(vectors([[1]], [[1], [0.999999]]), np.array([[0.98, 0.99]]), off_by, engine_rounds=False)
-    assert figures["top_10_unchanged"] == 1
-    apart = vectors([[1]], [[1], [0.9999]])
+    found = np.array([[0.98, 0.99]])
+    figures = compare_scores(np.array([[1, 0.999999]]), found)
+    assert (figures["top_10_unchanged"], figures["largest_difference"]) == (1, pytest.approx(0.02))
+    apart = np.array([[1, 0.9999]])
     with pytest.raises(
         ConfigError, match=r"the top 10 changes for 1 of 1 queries, by 0\.01% of the best score at most"
     ):
-        compare(apart, np.array([[0.98, 0.99]]), off_by, engine_rounds=False)
-    assert compare(apart, np.array([[0.98, 0.99]]), off_by, engine_rounds=True)["top_10_unchanged"] == 0
+        compare_scores(apart, found)
+    assert compare_scores(apart, found, "the engine rounds")["top_10_unchanged"] == 0
 
 
 @given(st.integers(0, 10**6), st.sampled_from(["nine bits", "float16", "whole numbers"]))
@@ -76,10 +75,10 @@ def test_what_storing_does_to_any_score_is_within_the_stated_rounding(seed, kind
     exact = Vectors(queries, documents)
     off_by = Vectors(form.query_rounding.of(queries), form.document_rounding.of(documents))
     stored = Vectors(store(queries) if kind == "whole numbers" else queries, store(documents))
-    compare(exact, stored.scores(), off_by, engine_rounds=True)
+    require_rounded(exact, stored.scores(), off_by)
     tenth = Vectors(off_by.queries / 10, off_by.documents / 10)
     with pytest.raises(ConfigError, match="score differently"):  # and not much more than that is stated
-        compare(exact, stored.scores(), tenth, engine_rounds=True)
+        require_rounded(exact, stored.scores(), tenth)
 
 
 def test_only_the_first_ten_places_count():

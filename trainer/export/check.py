@@ -71,37 +71,40 @@ def compare_top_10(wanted: np.ndarray, found: np.ndarray) -> dict[str, Any]:
     return {"top_10_unchanged": int(same.sum()), "largest_change": float(change)}
 
 
-def compare(
-    exact: Vectors, scores: np.ndarray, off_by: Vectors, *, engine_rounds: bool, remedy: str = ""
-) -> dict[str, Any]:
-    """Figures of an export's scores, [queries, documents], beside those of the vectors that its engine should hold.
+def compare_scores(wanted: np.ndarray, found: np.ndarray, engine: str = "", remedy: str = "") -> dict[str, Any]:
+    """Figures of an export's scores beside those that its engine should give: [queries, documents] each.
 
-    Raises ConfigError when a score differs by more than `off_by` adds up to, or when a top 10 changes although the
-    precision is ours: where `engine_rounds`, scores that near may change places. `remedy` ends the message.
+    `engine` is what the engine does to weights by itself. Raises ConfigError when it is nothing, so that the precision is
+    ours, and a top 10 changes. `remedy` ends the message.
     """
-    wanted = exact.scores()
-    allowed = largest_errors(exact, off_by) + ROUNDING * np.abs(wanted).max(initial=1.0)
-    difference = np.abs(scores - wanted)
-    if not (difference <= allowed).all():  # also true of NaN
-        query, document = np.unravel_index(np.argmax(np.nan_to_num(difference - allowed, nan=np.inf)), wanted.shape)
-        raise ConfigError(
-            f"the exported files score differently: query {query + 1} and document {document + 1} have "
-            f"{scores[query, document]:.4f} instead of {wanted[query, document]:.4f}, where rounding explains "
-            f"{allowed[query, document]:.4f}. The export is not to be used"
-        )
     figures = {
         "queries": wanted.shape[0],
         "documents": wanted.shape[1],
-        "largest_difference": float(difference.max(initial=0.0)),
+        "largest_difference": float(np.abs(found - wanted).max(initial=0.0)),
         "largest_score": float(wanted.max(initial=0.0)),
-    } | compare_top_10(wanted, scores)
+        "engine": engine,
+    } | compare_top_10(wanted, found)
     changed = figures["queries"] - figures["top_10_unchanged"]
-    if changed and not engine_rounds:
+    if changed and not engine:
         raise ConfigError(
             f"the top {DEPTH} changes for {changed} of {figures['queries']} queries, by "
             f"{100 * figures['largest_change']:.2g}% of the best score at most. The export is not to be used{remedy}"
         )
     return figures
+
+
+def require_rounded(exact: Vectors, found: np.ndarray, off_by: Vectors) -> None:
+    """Raise ConfigError when one of the scores found, [queries, documents], differs by more than `off_by` adds up to."""
+    wanted = exact.scores()
+    allowed = largest_errors(exact, off_by) + ROUNDING * np.abs(wanted).max(initial=1.0)
+    difference = np.abs(found - wanted)
+    if not (difference <= allowed).all():  # also true of NaN
+        query, document = np.unravel_index(np.argmax(np.nan_to_num(difference - allowed, nan=np.inf)), wanted.shape)
+        raise ConfigError(
+            f"the exported files score differently: query {query + 1} and document {document + 1} have "
+            f"{found[query, document]:.4f} instead of {wanted[query, document]:.4f}, where rounding explains "
+            f"{allowed[query, document]:.4f}. The export is not to be used"
+        )
 
 
 def write_figures(file: Path, figures: dict[str, Any], say: Callable[[str], None]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from trainer.config import ConfigError
 from trainer.export import onnx_example
-from trainer.export.check import Vectors, compare, in_query_dimensions, write_figures
+from trainer.export.check import compare_scores, in_query_dimensions, write_figures
 from trainer.export.graph import DocumentGraph, document_tokenizer
 from trainer.export.query_side import write_query_tokenizer
 from trainer.export.request import Request
@@ -81,26 +81,20 @@ def compare_vectors(
 ) -> dict[str, Any]:
     """Figures of what a graph gives: (queries, documents), [texts, dimensions] each, beside the model's own.
 
-    Queries that are `looked_up` are exact. Raises ConfigError when a weight is further off than the graph's share, and
-    for another top 10 in float32.
+    Queries that are `looked_up` are exact. Raises ConfigError when a weight is further off than the graph's share, from
+    which follows how far a score may be off, and for another top 10 in float32.
     """
-    largest = [abs(wanted).max(axis=1).toarray() for wanted in exact]
-    for wanted, given, of_text in zip(exact, found, largest, strict=True):
-        off_by = abs(given - wanted).max(axis=1).toarray()
-        if not (off_by <= graph.share * of_text).all():  # also true of NaN
-            share = (off_by / np.maximum(of_text, 1e-30)).max()
+    shares = GRAPHS[0].share if looked_up else graph.share, graph.share
+    for wanted, given, share in zip(exact, found, shares, strict=True):
+        largest, off_by = (abs(rows).max(axis=1).toarray() for rows in (wanted, given - wanted))
+        if not (off_by <= share * largest).all():  # also true of NaN
+            worst = (off_by / np.maximum(largest, 1e-30)).max()
             raise ConfigError(
-                f"a weight of {graph.file} is off by {100 * share:.3g} % of its text's largest, "
-                f"where {100 * graph.share:g} % is stated"
+                f"a weight of {graph.file} is off by {100 * worst:.3g} % of its text's largest, "
+                f"where {100 * share:g} % is stated"
             )
     model, read = in_query_dimensions(exact, found)
-    of_queries = (0.0 if looked_up else graph.share) * largest[0]
-    off_by = Vectors(
-        np.broadcast_to(of_queries, model.queries.shape),
-        np.broadcast_to(graph.share * largest[1], model.documents.shape),
-    )
-    figures = compare(model, read.scores(), off_by, engine_rounds=not graph.is_exact)
-    return figures | {"engine": graph.quantisation * (not graph.is_exact)}
+    return compare_scores(model.scores(), read.scores(), "" if graph.is_exact else graph.quantisation)
 
 
 def require_pooled_prompts(model: Any) -> None:

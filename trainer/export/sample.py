@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from trainer.config import ConfigError
 from trainer.data.beir import read_search_set
 from trainer.data.sources import QUICKSTART
-from trainer.export.check import Vectors, compare, compare_top_10, in_query_dimensions
+from trainer.export.check import Vectors, compare_scores, compare_top_10, in_query_dimensions, require_rounded
 from trainer.export.corpus import Passage, Shard, read_passages
 from trainer.export.formats import Format
 from trainer.export.vectors import Encoder, Vector, matrix_of, vectors_of
@@ -45,11 +45,12 @@ class Sample:
         """Figures of documents as read from an export. Raises ConfigError when they rank differently from the model."""
         model, taken, read = self._vectors(engine, terms, documents)
         off_by = Vectors(engine.query_rounding.of(taken.queries), engine.document_rounding.of(taken.documents))
-        figures = compare(taken, read.scores(), off_by, engine_rounds=engine.engine_rounds, remedy=engine.remedy)
+        require_rounded(taken, read.scores(), off_by)
         by_itself = [engine.quantisation] if engine.engine_rounds else []
+        compare_scores(taken.scores(), read.scores(), *by_itself, remedy=engine.remedy)
         if not engine.signed and (self.queries.data < 0).any():
             by_itself.append("query weights below 0 are left out")
-        return figures | compare_top_10(model.scores(), read.scores()) | {"engine": "; ".join(by_itself)}
+        return compare_scores(model.scores(), read.scores(), "; ".join(by_itself))
 
     def keeps_top_10(self, engine: Format, terms: list[str]) -> bool:
         """Whether every query keeps its top 10 as the engine would read it."""
