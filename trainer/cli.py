@@ -174,22 +174,15 @@ def export(
     run = Run.finished(name or load_config(find_config(config)).name)
     set_up_libraries(verbose=False)
     from trainer.export.corpus import Shard
-    from trainer.export.export import FORMATS, export
-    from trainer.export.processes import count_processes, run_shards
+    from trainer.export.export import FORMATS
+    from trainer.export.processes import count_processes, export_in_processes
     from trainer.export.qdrant import upsert as upload_points
     from trainer.export.request import Request
 
     request = Request(run, corpus, queries, output, Shard.parse(shard), scale, click.echo)
     if upsert and to != "qdrant":
         raise ConfigError(f"--upsert is for qdrant; {to} has its own way to take files. Formats: {', '.join(FORMATS)}")
-    count = count_processes(processes, click.echo)
-    if count > 1:
-        if corpus is None or request.shard.of > 1:
-            raise ConfigError("--processes takes the corpus apart itself: it needs --corpus, and goes without --shard")
-        arguments = arguments_of(click.get_current_context(), without=("shard", "processes", "upsert"))
-        run_shards(arguments, count, click.echo)
-    else:
-        export(to, request)
+    export_in_processes(to, request, count_processes(processes, click.echo))
     if upsert:
         upload_points(request.folder(to), upsert, run.name, click.echo)
 
