@@ -61,15 +61,15 @@ def test_vectors_are_those_of_the_model_to_the_last_bit(trained, corpus, monkeyp
     assert lines[-1] == f"exported  84 documents to {FOLDER}/documents-1-of-1-*.parquet"
 
 
-def test_the_example_of_the_readme_reads_an_export(trained, corpus):  # noqa: F811
+def test_the_example_of_the_export_page_reads_an_export(trained, corpus):  # noqa: F811
     run_export("parquet", corpus)
     (example,) = [
         block
-        for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL)
         if "pyarrow" in block
     ]
     names = {}
-    exec(example.replace("models/quickstart", "models/tiny"), names)  # noqa: S102, the README's own lines
+    exec(example.replace("models/quickstart", "models/tiny"), names)  # noqa: S102, the page's own lines
     encoder = Encoder.open(trained / "models/tiny/final", "cpu", 64)
     assert abs(names["documents"] - encoder.documents(TEXTS * 12)).max() == 0
     assert list(names["words"]) == encoder.terms
