@@ -43,6 +43,8 @@ def printed_commands(page):
     typed = [line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
     prose = re.sub(r"^```.*?^```", "", TEXTS[page], flags=re.MULTILINE | re.DOTALL)
     named = re.findall(r"`((?:make|docker|\.venv/bin/\w+|python3? -m) [^`]+)`", prose)
+    named += [f"make check CONFIG=splade {text}" for text in re.findall(r"`(SET=[^`]+)`", prose)]
+    named += [f"make export CONFIG=splade TO=qdrant {text}" for text in re.findall(r"`(ARGS=[^`]+)`", prose)]
     for line in typed + [" ".join(text.split()) for text in named]:
         words = shlex.split(line, comments=True)
         yield from (list(part) for is_and, part in itertools.groupby(words, "&&".__eq__) if not is_and)
