@@ -17,7 +17,7 @@ from evaluate.cli import main as evaluate_main
 from tests.conftest import ROOT
 from tests.test_shipped_configs import NAMES
 from trainer.cli import main as trainer_main
-from trainer.config import ConfigError, find_config, load_config
+from trainer.config import Config, ConfigError, find_config, load_config
 from trainer.config.words import split_pairs
 
 README = (ROOT / "README.md").read_text()
@@ -84,6 +84,14 @@ def test_every_file_that_a_page_names_exists():
     for page, text in TEXTS.items():
         for name in re.findall(r"`((?:trainer|evaluate|tests|docker|configs|docs)/[\w./-]+)`", text):
             assert (ROOT / name).exists() or "_mine" in name, f"{page}: {name}"
+
+
+def test_every_key_that_a_page_names_is_in_the_schema():
+    sections = {name: field.annotation.model_fields for name, field in Config.model_fields.items()}
+    named = re.compile(rf"`({'|'.join(sections)})\.([a-z_0-9]+)[^`]*`")
+    keys = {(page, *key) for page, text in TEXTS.items() for key in named.findall(text)}
+    assert len(keys) > 10
+    assert [key for key in keys if key[2] not in sections[key[1]]] == []
 
 
 def test_the_readme_table_lists_every_config():
