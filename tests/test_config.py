@@ -277,3 +277,14 @@ def test_help_show_and_errors_import_no_heavy_library(arguments):
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_a_key_is_read_under_the_name_that_it_had_in_older_runs(tmp_path):
+    file = tmp_path / "older.yaml"
+    file.write_text(TINY.replace("loss: {type: splade,", "loss: {type: splade, penalty: l1,"))
+    loaded = load_config(file)
+    assert loaded.config.loss.regularizer == "l1"
+    assert loaded.where("loss", "regularizer").endswith("older.yaml:16")
+    file.write_text(TINY.replace("loss: {type: splade,", "loss: {type: splade, penalty: l1, regularizer: flops,"))
+    with pytest.raises(ConfigError, match=r"older.yaml:16: unknown key 'loss.penalty'"):
+        load_config(file)

@@ -76,7 +76,7 @@ def test_every_shard_is_given_the_options_of_the_command_but_those_for_all_of_th
 def test_a_request_becomes_the_arguments_of_its_shards_as_the_command_reads_them(trained, monkeypatch):
     calls, requests = [], []
     monkeypatch.setattr(processes, "run_shards", lambda arguments, *rest: calls.append((arguments, *rest)))
-    monkeypatch.setattr("trainer.export.export.export", lambda to, request: requests.append((to, request)))
+    monkeypatch.setattr(processes, "export", lambda to, request: requests.append((to, request)))
     files = {"corpus": Path("corpus.jsonl"), "queries": Path("q.jsonl"), "output": Path("-out")}
     request = Request(Run.finished("tiny"), **files, shard=Shard(1, 1), scale=7, say=print)
     processes.export_in_processes("lucene", request, 3)

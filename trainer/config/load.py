@@ -39,6 +39,8 @@ __all__ = [
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 PREFIX = "training_config_"
+# Keys that had another name before: the config.yaml of an older run is still read.
+RENAMED = {("loss", "penalty"): ("loss", "regularizer")}
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
             nested = {part: nested}
         leaf = Origin(f"--set {override}", 0)
         values = merge(values, nested, origins, dict.fromkeys((path[: i + 1] for i in range(len(path))), leaf))
+    _rename(values, origins)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -109,6 +112,13 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     loaded = LoadedConfig(config_name(file), file, config, origins)
     _check_siblings(loaded)
     return loaded
+
+
+def _rename(values: dict[str, Any], origins: Origins) -> None:
+    for (section, old), (_, new) in RENAMED.items():
+        keys = values.get(section)
+        if isinstance(keys, dict) and old in keys and new not in keys:  # with both, the old one is unknown
+            keys[new], origins[section, new] = keys.pop(old), origins.pop((section, old))
 
 
 def _origin(path: Path_, origins: Origins, file: Path) -> Origin:
