@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 from sentence_transformers import SparseEncoder
-from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 
 from evaluate.results import Ranking
 from evaluate.scores import DEPTH, mean_ndcg
 from evaluate.search import InvertedIndex, comparable
 from trainer.config import ConfigError
 from trainer.encoding.encode import encode
+from trainer.encoding.vocabulary import term_of
 from trainer.system.progress_bar import ProgressReport, in_columns
 
 # Dimensions kept per text, from a short query's worth to more than most documents have; None keeps all.
@@ -91,20 +91,6 @@ def describe(vectors: sp.csr_matrix, model: SparseEncoder) -> dict[str, Any]:
         ],
         "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
     }
-
-
-def term_of(model: SparseEncoder, dimension: int) -> str:
-    """The word piece that a dimension stands for, readable; 'dimension 7' where it stands for none.
-
-    A CSR model's dimensions are no words, and some vocabularies are padded with entries that no token has.
-    """
-    words = not any(isinstance(module, SparseAutoEncoder) for module in model.modules())
-    token = model.tokenizer.convert_ids_to_tokens(dimension) if words and dimension < len(model.tokenizer) else None
-    if token is None:
-        return f"dimension {dimension}"
-    term = model.tokenizer.convert_tokens_to_string([token]).strip().removeprefix("##")
-    # a space, a control character or half a letter of a byte-level vocabulary is readable only under the token's own name
-    return term if term.isprintable() and term.strip("\N{REPLACEMENT CHARACTER}") else token
 
 
 def prune(vectors: sp.csr_matrix, count: int | None) -> sp.csr_matrix:

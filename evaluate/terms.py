@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from sentence_transformers import SparseEncoder
-from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
+
+from trainer.encoding.vocabulary import dims_are_words
 
 SAMPLES = {
     "query": ["hvor høyt er Galdhøpiggen", "hvornår blev Danmark medlem af EU", "vilken är Sveriges största sjö"],
@@ -18,7 +19,7 @@ SAMPLES = {
 
 def top_terms(model: SparseEncoder, count: int = 15) -> list[dict[str, Any]]:
     """The heaviest terms of each sample text, with their weights; none for a CSR model, whose dims are no words."""
-    if any(isinstance(module, SparseAutoEncoder) for module in model.modules()):
+    if not dims_are_words(model):
         return []
     found = []
     for route, texts in SAMPLES.items():

@@ -11,8 +11,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 
 from evaluate import sparsity
-from evaluate.sparsity import describe, measure_sparsity, prune, sparsity_lines, term_of
-from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_modernbert, write_roberta
+from evaluate.sparsity import describe, measure_sparsity, prune, sparsity_lines
+from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
 from trainer.config import ConfigError
 
 # Texts are their own vectors, so that every figure can be worked out from what stands here.
@@ -197,29 +197,7 @@ def test_pruning_keeps_large_negative_weights_and_texts_without_any():
     np.testing.assert_array_equal(prune(vectors, 2).toarray(), [[0, -3, 2], [0, 0, 0], [0, 5, 0]])
 
 
-def test_terms_are_the_librarys_tokens_without_the_marks_of_word_pieces(splade):
-    tokens = [token for row in splade.decode(splade.encode(DOCUMENTS, show_progress_bar=False)) for token, _ in row]
-    ids = splade.tokenizer.convert_tokens_to_ids(tokens)
-    assert any(token.startswith("##") for token in tokens)
-    assert [term_of(splade, number) for number in ids] == [token.removeprefix("##") for token in tokens]
-
-
-def test_a_byte_level_term_is_shown_as_it_is_read_and_half_a_letter_by_its_name(tmp_path):
-    model = SparseEncoder(str(write_roberta(tmp_path)), device="cpu")
-    number = model.tokenizer.convert_tokens_to_ids
-    assert term_of(model, number("ĠstÃ¸rste")) == "største"
-    assert term_of(model, number("Ã")) == "Ã"
-    assert term_of(model, number("Ġ")) == "Ġ"
-
-
-def test_an_entry_of_a_padded_vocabulary_is_a_dimension_without_a_word(tmp_path):
-    model = SparseEncoder(str(write_modernbert(tmp_path)), device="cpu")
-    tokens = len(model.tokenizer)
-    assert term_of(model, tokens - 1) == "Østlandet"
-    assert term_of(model, tokens) == f"dimension {tokens}"
-
-
-def test_a_csr_models_dimensions_are_no_words(tmp_path):
+def test_a_csr_models_busiest_dimensions_have_no_terms(tmp_path):
     transformer = Transformer(str(write_bert(tmp_path)))
     autoencoder = SparseAutoEncoder(input_dim=32, hidden_dim=64, k=8, k_aux=8)
     model = SparseEncoder(modules=[transformer, Pooling(32, "mean"), autoencoder], device="cpu")

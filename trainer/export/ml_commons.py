@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import ConfigError, one_line
+from trainer.encoding.vocabulary import dims_are_words
 from trainer.export import ml_commons_reader
 from trainer.export.graph import DocumentGraph, document_tokenizer, modules_of
 from trainer.export.sample import embedded_texts
-from trainer.export.vectors import Encoder, has_words, matrix_of, require_same_vectors
+from trainer.export.vectors import Encoder, matrix_of, require_same_vectors
 
 # What the two zips and their requests are called in an export's folder.
 DOCUMENT, QUERY = "document-model", "query-model"
@@ -50,7 +51,7 @@ def write_models(folder: Path, encoder: Encoder, name: str, say: Callable[[str],
 
     Raises ConfigError, and leaves no document model, when another process does not get the model's vectors from it.
     """
-    if not has_words(encoder.model):
+    if not dims_are_words(encoder.model):
         say(
             "left out  models to run in OpenSearch: its neural sparse search needs words, and CSR's dimensions have none"
         )

@@ -12,13 +12,14 @@ import scipy.sparse as sp
 import torch
 
 from trainer.config import ConfigError
+from trainer.encoding.vocabulary import dims_are_words
 from trainer.export import onnx_example
 from trainer.export.check import compare_scores, in_query_dimensions, write_figures
 from trainer.export.graph import DocumentGraph, document_tokenizer
 from trainer.export.query_side import write_query_tokenizer
 from trainer.export.request import Request
 from trainer.export.sample import embedded_texts
-from trainer.export.vectors import Encoder, has_words
+from trainer.export.vectors import Encoder
 
 OPSET = 17
 
@@ -141,7 +142,7 @@ def write_beside(folder: Path, encoder: Encoder) -> None:
     write_query_tokenizer(folder / "query", encoder, for_lucene=False)
     settings = {
         "dimensions": len(encoder.terms),
-        "words": has_words(encoder.model),
+        "words": dims_are_words(encoder.model),
         "query_prompt": encoder.model.prompts.get("query") or "",
         "document_prompt": encoder.model.prompts.get("document") or "",
     }

@@ -14,6 +14,7 @@ from trainer.config import ConfigError
 from trainer.encoding.encode import encode
 from trainer.encoding.fuse import fuse
 from trainer.encoding.stock import carries_code, open_model
+from trainer.encoding.vocabulary import dims_are_words
 from trainer.system.progress_bar import ProgressReport
 
 Vector = dict[str, float]
@@ -52,14 +53,9 @@ class Encoder:
 
 def terms_of(model: Any) -> list[str]:
     """A name for every dimension: its token, or its number where dimensions are not words (CSR)."""
-    if has_words(model):
+    if dims_are_words(model):
         return model.tokenizer.convert_ids_to_tokens(list(range(len(model.tokenizer))))
     return [str(number) for number in range(model.get_embedding_dimension())]
-
-
-def has_words(model: Any) -> bool:
-    """Whether dimensions are the vocabulary's words: of CSR models they are not."""
-    return model.get_embedding_dimension() in (None, len(model.tokenizer))
 
 
 def escaped(term: str, forbidden: Callable[[str], bool]) -> str:

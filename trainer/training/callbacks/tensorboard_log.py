@@ -8,6 +8,7 @@ from sentence_transformers import SparseEncoder
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trainer.encoding.vocabulary import dims_are_words
 from trainer.losses.statistics import BatchStatistics
 from trainer.system.device import peak_memory_gib
 from trainer.training.callbacks.throughput import Throughput
@@ -137,18 +138,11 @@ def learning_rates(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> 
     return rates
 
 
-def term_of(model: SparseEncoder | None, dimension: int) -> str:
-    """A dimension's number and, where dimensions are words, its word."""
-    if model is None or model.get_embedding_dimension() not in (None, len(model.tokenizer)):
-        return str(dimension)
-    return f"{dimension} ('{model.tokenizer.convert_ids_to_tokens(dimension)}')"
-
-
 def top_terms(model: SparseEncoder, texts: tuple[str, ...], count: int = 12) -> str | None:
     """A Markdown table of the heaviest terms of each text as a document; None when dimensions are not words (CSR)."""
-    vectors = model.encode_document(list(texts), show_progress_bar=False)
-    if vectors.shape[1] != len(model.tokenizer):
+    if not dims_are_words(model):
         return None
+    vectors = model.encode_document(list(texts), show_progress_bar=False)
     lines = ["| text | active dims | top terms |", "|---|---|---|"]
     for text, terms, row in zip(texts, model.decode(vectors, top_k=count), vectors, strict=True):
         words = ", ".join(f"{term} {weight:.2f}" for term, weight in terms)

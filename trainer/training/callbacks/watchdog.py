@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trainer.encoding.vocabulary import token_of
 from trainer.losses.statistics import BatchStatistics
-from trainer.training.callbacks.tensorboard_log import term_of
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ class Watchdog(TrainerCallback):
             if known:
                 known["last_step"] = state.global_step
                 continue
-            busiest_term = term_of(kwargs.get("model"), int(summary["document"]["busiest_dim"]))
+            model, dimension = kwargs.get("model"), int(summary["document"]["busiest_dim"])
+            token = token_of(model, dimension) if model is not None else None
+            busiest_term = f"{dimension} ('{token}')" if token else str(dimension)
             message = sign.message.format(**summary, busiest_term=busiest_term)
             self.warnings.append(
                 {"sign": sign.name, "step": state.global_step, "last_step": state.global_step, "message": message}
