@@ -13,9 +13,9 @@ import torch
 from sentence_transformers import SparseEncoder
 
 from evaluate.bm25 import BM25
-from evaluate.search import InvertedIndex, comparable
 from trainer.config import ConfigError
 from trainer.encoding.encode import encode
+from trainer.encoding.inverted_index import InvertedIndex, comparable
 from trainer.system.progress_bar import ProgressReport, in_columns
 
 Item = TypeVar("Item")

@@ -9,9 +9,9 @@ from sentence_transformers import SparseEncoder
 
 from evaluate.results import Ranking
 from evaluate.scores import DEPTH, mean_ndcg
-from evaluate.search import InvertedIndex, comparable
 from trainer.config import ConfigError
 from trainer.encoding.encode import encode
+from trainer.encoding.inverted_index import InvertedIndex, comparable
 from trainer.encoding.vocabulary import term_of
 from trainer.system.progress_bar import ProgressReport, in_columns
 

@@ -19,13 +19,14 @@ from evaluate import scores as scores_module
 from evaluate.bm25 import BM25
 from evaluate.results import EvalFolder, Ranking, read_score, read_system
 from evaluate.scores import best, ndcg_per_query, score_system
-from evaluate.search import InvertedIndex, SparseSearch
+from evaluate.search import SparseSearch
 from evaluate.subject import open_subject
 from evaluate.tasks import GROUPS, LANGUAGES, load, local_task, select_tasks, task_names
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense
 from tests.test_models import build
 from trainer.config import ConfigError
 from trainer.encoding.encode import encode
+from trainer.encoding.inverted_index import InvertedIndex
 
 LINES = []
 

@@ -9,9 +9,9 @@ from sentence_transformers import SparseEncoder
 
 from evaluate.bm25 import BM25
 from evaluate.latency import latency_lines, measure_latency, peak_memory_gib
-from evaluate.search import InvertedIndex
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
 from trainer.config import ConfigError
+from trainer.encoding.inverted_index import InvertedIndex
 
 
 class Clock:

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 import torch
 from sentence_transformers.util import dot_score, semantic_search
 
-from evaluate.search import InvertedIndex
+from trainer.encoding.inverted_index import InvertedIndex
 
 PASSAGES, QUERIES, DIMENSIONS, DEPTH = 100_000, 100, 50_000, 100
 # Dims drawn per text; some are drawn twice, so passages have about 180 active.

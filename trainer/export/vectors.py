@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from sklearn.preprocessing import normalize
 
 from trainer.config import ConfigError
 from trainer.encoding.encode import encode
 from trainer.encoding.fuse import fuse
+from trainer.encoding.inverted_index import comparable
 from trainer.encoding.stock import carries_code, open_model
 from trainer.encoding.vocabulary import dims_are_words
 from trainer.system.progress_bar import ProgressReport
@@ -47,8 +47,7 @@ class Encoder:
         if not texts:
             return sp.csr_matrix((0, len(self.terms)))
         matrix = encode(self.model, texts, route, self.batch_size, progress)
-        # Engines multiply and add; for cosine (CSR), vectors have to have length 1 already.
-        return normalize(matrix) if self.model.similarity_fn_name == "cosine" else matrix
+        return comparable(self.model, matrix)  # engines multiply and add: for cosine (CSR), lengths are 1 already
 
 
 def terms_of(model: Any) -> list[str]:
