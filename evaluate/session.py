@@ -12,7 +12,7 @@ import mteb
 from mteb.models import SearchEncoderWrapper, SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer, SparseEncoder
 
-from evaluate.bm25 import BM25, K1, B
+from evaluate.bm25 import BM25
 from evaluate.compare import baseline_name, compare, compare_lines
 from evaluate.hybrid import hybrid, hybrid_lines
 from evaluate.latency import latency_lines, measure_latency
@@ -28,6 +28,7 @@ from evaluate.tasks import load, select_tasks, task_names
 from evaluate.terms import terms_lines, top_terms
 from evaluate.trust import registry_entry, require_pinned_code, require_trust
 from trainer.config import ConfigError, is_commit, is_revision, one_line
+from trainer.data.bm25 import K1, B
 from trainer.models.prompts import NAMES, by_side
 from trainer.models.weights import whole_weights
 from trainer.runs.run import Run

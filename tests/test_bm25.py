@@ -2,9 +2,10 @@ from math import log
 
 import pytest
 
-from evaluate.bm25 import ANALYSIS, BM25
-from evaluate.tasks import LANGUAGES
+from evaluate.bm25 import BM25
+from evaluate.tasks import ISO, LANGUAGES
 from trainer.config import ConfigError
+from trainer.data.bm25 import STEMMERS, STOPWORDS, BM25Index
 
 CORPUS = {
     "a": "fisk og fisk",
@@ -72,7 +73,20 @@ def test_each_language_finds_inflected_words_and_ignores_its_stop_words(language
 
 
 def test_every_scandinavian_language_of_the_tasks_has_an_analysis():
-    assert set(ANALYSIS) == set(LANGUAGES)
+    assert {STEMMERS[code] for code in LANGUAGES} == STOPWORDS.keys()
+
+
+def test_a_language_has_one_analysis_whichever_of_its_codes_is_given():
+    for short, code in ISO.items():
+        assert STEMMERS[short] == STEMMERS[code.partition("-")[0]]
+
+
+def test_stop_words_are_words_where_they_are_asked_for():
+    """Mining searches for them too, as the query is written."""
+    index = BM25Index(["og det som", "fjord"], "no", without_stop_words=False)
+    assert index.words_of(["Hvor ligger og fjordene"]) == [["hvor", "ligg", "og", "fjord"]]
+    assert index.scores_of(["og"])[0] > 0
+    assert BM25Index(["og det som"], "no", without_stop_words=True).is_empty
 
 
 def test_passages_without_any_word_are_one_line():

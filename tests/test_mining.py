@@ -126,7 +126,7 @@ def test_negatives_are_in_the_language_of_their_query():
 
 def test_mining_twice_reads_what_was_kept_and_changed_rows_are_mined_anew(own_cache, monkeypatch):
     first, _ = mined(pairs())
-    monkeypatch.setattr("trainer.data.mining._Lexical.mine", lambda *_: pytest.fail("mined again"))
+    monkeypatch.setattr("trainer.data.mining._BM25Miner.mine", lambda *_: pytest.fail("mined again"))
     assert mined(pairs())[0].table.equals(first.table)
     with pytest.raises(BaseException, match="mined again"):
         mined(pairs().slice(1))

@@ -1,13 +1,12 @@
 """Fills missing negatives: for each query, passages that look like an answer and are none."""
 
-import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +20,9 @@ from trainer.models.prompts import prompts_of, quoted
 from trainer.models.weights import whole_weights
 from trainer.system.progress_bar import encoding, going_on, in_columns
 
+if TYPE_CHECKING:
+    from trainer.data.bm25 import BM25Index
+
 # Part of the cache's key: raised when other negatives come out of the same rows and settings.
 VERSION = "2"
 # Share of two passages' different words that they have in common, from which one is a copy of the other.
@@ -28,8 +30,6 @@ NEAR_DUPLICATE = 0.8
 QUERIES_PER_PART, TEXTS_PER_PART = 5_000, 20_000
 # Further negatives that a model is asked for, since near duplicates are passed over afterwards.
 SPARE = 10
-STEMMERS = dict.fromkeys(("no", "nb", "nn", "nob", "nno", "nor"), "norwegian")
-STEMMERS |= dict.fromkeys(("da", "dan"), "danish") | dict.fromkeys(("sv", "swe"), "swedish")
 MINED = pa.schema([("query", pa.int64()), ("negative", pa.int64()), ("passed_over", pa.int64())])
 
 
@@ -123,7 +123,7 @@ def _mined(name: str, search: Search, rows: str, settings: MiningConfig, base: M
     if settings.method == "bm25":
         folder = folder_of("mined", digest(VERSION, texts, settings.model_dump_json()))
         numbers = list(range(len(search.queries)))
-        mine = _Lexical(search, settings).mine
+        mine = _BM25Miner(search, settings).mine
         with going_on(in_columns("mining", name), len(numbers), "queries") as progress:
             return pa.concat_tables(kept_in_parts(folder, numbers, QUERIES_PER_PART, mine, progress))
     key = f"datasets.{name}.mine.model"
@@ -177,12 +177,12 @@ def _table(chosen: Iterator[tuple[int, list[int], int]]) -> pa.Table:
 
 
 # ------------------------------------------------------------------------------------------- BM25
-class _Lexical:
-    """BM25 within the passages of a query's language, stemmed where that is a Scandinavian one."""
+class _BM25Miner:
+    """BM25 within the passages of a query's language."""
 
     def __init__(self, search: Search, settings: MiningConfig) -> None:
         self.search, self.settings = search, settings
-        self.indexes: dict[str, tuple] = {}
+        self.indexes: dict[str, tuple[BM25Index, np.ndarray]] = {}
 
     def mine(self, queries: list[int]) -> pa.Table:
         """MINED rows of these queries."""
@@ -195,50 +195,34 @@ class _Lexical:
     def _within(self, language: str, queries: list[int]) -> Iterator[tuple[int, list[int], int]]:
         if language not in self.indexes:
             self.indexes[language] = self._index(language)
-        ranker, tokenize, numbers = self.indexes[language]
-        if ranker is None:
+        index, numbers = self.indexes[language]
+        if index.is_empty:
             yield from ((query, [], 0) for query in queries)
             return
         lowest, highest = self.settings.range
         most = max(len(self.search.positives[query]) for query in queries)
-        depth = min(highest + most, len(numbers))
-        tokens = tokenize([self.search.queries[query] for query in queries], return_ids=False)
-        places, scores = ranker.retrieve(tokens, k=depth, show_progress=False)
-        for query, words, row, values in zip(queries, tokens, numbers[places], scores, strict=True):
-            own = set(self.search.positives[query])
+        words = index.words_of([self.search.queries[query] for query in queries])
+        places, scores = index.search(words, highest + most)
+        for query, own_words, row, values in zip(queries, words, numbers[places], scores, strict=True):
+            positives = set(self.search.positives[query])
             limit = np.inf
             if self.settings.margin is not None:
-                limit = (1 - self.settings.margin) * self._score_of_worst(ranker, words, numbers, own)
-            found = [
+                of_positives = index.scores_of(own_words)[np.isin(numbers, list(positives))]
+                limit = (1 - self.settings.margin) * float(of_positives.min(initial=np.inf))
+            candidates = [
                 int(passage)
                 for passage, value in zip(row, values, strict=True)
-                if passage not in own and 0 < value <= limit
+                if passage not in positives and 0 < value <= limit
             ]
-            yield (query, *choose(iter(found[lowest:highest]), self.search, query, self.settings.per_query))
+            yield (query, *choose(iter(candidates[lowest:highest]), self.search, query, self.settings.per_query))
 
-    def _index(self, language: str) -> tuple:
-        """The ranker (None where no passage has a word), how to tokenise for it, and its passages' numbers."""
-        import bm25s
-        import Stemmer
+    def _index(self, language: str) -> tuple["BM25Index", np.ndarray]:
+        """The language's passages, and their numbers."""
+        from trainer.data.bm25 import BM25Index
 
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG when imported
-        stemmer = Stemmer.Stemmer(STEMMERS[language]) if language in STEMMERS else None
-        tokenize = partial(bm25s.tokenize, stopwords=None, stemmer=stemmer, show_progress=False)
-        numbers = np.array(
-            [place for place, languages in enumerate(self.search.passage_languages) if language in languages]
-        )
-        words = tokenize([self.search.passages[place] for place in numbers])
-        if not any(words.ids):
-            return None, tokenize, numbers
-        ranker = bm25s.BM25(k1=1.2, b=0.75, method="lucene")  # Lucene's defaults
-        ranker.index(words, show_progress=False)
-        return ranker, tokenize, numbers
-
-    @staticmethod
-    def _score_of_worst(ranker: Any, words: list[str], numbers: np.ndarray, own: set[int]) -> float:
-        """The lowest score among the query's own positives."""
-        scores = ranker.get_scores(words) if words else np.zeros(len(numbers))
-        return float(scores[np.isin(numbers, list(own))].min(initial=np.inf))
+        numbers = [place for place, languages in enumerate(self.search.passage_languages) if language in languages]
+        passages = [self.search.passages[place] for place in numbers]
+        return BM25Index(passages, language, without_stop_words=False), np.array(numbers)
 
 
 # ------------------------------------------------------------------------------------------- a dense model
