@@ -3,7 +3,6 @@
 Heavy imports are inside the commands, so help and errors are quick.
 """
 
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -23,7 +22,7 @@ def subject_options(command: Callable) -> Callable:
     for option in reversed(
         (
             click.argument("config", required=False, metavar="[CONFIG]"),
-            click.option("--model", "--model-path", help="A model instead of a run: a path, or a name on the hub."),
+            click.option("--model", help="A model instead of a run: a path, or a name on the hub."),
             click.option("--revision", help="Commit of a model on the hub."),
             click.option(
                 "--trust-remote-code",
@@ -65,7 +64,7 @@ leak_option = click.option(
 
 def open_session(options: dict[str, Any]) -> "Session":
     """The subject and tasks that a command's options name."""
-    quiet_libraries()
+    set_up_libraries()
     from evaluate.session import Session
     from evaluate.subject import open_subject
 
@@ -74,33 +73,15 @@ def open_session(options: dict[str, Any]) -> "Session":
     return Session(subject, options["tasks"], options["language"], options["batch_size"], click.echo, trusted)
 
 
-def quiet_libraries() -> None:
-    """Errors only, no progress bars, no telemetry."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+def set_up_libraries() -> None:
+    """Quiet logs, no telemetry, and tokenizers without threads."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    import huggingface_hub
-    import transformers
+    from trainer.system.libraries import quiet_libraries
 
-    logging.basicConfig(level=logging.ERROR)
-    huggingface_hub.logging.set_verbosity_error()  # else every failed attempt to reach the hub is told twice
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet_libraries()
 
 
-class Group(click.Group):
-    """Also takes the spellings of older scripts: `--model-path M [--analyze_sparsity]` without a command."""
-
-    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
-        """Put the command in front that such arguments mean."""
-        if any(argument.startswith("--model") for argument in arguments[:2]) and arguments[0].startswith("--"):
-            command = "sparsity" if "--analyze_sparsity" in arguments else "mteb"
-            arguments = [command, *(argument for argument in arguments if argument != "--analyze_sparsity")]
-        return super().parse_args(context, arguments)
-
-
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Measure a sparse encoder: search quality beside BM25, sparsity, latency, overlap with its training data.
 
@@ -149,7 +130,7 @@ def bm25(output: Path | None, **options: Any) -> None:
     if options["config"] is None and options["model"] is None:
         from evaluate.session import bm25_alone
 
-        quiet_libraries()
+        set_up_libraries()
         sys.exit(bm25_alone(options["tasks"], options["language"], output, click.echo))
     session = open_session(options)
     session.score_bm25()

@@ -1,8 +1,6 @@
 """How long encoding and exact search take here, beside BM25 over the same passages in the same run."""
 
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -16,12 +14,14 @@ from evaluate.bm25 import BM25
 from trainer.config import ConfigError
 from trainer.encoding.encode import encode
 from trainer.encoding.inverted_index import InvertedIndex, comparable
+from trainer.system.device import peak_memory_gib
 from trainer.system.progress_bar import ProgressReport, in_columns
 
 Item = TypeVar("Item")
 Clock = Callable[[], float]
 
-MAX_QUERIES = 200
+# Queries are timed one by one; percentiles up to p99 need no more.
+TIMED_QUERIES = 200
 # Calls that are not timed: the first ones load code and caches.
 WARM_UP = 10
 # After so many seconds no further passages are encoded; those that are make up the corpus that is searched.
@@ -47,7 +47,7 @@ def measure_latency(
     """
     if not queries or not passages:
         raise ConfigError(f"latency needs texts, and there are {len(queries)} queries and {len(passages)} passages")
-    queries = list(queries[:MAX_QUERIES])
+    queries = list(queries[:TIMED_QUERIES])
 
     def encode_query(query: str) -> sp.csr_matrix:
         return comparable(model, encode(model, [query], "query", 1))
@@ -75,7 +75,7 @@ def measure_latency(
             "documents_per_second": len(passages) / seconds,
             "search_ms": percentiles(search),
             "index_bytes": index.bytes,
-            "peak_memory_gib": peak_memory_gib(),
+            "peak_memory_gib": peak_memory_gib("cpu"),  # main memory, wherever the model is
         },
         "bm25": {
             "index_documents_per_second": len(passages) / bm25_seconds,
@@ -116,12 +116,6 @@ def encode_passages(
             seconds = clock() - start
             progress.update(len(chunk))
     return sp.vstack(parts, format="csr"), seconds
-
-
-def peak_memory_gib() -> float:
-    """Most main memory the process has used since its start; a GPU's is not in it."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
 
 
 def latency_lines(values: dict[str, Any]) -> Iterator[str]:

@@ -120,17 +120,6 @@ def test_a_second_run_keeps_what_is_finished(evaluated):
     assert [file.stat().st_mtime_ns for file in files] == before
 
 
-def test_the_spellings_of_older_scripts_still_work(evaluated):
-    where, _ = evaluated
-    tasks = ["--tasks", f"{QUICKSTART / 'search'}:no"]
-    scores = evaluate(where, "--model-path", "models/tiny/final", *tasks)
-    assert (scores.exit_code, "tiny        search: nDCG@10 0." in scores.stdout) == (0, True)
-    for model in (["--model-path", "models/tiny/final"], ["--model-path=models/tiny"]):
-        for flags in ([*model, "--analyze_sparsity"], ["--analyze_sparsity", *model]):
-            sparsity = evaluate(where, *flags, *tasks)
-            assert (sparsity.exit_code, "sparsity " in sparsity.stdout) == (0, True)
-
-
 def test_a_planted_leak_fails_the_command_that_must_not_find_one(trained, folder):
     file = trained / "models/tiny/training_texts.parquet"
     texts = [*pq.read_table(file).to_pylist(), {"dataset": "planted", "text": "HVOR ligger  Mjøsa?"}]
@@ -332,7 +321,7 @@ def test_help_is_quick_because_heavy_libraries_are_imported_inside_commands():
     "quiet",
     [
         "trainer.system.libraries import set_up_libraries as quiet; quiet(False)",
-        "evaluate.cli import quiet_libraries as quiet; quiet()",
+        "evaluate.cli import set_up_libraries as quiet; quiet()",
     ],
 )
 def test_attempts_to_reach_the_hub_are_not_told_one_by_one(quiet):

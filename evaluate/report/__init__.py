@@ -18,7 +18,7 @@ from evaluate.report.plots import Plot, Points, bars, finite, histogram, interva
 from evaluate.results import System
 from evaluate.subject import Subject
 from trainer.runs.choice import choosers_of
-from trainer.runs.run import duration
+from trainer.system.durations import duration
 
 PARTS = ("sparsity", "latency", "leakage", "hybrid", "terms", "failed")
 # Points per training curve that a plot of 300 pixels can show.

@@ -41,4 +41,5 @@ if __name__ == "__main__":
         open_model(Path(opened), trust == "trust"), json.loads(Path(sample).read_text(encoding="utf-8"))
     )
     assert not any(name.split(".")[0] in ("trainer", "evaluate") for name in sys.modules)
-    np.savez(vectors, query=found["query"], document=found["document"])
+    with Path(vectors).open("wb") as file:  # under this very name: savez adds one of its own to a path
+        np.savez(file, query=found["query"], document=found["document"])

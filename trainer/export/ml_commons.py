@@ -3,8 +3,6 @@
 import hashlib
 import io
 import json
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from trainer.export import ml_commons_reader
 from trainer.export.graph import DocumentGraph, document_tokenizer, modules_of
 from trainer.export.sample import embedded_texts
 from trainer.export.vectors import Encoder, matrix_of, require_same_vectors
+from trainer.system.fresh_process import answer_of_a_fresh_process
 
 # What the two zips and their requests are called in an export's folder.
 DOCUMENT, QUERY = "document-model", "query-model"
@@ -176,14 +175,6 @@ def require_same_documents(file: Path, encoder: Encoder) -> float:
 
 def read_in_a_fresh_process(file: Path, texts: list[str]) -> list[dict[str, float]]:
     """What the zip gives where nothing of ours, nor the libraries it was made with, is loaded."""
-    with tempfile.TemporaryDirectory() as aside:
-        sample, vectors = Path(aside) / "texts.json", Path(aside) / "vectors.json"
-        sample.write_text(json.dumps(texts), encoding="utf-8")
-        found = subprocess.run(
-            [sys.executable, "-I", ml_commons_reader.SCRIPT, str(file.resolve()), str(sample), str(vectors)],
-            cwd=aside, capture_output=True, text=True,
-        )  # fmt: skip
-        if found.returncode:
-            reason = (found.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-            raise ConfigError(f"{file.name} does not run in a process of its own: {reason[:300]}")
-        return json.loads(vectors.read_text(encoding="utf-8"))
+    failure = f"{file.name} does not run in a process of its own"
+    with answer_of_a_fresh_process(ml_commons_reader.SCRIPT, file, texts, failure=failure) as answer:
+        return json.loads(answer.read_text(encoding="utf-8"))

@@ -12,7 +12,8 @@ from trainer.models.prompts import quoted
 from trainer.publish.local_paths import LocalPaths
 from trainer.runs.choice import REPORTED, SCORE, choosers_of
 from trainer.runs.measured import METRIC, Measured, read_measured
-from trainer.runs.run import Run, duration
+from trainer.runs.run import Run
+from trainer.system.durations import duration
 
 TEMPLATE = Path(__file__).with_name("card.jinja")
 UNKNOWN_LICENCE = "not known here: see its page"

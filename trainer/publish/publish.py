@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from trainer.models.remote_code import check_code
 from trainer.publish.card import build_model_card
 from trainer.publish.local_paths import REMOVED, LocalPaths
 from trainer.runs.run import Run
+from trainer.system.fresh_process import answer_of_a_fresh_process
 from trainer.system.progress_bar import going_on, in_columns
 
 # Queries and documents that are encoded again: enough to meet every module, few enough for a large model on a CPU.
@@ -150,24 +149,11 @@ def sample_texts() -> dict[str, list[str]]:
 
 
 def encode_in_a_fresh_process(folder: Path, texts: dict[str, list[str]]) -> dict[str, np.ndarray]:
-    """The vectors that stock sentence-transformers gives: no code of ours, no network, no token, no cache of code."""
-    with tempfile.TemporaryDirectory() as aside:
-        sample, vectors = Path(aside) / "texts.json", Path(aside) / "vectors.npz"
-        sample.write_text(json.dumps(texts), encoding="utf-8")
-        environment = {key: value for key, value in os.environ.items() if "TOKEN" not in key}
-        environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": aside}
-        trust = "trust" if carries_code(folder) else "no-code"
-        found = subprocess.run(
-            [sys.executable, "-I", SCRIPT, str(folder.resolve()), str(sample), str(vectors), trust],
-            cwd=aside, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-        if found.returncode:
-            reason = (found.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-            raise ConfigError(
-                f"the upload folder does not open in stock sentence-transformers, so nothing was uploaded: {reason[:300]}"
-            )
-        with np.load(vectors) as arrays:
-            return {side: arrays[side] for side in SIDES}
+    """The vectors that stock sentence-transformers gives: [texts, dimensions] of queries and documents."""
+    trust = "trust" if carries_code(folder) else "no-code"
+    failure = "the upload folder does not open in stock sentence-transformers, so nothing was uploaded"
+    with answer_of_a_fresh_process(SCRIPT, folder, texts, trust, failure=failure) as file, np.load(file) as arrays:
+        return {side: arrays[side] for side in SIDES}
 
 
 def largest_difference(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> float:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trainer.config import ConfigError
-from trainer.runs.run import cannot_be_written, duration
+from trainer.runs.run import cannot_be_written
+from trainer.system.durations import duration
 
 NAME = ".lock"
 HELD = (errno.EACCES, errno.EAGAIN)

@@ -285,14 +285,5 @@ def hash_of_model(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def duration(seconds: float) -> str:
-    """Seconds of the manifest in hours, minutes and seconds."""
-    if 0.05 <= seconds < 1:
-        return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
-
-
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -15,6 +15,15 @@ def set_up_libraries(verbose: bool) -> None:
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         return
+    import huggingface_hub
+
+    quiet_libraries()
+    huggingface_hub.utils.disable_progress_bars()  # downloads have lines of their own
+
+
+def quiet_libraries() -> None:
+    """Errors only, no progress bars but the hub's, no telemetry."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import datasets
     import huggingface_hub
     import transformers
@@ -25,4 +34,3 @@ def set_up_libraries(verbose: bool) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    huggingface_hub.utils.disable_progress_bars()

@@ -14,6 +14,7 @@ import click
 from tqdm import tqdm
 
 from trainer.system.distributed import is_first
+from trainer.system.durations import rough_duration
 
 # What takes fewer seconds is done in silence.
 SILENT = 5.0
@@ -59,19 +60,12 @@ class ProgressReport(tqdm):
         """How far it has come, in words."""
         seconds, made = self._time() - self.start_t, self.n - self.initial
         if not made:
-            return f"{self.desc}: {duration(seconds)} so far"
+            return f"{self.desc}: {rough_duration(seconds)} so far"
         scale, unit = (MEGABYTE, "MB") if self.unit == "B" else (1, self.unit)
         if self.total:
-            left = duration(seconds / made * max(self.total - self.n, 0))
+            left = rough_duration(seconds / made * max(self.total - self.n, 0))
             return f"{self.desc}: {self.n / scale:,.0f} of {self.total / scale:,.0f} {unit}, {left} left"
         return f"{self.desc}: {self.n / scale:,.0f} {unit}, {made / scale / seconds:,.1f} per second"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager

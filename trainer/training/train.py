@@ -16,9 +16,10 @@ from trainer.models.attention import with_padded_attention
 from trainer.models.build import autoencoder_of, save_model
 from trainer.runs.checkpoints import put_in_place
 from trainer.runs.choice import REPORTED
-from trainer.runs.run import Run, duration
+from trainer.runs.run import Run
 from trainer.system.device import describe_device
 from trainer.system.distributed import from_first, is_first, processes, take_weights_of_first
+from trainer.system.durations import duration
 from trainer.system.progress_bar import in_columns
 from trainer.training.callbacks.active_dims_annealing import ActiveDimsAnnealing
 from trainer.training.callbacks.dead_dim_reviver import DeadDimReviver
