@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap
 
-from evaluate.results import System, TaskScore
 from trainer.config import ConfigError
+from trainer.runs.results import System, TaskScore
 
 # Resamples drawn at a time: with DanFEVER's 6,373 queries they take 25 MB.
 BATCH = 500
@@ -32,10 +32,8 @@ def compare(main: str, systems: dict[str, System], seed: int = 0, resamples: int
     tasks: dict[str, dict[str, TaskScore]] = {}
     for name in names:
         for task, score in systems[name].items():
-            own = systems[main].get(task)
-            if own and own.parts and own.parts.keys() < score.parts.keys():  # a result of more languages or splits
-                score = score.restricted_to(own.parts)
-            tasks.setdefault(task, {})[name] = score
+            own = systems[main].get(task, score)
+            tasks.setdefault(task, {})[name] = score.on_parts_of(own)
     return {
         "main": main,
         "systems": names,

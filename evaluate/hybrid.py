@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 from mteb.models import HybridSearch
 
-from evaluate.results import EvalFolder, Ranking
 from evaluate.scores import mean_ndcg
 from evaluate.search import SearchSystem
 from trainer.config import ConfigError
 from trainer.data.choosing import MIN_QUERIES, half_of
+from trainer.runs.results import EvalFolder, Ranking
 
 # Rankings of one task, by split/subset.
 Parts = dict[str, Ranking]

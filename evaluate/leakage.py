@@ -53,7 +53,6 @@ BATCH, PAIRS = 2000, 10_000
 WORD = re.compile(r"[^\W_]+")
 # What the hashes of an n-gram's words are multiplied by, so that their order counts.
 FACTORS = np.random.default_rng(0).integers(2**63, size=LONG.n) | 1
-START, END = "<!-- overlap:start -->", "<!-- overlap:end -->"
 
 
 class Match(NamedTuple):
@@ -271,41 +270,3 @@ def leakage_lines(values: dict[str, Any]) -> Iterator[str]:
         for worst in task["examples"][:1]:
             how = "exactly" if worst["kind"] == "exact" else f"{worst['overlap']:.0%} of it"
             yield f'  worst: a {worst["side"]}, {how} in {worst["dataset"]}: "{worst["evaluation"][:80]}"'
-
-
-def leakage_markdown(values: dict[str, Any]) -> str:
-    """The section of a model card."""
-    columns = [f"{kind}{side}" for side in PLURAL.values() for kind in ("", "exact_", "near_")]
-    rows = [
-        "| task | queries | trained on exactly | nearly | passages | trained on exactly | nearly |",
-        "|---|---|---|---|---|---|---|",
-        *(f"| {name} | {' | '.join(str(task[key]) for key in columns)} |" for name, task in values["tasks"].items()),
-    ]
-    return "\n".join(
-        [
-            "## Overlap with evaluation data",
-            "",
-            f"How much of the evaluation data is among the {values['training_texts']} training texts. {values['method']}",
-            "",
-            *rows,
-            "",
-        ]
-    )
-
-
-def write_into_card(card: Path, values: dict[str, Any]) -> None:
-    """Put the section into a README.md, at its end or in place of the earlier one.
-
-    Raises ConfigError when there is no card, or one that has lost the end of the section.
-    """
-    try:
-        text = card.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{card}: the model card cannot be read: {error}") from None
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if start and not end:
-        raise ConfigError(f"{card} has '{START}' and no '{END}' after it. Remove that section")
-    if not start:
-        before, after = text.rstrip() + "\n\n", "\n"
-    card.write_text(f"{before}{START}\n{leakage_markdown(values)}{END}{after}", encoding="utf-8")

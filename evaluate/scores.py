@@ -9,11 +9,11 @@ import mteb
 import pytrec_eval
 from mteb.abstasks import AbsTaskRetrieval
 
-from evaluate.results import MAIN_METRIC, EvalFolder, Ranking, TaskScore, read_score, write_json
 from evaluate.search import SearchSystem
 from evaluate.tasks import load, reading_of
 from trainer.config import ConfigError, one_line
 from trainer.runs.choice import hash_of
+from trainer.runs.results import MAIN_METRIC, EvalFolder, Ranking, TaskScore, read_score, write_json
 from trainer.system.progress_bar import going_on, in_columns
 
 Say = Callable[[str], None]

@@ -16,9 +16,8 @@ from evaluate.bm25 import BM25
 from evaluate.compare import baseline_name, compare, compare_lines
 from evaluate.hybrid import hybrid, hybrid_lines
 from evaluate.latency import latency_lines, measure_latency
-from evaluate.leakage import find_leaks, leakage_lines, write_into_card
-from evaluate.report import is_current, write_report
-from evaluate.results import EvalFolder, read_system
+from evaluate.leakage import find_leaks, leakage_lines
+from evaluate.report import write_report
 from evaluate.sample import Sample, sample_texts
 from evaluate.scores import Say, score_system
 from evaluate.search import SparseSearch
@@ -31,7 +30,9 @@ from trainer.config import ConfigError, is_commit, is_revision, one_line
 from trainer.data.bm25 import K1, B
 from trainer.models.prompts import NAMES, by_side
 from trainer.models.weights import whole_weights
+from trainer.runs.results import EvalFolder, read_system
 from trainer.runs.run import Run
+from trainer.runs.score_table import is_current
 from trainer.system.progress_bar import in_columns
 
 BM25_NAME = "bm25"
@@ -169,7 +170,7 @@ class Session:
         values = measure_sparsity(
             self.model, texts.queries, texts.passages, texts.relevant, self.batch_size, texts.part_of
         )
-        self._keep("sparsity", values, sparsity_lines(values))
+        self._keep("sparsity", values | self._made_with, sparsity_lines(values))
         terms = top_terms(self.model)
         self._keep("terms", terms, terms_lines(terms))
 
@@ -180,14 +181,18 @@ class Session:
         values = measure_latency(self.model, queries, passages, texts.language, self.batch_size)
         self._keep("latency", values, latency_lines(values))
 
+    @property
+    def _made_with(self) -> dict[str, Any]:
+        """Which model a part was measured of: a model card leaves out what was measured of another."""
+        return {"made_with": {"system": self.subject.fingerprint}}
+
     def find_leaks(self) -> int:
         """Training texts in the evaluation data; their number."""
         texts = Run(self.subject.folder).training_texts
         if self.subject.manifest is None:
             raise ConfigError(f"{self.subject.model} is no run of this project: what it was trained on is not known")
-        values = find_leaks(texts, self.loaded_tasks())
+        values = find_leaks(texts, self.loaded_tasks()) | self._made_with
         self._keep("leakage", values, (in_columns("leakage", line, 12) for line in leakage_lines(values)))
-        write_into_card(Path(self.subject.model) / "README.md", values)
         return values["leaks"]
 
     # --------------------------------------------------------------------------------------- together

@@ -7,12 +7,12 @@ import numpy as np
 import scipy.sparse as sp
 from sentence_transformers import SparseEncoder
 
-from evaluate.results import Ranking
 from evaluate.scores import DEPTH, mean_ndcg
 from trainer.config import ConfigError
 from trainer.encoding.encode import encode
 from trainer.encoding.inverted_index import InvertedIndex, comparable
 from trainer.encoding.vocabulary import term_of
+from trainer.runs.results import Ranking
 from trainer.system.progress_bar import ProgressReport, in_columns
 
 # Dimensions kept per text, from a short query's worth to more than most documents have; None keeps all.

@@ -9,11 +9,11 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from sentence_transformers import SparseEncoder
 
-from evaluate.results import EvalFolder, read_json
 from evaluate.trust import require_pinned_code
 from trainer.config import Config, ConfigError, find_config, is_commit, is_local, is_revision, load_config, one_line
 from trainer.encoding.fuse import fuse
 from trainer.models.weights import whole_weights
+from trainer.runs.results import EvalFolder, read_json
 from trainer.runs.run import MODELS, hash_of_model
 
 

@@ -13,10 +13,10 @@ from mteb.results import TaskResult
 from scipy.stats import binom
 
 from evaluate.compare import baseline_name, compare, compare_lines, paired_interval
-from evaluate.results import EvalFolder, TaskScore, read_system, write_json
 from trainer.config import ConfigError
 from trainer.data.choosing import half_of
 from trainer.runs.choice import hash_of
+from trainer.runs.results import EvalFolder, TaskScore, read_system, write_json
 
 
 def score(task, ndcg, languages=("nob-Latn",), per_query=None):

@@ -18,7 +18,6 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import semantic_search
 
 from evaluate.cli import main
-from evaluate.results import Ranking
 from evaluate.scores import ndcg_per_query
 from tests.checkpoints import write_dense
 from tests.conftest import ROOT, run_trainer
@@ -26,7 +25,8 @@ from tests.test_models import build
 from trainer.data.beir import read_search_set
 from trainer.data.sources import QUICKSTART
 from trainer.models.build import save_model
-from trainer.runs.measured import read_measured
+from trainer.publish.card import build_model_card
+from trainer.runs.results import Ranking
 from trainer.runs.run import Run
 
 
@@ -94,21 +94,30 @@ def test_the_score_is_the_one_that_training_ended_with_on_queries_that_did_not_c
         assert f"tiny: {words} (search)." in text
         assert "31 queries of quickstart (half of dev)" in text
     with contextlib.chdir(where):
-        card = read_measured(Run.finished("tiny"))
-    assert card.scores["tiny"]["search"].mean == pytest.approx(fmean(odd))
-    assert card.scores["bm25"]["search"].note.endswith(words)
-    assert card.parts["compare"]
+        card = build_model_card(Run.finished("tiny"), "org/model", 800).text
+    assert f"| search | {fmean(odd):.4f} |" in card
+    assert f"tiny: {words} (search)." in card
+    assert "Against bm25, with 95 % bootstrap intervals: search " in card
     sparsity = json.loads((run / "eval/sparsity.json").read_text())
     assert (sparsity["routes"]["query"]["texts"], sparsity["judged_queries"]) == (72, 41)
 
 
-def test_the_model_card_says_how_much_evaluation_data_was_trained_on(evaluated):
+def test_measuring_leaves_the_model_as_it_is_and_the_published_card_says_how_much_was_trained_on(
+    evaluated, trained_once
+):
     where, _ = evaluated
-    card = (where / "models/tiny/final/README.md").read_text()
-    assert card.count("## Overlap with evaluation data") == 1
-    found = json.loads((where / "models/tiny/eval/leakage.json").read_text())
-    assert found["training_texts"] > 500
-    assert found["tasks"]["search"]["exact_queries"] == 0
+    final, before = where / "models/tiny/final", trained_once / "models/tiny/final"
+    files = [file.relative_to(before) for file in before.rglob("*") if file.is_file()]
+    assert [file for file in files if (final / file).read_bytes() != (before / file).read_bytes()] == []
+    assert len(files) == len([file for file in final.rglob("*") if file.is_file()]) > 5
+    values = json.loads((where / "models/tiny/eval/leakage.json").read_text())
+    assert values["training_texts"] > 500
+    row = values["tasks"]["search"]
+    counts = [row[f"{kind}{side}"] for side in ("queries", "passages") for kind in ("", "exact_", "near_")]
+    with contextlib.chdir(where):
+        card = build_model_card(Run.finished("tiny"), "org/model", 800).text
+    assert f"among the {values['training_texts']:,} training texts" in card
+    assert f"| search | {' | '.join(f'{count:,}' for count in counts)} |" in card
 
 
 def test_a_second_run_keeps_what_is_finished(evaluated):

@@ -17,7 +17,6 @@ from sentence_transformers.util import semantic_search
 
 from evaluate import scores as scores_module
 from evaluate.bm25 import BM25
-from evaluate.results import EvalFolder, Ranking, read_score, read_system
 from evaluate.scores import best, ndcg_per_query, score_system
 from evaluate.search import SparseSearch
 from evaluate.subject import open_subject
@@ -27,6 +26,7 @@ from tests.test_models import build
 from trainer.config import ConfigError
 from trainer.encoding.encode import encode
 from trainer.encoding.inverted_index import InvertedIndex
+from trainer.runs.results import EvalFolder, Ranking, read_score, read_system
 
 LINES = []
 

@@ -10,12 +10,12 @@ from mteb.models.models_protocols import SearchProtocol
 from evaluate import hybrid as module
 from evaluate.bm25 import BM25
 from evaluate.hybrid import choose_weight, fuse, hybrid, hybrid_lines, keep, mean_ndcg
-from evaluate.results import EvalFolder, Ranking
 from evaluate.scores import best, ndcg_per_query, score_system
 from evaluate.search import SearchSystem
 from evaluate.tasks import local_task
 from trainer.config import ConfigError
 from trainer.data.choosing import half_of
+from trainer.runs.results import EvalFolder, Ranking
 
 # Six passages. The first system finds a, b, c, d in this order, the second d, b, e.
 FIRST = {"a": 9.0, "b": 7.0, "c": 4.0, "d": 1.0}

@@ -24,7 +24,7 @@ TRAINER = [
     "__main__",
 ]
 EVALUATE = [
-    {"results", "trust"},
+    {"trust"},
     {"tasks", "search", "subject", "terms"},
     {"bm25", "scores", "sample"},
     {"sparsity", "latency", "leakage", "hybrid", "compare"},

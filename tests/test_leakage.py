@@ -12,9 +12,7 @@ from evaluate.leakage import (
     Forms,
     find_leaks,
     leakage_lines,
-    leakage_markdown,
     words_of,
-    write_into_card,
 )
 from evaluate.tasks import select_tasks
 from trainer.config import ConfigError
@@ -285,37 +283,6 @@ def test_every_task_is_one_line_with_its_worst_example(values):
         f'  worst: a query, exactly in set-{len(QUESTION) % 2}: "{QUESTION.upper()}"',
         "second: 0 of 1 queries and 0 of 1 passages were trained on (exactly)",
     ]
-
-
-def test_the_cards_section_is_a_table_of_the_counts(values):
-    section = leakage_markdown(values)
-    assert section.startswith("## Overlap with evaluation data\n")
-    assert "| first | 3 | 1 | 1 | 6 | 4 | 1 |\n| second | 1 | 0 | 0 | 1 | 0 | 0 |\n" in section
-    assert values["method"] in section
-
-
-def test_the_section_goes_into_a_card_once_and_the_rest_of_the_card_stays(values, tmp_path):
-    card = tmp_path / "README.md"
-    card.write_text("---\nlanguage: no\n---\n# Modell\n")
-    write_into_card(card, values)
-    once = card.read_text()
-    assert once.startswith("---\nlanguage: no\n---\n# Modell\n\n<!-- overlap:start -->\n## Overlap")
-    assert once.endswith("|\n<!-- overlap:end -->\n")
-    write_into_card(card, values)
-    assert card.read_text() == once
-    card.write_text(once + "\n## Lisens\n")
-    write_into_card(card, {**values, "training_texts": 77})
-    assert card.read_text() == once.replace("the 6 training texts", "the 77 training texts") + "\n## Lisens\n"
-
-
-def test_a_card_that_lost_the_end_of_the_section_or_is_not_there_is_an_error(values, tmp_path):
-    card = tmp_path / "README.md"
-    with pytest.raises(ConfigError, match="cannot be read"):
-        write_into_card(card, values)
-    card.write_text("# Modell\n<!-- overlap:start -->\nmer\n")
-    with pytest.raises(ConfigError, match="no '<!-- overlap:end -->' after it"):
-        write_into_card(card, values)
-    assert card.read_text() == "# Modell\n<!-- overlap:start -->\nmer\n"
 
 
 def test_a_run_without_training_texts_is_to_be_trained_again(tmp_path):

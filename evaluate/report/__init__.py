@@ -5,7 +5,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,16 +15,14 @@ from markupsafe import Markup, escape
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from evaluate.report.plots import Plot, Points, bars, finite, histogram, intervals, line_chart, pareto
-from evaluate.results import System
 from evaluate.subject import Subject
 from trainer.runs.choice import choosers_of
+from trainer.runs.score_table import ROUNDING, ScoreTable, build_table, is_current
 from trainer.system.durations import duration
 
 PARTS = ("sparsity", "latency", "leakage", "hybrid", "terms", "failed")
 # Points per training curve that a plot of 300 pixels can show.
 CURVE_POINTS = 300
-# Scores that differ by less are the same measurement, rounded by whoever wrote it down.
-ROUNDING = 5e-4
 LANGUAGES = {
     "nob": "Norwegian Bokmål",
     "nno": "Norwegian Nynorsk",
@@ -54,13 +52,15 @@ def write_report(subject: Subject, compare: dict[str, Any] | None = None) -> Pat
     compare = compare or results.read_part("compare")
     if compare and not is_current(compare, systems):
         compare = None
-    table = build_table(subject.name, systems, compare, parts["failed"] or {})
+    failed = parts["failed"] or {}
+    table = with_failed_tasks(build_table(subject.name, systems, compare), failed)
     values = parts | {
         "subject": subject,
         "manifest": subject.manifest,
         "choosers": choosers_of(subject.manifest or {}),
         "written": time.strftime("%Y-%m-%d %H:%M %Z"),
         "table": table,
+        "has_failed": lambda system, task: any(task in failed.get(name, ()) for name in (system, "data")),
         "compare": compare,
         "compared": {task for found in (compare["against"].values() if compare else ()) for task in found["tasks"]},
         "difference_plots": difference_plots(compare),
@@ -85,71 +85,10 @@ def write_report(subject: Subject, compare: dict[str, Any] | None = None) -> Pat
     return subject.report / "index.html"
 
 
-# ------------------------------------------------------------------------------------------------- scores
-@dataclass(frozen=True)
-class ScoreTable:
-    """nDCG@10 by task and system, the evaluated system first; a task that a system has not run is absent."""
-
-    main: str
-    systems: list[str]
-    scores: dict[str, dict[str, float]]
-    languages: dict[str, tuple[str, ...]]
-    failed: dict[str, dict[str, str]]
-    notes: list[str]
-
-    @property
-    def common(self) -> list[str]:
-        """Tasks that every system has."""
-        return [task for task, row in self.scores.items() if row.keys() >= set(self.systems)]
-
-    def has_failed(self, system: str, task: str) -> bool:
-        """Whether a system was tried on a task in vain, or the task's data could not be had for any."""
-        return any(task in self.failed.get(name, ()) for name in (system, "data"))
-
-    def mean(self, system: str) -> float:
-        """A system's mean over the common tasks; NaN when there are none."""
-        return fmean(self.scores[task][system] for task in self.common) if self.common else math.nan
-
-    @property
-    def means(self) -> dict[str, float]:
-        """Every system's mean."""
-        return {name: self.mean(name) for name in self.systems}
-
-
-def build_table(
-    main: str, systems: dict[str, System], compare: dict[str, Any] | None, failed: dict[str, dict[str, str]]
-) -> ScoreTable:
-    """Scores from the folder; for its tasks also those of systems from elsewhere, where they are of the same languages."""
-    scores: dict[str, dict[str, float]] = {}
-    languages: dict[str, tuple[str, ...]] = {}
-    noted: dict[str, list[str]] = {}
-    for name, system in systems.items():
-        for task, score in system.items():
-            scores.setdefault(task, {})[name] = score.main
-            languages[task] = score.languages
-            if score.note:
-                noted.setdefault(f"{name}: {score.note}", []).append(task)
-    for name, found in compare["against"].items() if compare else ():
-        for task, row in compare["tasks"].items():
-            if task in found["tasks"]:
-                scores[task].setdefault(name, row[name])
-            elif main in row and name in row:  # of other languages, as compare says under `missing`
-                scores[task].pop(name, None)
-    order = sorted({system for row in scores.values() for system in row}, key=lambda name: (name != main, name))
+def with_failed_tasks(table: ScoreTable, failed: dict[str, dict[str, str]]) -> ScoreTable:
+    """The table with an empty row for each task that no system has a score of, because it failed."""
     tried = {task for tasks in failed.values() for task in tasks}
-    scores = {task: scores.get(task, {}) for task in sorted(scores.keys() | tried)}
-    notes = [f"{note} ({', '.join(tasks)})" for note, tasks in noted.items()]
-    return ScoreTable(main, order, scores, languages, failed, notes)
-
-
-def is_current(compare: dict[str, Any], systems: dict[str, System]) -> bool:
-    """Whether a comparison was made from the scores that the folder holds now."""
-    main = compare["main"]
-    return systems.get(main, {}).keys() == {task for task, row in compare["tasks"].items() if main in row} and all(
-        abs(compare["tasks"].get(task, {}).get(name, math.inf) - score.main) < ROUNDING
-        for name, system in systems.items()
-        for task, score in system.items()
-    )
+    return replace(table, scores={task: table.scores.get(task, {}) for task in sorted(table.scores.keys() | tried)})
 
 
 # ------------------------------------------------------------------------------------------------- plots

@@ -11,8 +11,9 @@ from trainer.config import FROM_SCRATCH, Config, is_local
 from trainer.models.prompts import quoted
 from trainer.publish.local_paths import LocalPaths
 from trainer.runs.choice import REPORTED, SCORE, choosers_of
-from trainer.runs.measured import METRIC, Measured, read_measured
+from trainer.runs.results import MAIN_METRIC, EvalFolder, Measured, System, read_measured
 from trainer.runs.run import Run
+from trainer.runs.score_table import build_table, is_current
 from trainer.system.durations import duration
 
 TEMPLATE = Path(__file__).with_name("card.jinja")
@@ -60,10 +61,11 @@ def build_model_card(run: Run, repo: str, dimensions: int, removed: Sequence[str
     removed: keys of the config whose values name local files, and are not published.
     """
     config, measured = run.config(), read_measured(run)
+    compare = EvalFolder(run.folder / "eval").read_part("compare")
     manifest = run.manifest
     title = config.model_card.model_name or repo.rpartition("/")[2]
     return ModelCard.from_template(
-        build_metadata(config, manifest, measured, title),
+        build_metadata(run, config, measured, title),
         template_path=str(TEMPLATE),
         title=title,
         repo=repo,
@@ -79,7 +81,7 @@ def build_model_card(run: Run, repo: str, dimensions: int, removed: Sequence[str
         data=[_data_row(summary) for summary in manifest.get("datasets", {}).values()],
         settings=settings_of(config, manifest),
         warnings=[_cell(warning["message"]) for warning in manifest.get("warnings", [])],
-        evaluation=evaluation_table(run.name, measured),
+        evaluation=evaluation_table(run.name, measured, compare),
         scores_in_training=_scores_in_training(manifest),
         choosers=_cell("; ".join(choosers_of(manifest))),
         leakage=_leakage(measured),
@@ -91,9 +93,10 @@ def build_model_card(run: Run, repo: str, dimensions: int, removed: Sequence[str
 
 
 # ------------------------------------------------------------------------------------------- metadata
-def build_metadata(config: Config, manifest: dict[str, Any], measured: Measured, title: str) -> ModelCardData:
+def build_metadata(run: Run, config: Config, measured: Measured, title: str) -> ModelCardData:
     """The YAML block: what the hub shows, filters by, and lists among the results."""
-    card, base = config.model_card, manifest.get("base_model", {}).get("source", FROM_SCRATCH)
+    card, manifest = config.model_card, run.manifest
+    base = manifest.get("base_model", {}).get("source", FROM_SCRATCH)
     architecture = ["splade"] if config.model.architecture == "splade" else []
     if config.model.architecture == "inference-free-splade":
         architecture = ["splade", "inference-free", "asymmetric"]
@@ -106,26 +109,25 @@ def build_metadata(config: Config, manifest: dict[str, Any], measured: Measured,
         base_model=None if base == FROM_SCRATCH or is_local(base) else base,
         datasets=hub_sources(manifest) or None,
         model_name=title,
-        eval_results=eval_results(measured) or None,
+        eval_results=eval_results(measured.systems.get(run.name, {})) or None,
     )
 
 
-def eval_results(measured: Measured) -> list[EvalResult]:
+def eval_results(own: System) -> list[EvalResult]:
     """The run's own scores, one per task, split and subset."""
-    own = next(iter(measured.scores.values()), {})
     return [
         EvalResult(
             task_type="Retrieval",
             dataset_type=score.task,
             dataset_name=score.task,
-            dataset_config=subset,
-            dataset_split=split,
-            metric_type=METRIC,
+            dataset_config=part.partition("/")[2],
+            dataset_split=part.partition("/")[0],
+            metric_type=MAIN_METRIC,
             metric_name="nDCG@10",
             metric_value=round(value, 5),
         )
         for score in own.values()
-        for split, subset, value in score.rows
+        for part, (value, _) in score.parts.items()
     ]
 
 
@@ -249,49 +251,37 @@ def _public(key: str, value: Any) -> str:
     return "given" if isinstance(value, dict) else _cell(LocalPaths().without(value, tuple(key.split("."))))
 
 
-def evaluation_table(name: str, measured: Measured) -> dict[str, Any]:
-    """Systems, one row per task of the run, their mean, and what has to be known beside them."""
+def evaluation_table(name: str, measured: Measured, compare: dict[str, Any] | None) -> dict[str, Any]:
+    """Systems, one row per task of the run, their mean, and what has to be known beside them.
+
+    compare: what the scores were compared with; left out when it was made from earlier scores.
+    """
     if measured.missing:
         return {"rows": [], "missing": measured.missing}
-    own = measured.scores[name]
-    table = {
-        task: {system: found[task].mean for system, found in measured.scores.items() if task in found} for task in own
-    }
-    compared = measured.parts.get("compare", {}).get("tasks", {})
-    for task, row in table.items():  # with the baselines that the scores were compared with
-        row.update({system: value for system, value in compared.get(task, {}).items() if system not in row})
-    systems = list(dict.fromkeys(system for row in table.values() for system in row))
-    rows = [[_cell(task), *(_score(row.get(system)) for system in systems)] for task, row in table.items()]
-    if len(table) > 1:
-        means = [
-            fmean(row[system] for row in table.values()) if all(system in row for row in table.values()) else None
-            for system in systems
-        ]
-        rows.append(["mean", *map(_score, means)])
+    compare = compare if compare and is_current(compare, measured.systems) else None
+    table, own = build_table(name, measured.systems, compare), measured.systems[name]
+    scores = {task: table.scores[task] for task in own}
+    systems = [system for system in table.systems if any(system in row for row in scores.values())]
+    rows = [[_cell(task), *(_score(row.get(system)) for system in systems)] for task, row in scores.items()]
+    if len(scores) > 1:
+        complete = [system for system in systems if all(system in row for row in scores.values())]
+        means = {system: fmean(row[system] for row in scores.values()) for system in complete}
+        rows.append(["mean", *(_score(means.get(system)) for system in systems)])
     versions = sorted({score.mteb_version for score in own.values() if score.mteb_version})
     return {
         "systems": ["this model" if system == name else _cell(system) for system in systems],
         "rows": rows,
         "versions": f" (mteb {', '.join(versions)})" if versions else "",
-        "notes": [*_notes(measured), *_differences(measured)],
+        "notes": [*(f"{_cell(note)}." for note in table.notes), *_differences(compare)],
     }
 
 
-def _notes(measured: Measured) -> list[str]:
-    notes: dict[str, list[str]] = {}
-    for system, scores in measured.scores.items():
-        for task, score in scores.items():
-            if score.note:
-                notes.setdefault(f"{system}: {score.note}", []).append(task)
-    return [f"{_cell(note)} ({_cell(', '.join(tasks))})." for note, tasks in notes.items()]
-
-
-def _differences(measured: Measured) -> list[str]:
+def _differences(compare: dict[str, Any] | None) -> list[str]:
     lines = []
-    for other, found in measured.parts.get("compare", {}).get("against", {}).items():
+    for other, found in (compare or {"against": {}})["against"].items():
         intervals = [
             f"{task} {row['delta']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-            for task, row in found.get("tasks", {}).items()
+            for task, row in found["tasks"].items()
             if row.get("low") is not None
         ]
         if intervals:
@@ -327,7 +317,7 @@ def limitations(config: Config, manifest: dict[str, Any], measured: Measured) ->
     if manifest.get("base_model", {}).get("source") == FROM_SCRATCH:
         rows = sum(summary["rows"] for summary in manifest.get("datasets", {}).values())
         found.append(f"Built from scratch on {rows:,} rows: it knows little but the words in them.")
-    if not measured.scores:
+    if not measured.systems:
         found.append("How well it searches has not been measured on any benchmark.")
     leaking = [
         task

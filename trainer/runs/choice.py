@@ -59,9 +59,14 @@ def reported(
     return kept, "; ".join(notes)
 
 
+def part_of(query: str) -> str:
+    """`split/subset` of `split/subset/query id`."""
+    return "/".join(query.split("/", 2)[:2])
+
+
 def means_of_parts(per_query: Mapping[str, float]) -> dict[str, float]:
     """The mean score of every `split/subset`."""
     parts: dict[str, list[float]] = {}
     for name, value in per_query.items():
-        parts.setdefault("/".join(name.split("/", 2)[:2]), []).append(value)
+        parts.setdefault(part_of(name), []).append(value)
     return {part: fmean(values) for part, values in parts.items()}

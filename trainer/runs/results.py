@@ -3,14 +3,14 @@
 import gzip
 import json
 import math
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from trainer.config import ConfigError
-from trainer.runs.choice import means_of_parts, reported
+from trainer.runs.choice import means_of_parts, part_of, reported
+from trainer.runs.run import Run, hash_of_model
 from trainer.system.files import write_atomically
 
 METRICS = ("ndcg_at_10", "mrr_at_10", "recall_at_10", "recall_at_100")
@@ -43,15 +43,17 @@ class TaskScore:
         """nDCG@10."""
         return self.metrics[MAIN_METRIC]
 
-    def restricted_to(self, parts: Collection[str]) -> "TaskScore":
-        """The score on these splits and subsets alone, all of which it must have."""
-        kept = {part: self.parts[part] for part in parts}
+    def on_parts_of(self, other: "TaskScore") -> "TaskScore":
+        """The score on the splits and subsets of another score alone, where this one is of these and more."""
+        if not other.parts or not other.parts.keys() < self.parts.keys():
+            return self
+        parts = {part: self.parts[part] for part in other.parts}
         return replace(
             self,
-            languages=tuple(dict.fromkeys(language for _, languages in kept.values() for language in languages)),
-            metrics={MAIN_METRIC: fmean(value for value, _ in kept.values())},
-            per_query={q: value for q, value in self.per_query.items() if "/".join(q.split("/", 2)[:2]) in kept},
-            parts=kept,
+            languages=tuple(dict.fromkeys(language for _, languages in parts.values() for language in languages)),
+            metrics={MAIN_METRIC: fmean(value for value, _ in parts.values())},
+            per_query={q: value for q, value in self.per_query.items() if part_of(q) in parts},
+            parts=parts,
         )
 
     def without_choosers(self, manifest: dict[str, Any], hashes: dict[str, str]) -> "TaskScore":
@@ -130,6 +132,10 @@ class EvalFolder:
         for file in self.files(system, task):
             file.unlink(missing_ok=True)
 
+    def tasks_of(self, system: str) -> list[str]:
+        """The tasks that a system has scores on."""
+        return sorted(file.stem for file in self.score_file(system, "any").parent.glob("*.json"))
+
     def made_with(self, system: str, task: str) -> dict[str, str]:
         """What a task's score was measured with; empty when that is not known."""
         file = self.query_file(system, task)
@@ -200,15 +206,15 @@ def read_score(file: Path) -> TaskScore:
         rows = [row for rows in values["scores"].values() for row in rows]
         parts = {
             f"{split}/{row.get('hf_subset', 'default')}": (
-                row.get(MAIN_METRIC, row["main_score"]),
+                float(row[MAIN_METRIC] if MAIN_METRIC in row else row["main_score"]),
                 tuple(row["languages"]),
             )
-            for split, found in values["scores"].items()
-            for row in found
+            for split, rows_of_split in values["scores"].items()
+            for row in rows_of_split
         }
         languages = tuple(dict.fromkeys(language for row in rows for language in row["languages"]))
         metrics = {name: fmean(row[name] for row in rows) for name in METRICS if all(name in row for row in rows)}
-        metrics.setdefault(MAIN_METRIC, fmean(row["main_score"] for row in rows))
+        metrics[MAIN_METRIC] = fmean(value for value, _ in parts.values())
         if not all(map(math.isfinite, metrics.values())):
             raise ValueError("a score is not a number")
         task, version = str(values["task_name"]), values.get("mteb_version")
@@ -254,3 +260,33 @@ def write_json(file: Path, values: Any) -> None:
         write_atomically(file, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error.strerror}") from None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of the model that a run holds now. `missing` says why there are no scores."""
+
+    systems: dict[str, System] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
+    missing: str = ""
+
+
+def read_measured(run: Run) -> Measured:
+    """Scores by system and task, and the parts; nothing of another model, such as the one before a resume.
+
+    Sparsity and leakage say which model they were measured of. Those that do not, of an earlier version, are taken for
+    measurements of the model that was scored.
+    """
+    folder, measure = EvalFolder(run.folder / "eval", run.manifest), f"`make eval CONFIG={run.name}` measures it."
+    model, tasks = hash_of_model(run.final), folder.tasks_of(run.name)
+    scored = bool(tasks) and all(folder.made_with(run.name, task).get("system") == model for task in tasks)
+    parts = {name: folder.read_part(name) or {} for name in ("sparsity", "leakage")}
+    parts = {
+        name: values
+        for name, values in parts.items()
+        if values and (values["made_with"]["system"] == model if "made_with" in values else scored)
+    }
+    if scored:
+        return Measured(folder.systems(), parts)
+    reason = "The scores in the run folder are those of another model, so they are left out." if tasks else ""
+    return Measured({}, parts, f"{reason or 'Not measured yet.'} {measure}")
