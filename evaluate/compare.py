@@ -21,10 +21,11 @@ SHOWN = 8
 def compare(main: str, systems: dict[str, System], seed: int = 0, resamples: int = 10_000) -> dict[str, Any]:
     """The scores of all systems, and what `main` gains or loses against each of the others.
 
-    `delta` is main's nDCG@10 minus the other's; it is a win or a loss by its sign at four decimals. Where both have scores
-    per query, `delta` and its interval are over the queries that both have, and `left_out` counts the others. `mean_delta`
-    is over the tasks that both have; `missing` names the others and why. `low` and `high` are of `paired_interval`.
-    Raises ConfigError when main has no results, and when another system has no task in common with it.
+    `delta` is main's nDCG@10 minus the other's. Where both have scores per query, `delta` and its interval (`low`, `high`:
+    paired_interval()) are over the queries that both have, and `left_out` counts the others. A task counts as a win or a
+    loss only if the interval excludes zero; otherwise, and where the scores are the same to four decimals, it is a tie.
+    Without an interval the sign of `delta` counts. `mean_delta` is over the tasks that both have; `missing` names the
+    others and why. Raises ConfigError when main has no results, and when another system has no task in common with it.
     """
     if not systems.get(main):
         raise ConfigError(f"{main} has no results to compare. Score it first: python -m evaluate mteb")
@@ -47,44 +48,54 @@ def compare(main: str, systems: dict[str, System], seed: int = 0, resamples: int
 def _against(
     main: str, other: str, tasks: dict[str, dict[str, TaskScore]], seed: int, resamples: int
 ) -> dict[str, Any]:
-    found, missing = {}, []
+    differences, missing = {}, []
     for task, row in tasks.items():
         if main in row and other in row:
-            own, their = languages_of(row[main]), languages_of(row[other])
-            if reason := other_data(row[main], row[other]):
+            if reason := _why_not_comparable(main, row[main], other, row[other]):
                 missing.append(f"{task} ({reason})")
-            elif row[main].left_out and not row[other].per_query:  # the other's mean is over those queries too
-                missing.append(f"{task} ({other} has no scores per query, and some queries chose the checkpoint)")
-            elif row[main].per_query and row[other].per_query and not shared_queries(row[main], row[other]):
-                missing.append(f"{task} (no query in common)")
-            elif own and their and own != their:  # means over different subsets of a multilingual task
-                missing.append(f"{task} ({main} in {', '.join(sorted(own))}; {other} in {', '.join(sorted(their))})")
             else:
-                found[task] = _difference(row[main], row[other], seed, resamples)
+                differences[task] = _difference(row[main], row[other], seed, resamples)
         elif main in row or other in row:
             missing.append(f"{task} ({other if main in row else main})")
-    if not found:
+    if not differences:
         raise ConfigError(
             f"{main} and {other} have no task in common. Score both on the same ones. Missing: {_shortened(missing)}"
         )
-    signs = [round(row["delta"], 4) for row in found.values()]
+    signs = [sign_of(row) for row in differences.values()]
     return {
-        "tasks": found,
-        "mean_delta": fmean(row["delta"] for row in found.values()),
-        "wins": sum(sign > 0 for sign in signs),
-        "losses": sum(sign < 0 for sign in signs),
-        "ties": sum(sign == 0 for sign in signs),
+        "tasks": differences,
+        "mean_delta": fmean(row["delta"] for row in differences.values()),
+        "wins": signs.count(1),
+        "losses": signs.count(-1),
+        "ties": signs.count(0),
         "missing": missing,
-        "mteb": sorted({str(tasks[task][name].mteb_version) for task in found for name in (main, other)} - {"None"}),
+        "mteb": sorted(
+            {str(tasks[task][name].mteb_version) for task in differences for name in (main, other)} - {"None"}
+        ),
     }
 
 
-def other_data(own: TaskScore, other: TaskScore) -> str | None:
+def sign_of(row: dict[str, float]) -> int:
+    """1 for a win, -1 for a loss, 0 where the two are not told apart."""
+    delta = round(row["delta"], 4)
+    if delta == 0 or row.get("low", delta) <= 0 <= row.get("high", delta):
+        return 0
+    return 1 if delta > 0 else -1
+
+
+def _why_not_comparable(main: str, own: TaskScore, other: str, their: TaskScore) -> str | None:
     """Why two scores are not of the same data, as far as their files say; None when they may be."""
-    if own.revision and other.revision and own.revision != other.revision:
-        return f"other data: revision {own.revision[:12]} and {other.revision[:12]}"
-    if own.parts and other.parts and own.parts.keys() != other.parts.keys() and own.languages == other.languages:
-        return f"other splits: {', '.join(own.parts)} and {', '.join(other.parts)}"
+    if own.revision and their.revision and own.revision != their.revision:
+        return f"other data: revision {own.revision[:12]} and {their.revision[:12]}"
+    if own.parts and their.parts and own.parts.keys() != their.parts.keys() and own.languages == their.languages:
+        return f"other splits: {', '.join(own.parts)} and {', '.join(their.parts)}"
+    if own.left_out and not their.per_query:  # their mean is over those queries too
+        return f"{other} has no scores per query, and some queries chose the checkpoint"
+    if own.per_query and their.per_query and not shared_queries(own, their):
+        return "no query in common"
+    languages, their_languages = languages_of(own), languages_of(their)
+    if languages and their_languages and languages != their_languages:  # means over different subsets of a task
+        return f"{main} in {', '.join(sorted(languages))}; {other} in {', '.join(sorted(their_languages))}"
     return None
 
 
@@ -155,7 +166,7 @@ def compare_lines(values: dict[str, Any]) -> Iterator[str]:
         yield f"            {task}: {_count(chose, 'query', 'queries')} chose the checkpoint and are left out"
     for other, found in values["against"].items():
         counts = [_count(found["wins"], "win", "wins"), _count(found["losses"], "loss", "losses")]
-        counts += [_count(found["ties"], "tie", "ties")] if found["ties"] else []
+        counts += [f"{found['ties']} not told apart"] if found["ties"] else []
         details = [
             f"{task} {row['delta']:+.3f}"
             + (f" [{row['low']:+.3f}, {row['high']:+.3f}]" if "low" in row else "")

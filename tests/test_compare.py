@@ -122,7 +122,27 @@ def test_tasks_with_no_query_in_common_are_missing():
 
 
 # ---------------------------------------------------------------------------------- tasks
-def test_wins_losses_and_ties_go_by_the_four_decimals_that_are_reported():
+@pytest.mark.parametrize(
+    ("gains", "counts"),
+    [
+        ([0.2] * 9 + [0.1], (1, 0, 0)),  # every resample gains
+        ([-0.2] * 9 + [-0.1], (0, 1, 0)),
+        ([0.5, -0.3] * 5, (0, 0, 1)),  # +0.1 on average; 6 losses among 10 draws already lose
+        ([0.3, -0.5] * 5, (0, 0, 1)),
+    ],
+)
+def test_a_win_or_a_loss_has_an_interval_without_zero(gains, counts):
+    main, other = of_queries("a", [0.5 + gain for gain in gains]), of_queries("a", [0.5] * 10)
+    found = against(main, other)
+    row = found["tasks"]["a"]
+    assert (row["low"] <= 0 <= row["high"]) == bool(counts[2])
+    assert (found["wins"], found["losses"], found["ties"]) == counts
+    # without scores per query nothing but the sign is known
+    signs = against({"a": score("a", main["a"].main, ())}, {"a": score("a", 0.5, ())})
+    assert (signs["wins"], signs["losses"]) == ((1, 0) if row["delta"] > 0 else (0, 1))
+
+
+def test_without_intervals_wins_losses_and_ties_go_by_the_four_decimals_that_are_reported():
     found = against(system(a=0.5002, b=0.49991, c=0.50004, d=0.5), system(a=0.5, b=0.5001, c=0.5, d=0.5))
     assert (found["wins"], found["losses"], found["ties"]) == (1, 1, 2)
 
@@ -325,7 +345,7 @@ def test_the_lines_are_a_table_and_what_main_gains_against_each_other_system():
         "            against bm25: mean +0.012 over 2 of 3 tasks, 1 win, 1 loss; "
         "norquad -0.018 [-0.031, -0.006], nano +0.042 (1 query left out: only one of the two has a score)",
         "            missing: local (bm25)",
-        "            against BAAI__bge-m3: mean +0.000 over 1 of 11 tasks, 0 wins, 0 losses, 1 tie; nano +0.000",
+        "            against BAAI__bge-m3: mean +0.000 over 1 of 11 tasks, 0 wins, 0 losses, 1 not told apart; nano +0.000",
         "            missing: t0 (splade), t1 (splade), t2 (splade), t3 (splade), t4 (splade), t5 (splade), "
         "t6 (splade), t7 (splade) and 2 more",
     ]

@@ -211,7 +211,7 @@ def test_another_run_is_a_baseline(trained, folder):
         assert evaluate(trained, "mteb", "--model", model, *tasks).exit_code == 0
     result = evaluate(trained, "compare", "tiny.yaml", *tasks, "--baseline", "models/earlier")
     assert result.exit_code == 0, result.output
-    assert "against earlier: mean +0.000 over 1 of 1 task, 0 wins, 0 losses, 1 tie" in result.stdout
+    assert "against earlier: mean +0.000 over 1 of 1 task, 0 wins, 0 losses, 1 not told apart" in result.stdout
 
 
 def test_a_report_keeps_the_comparison_with_baselines(trained, folder):

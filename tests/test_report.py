@@ -376,7 +376,7 @@ def test_tables_hold_the_numbers_of_their_parts(full):
         ["SwednRetrieval", "−0.013−0.027 to +0.001", "–"],
         ["TwitterHjerneRetrieval", "+0.178+0.102 to +0.255", "−0.083"],
         ["Mean", "+0.065", "−0.035"],
-        ["Wins, losses, ties", "2, 0, 1", "1, 1, 0"],
+        ["Wins, losses, not told apart", "2, 0, 1", "1, 1, 0"],
     ]
     assert tables["Active dims, of 50,000"][2] == ["Documents", "2,000", "215", "206", "365", "429", "31.2%", "3.3 MiB"]
     assert tables["Pruned to max_active_dims"][4] == ["128", "12.0", "126", "1.9 MiB", "0.506", "0.649"]
