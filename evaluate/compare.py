@@ -129,8 +129,8 @@ def paired_interval(parts: list[list[float]], seed: int, resamples: int) -> tupl
     def mean_of_parts(*samples: np.ndarray, axis: int) -> np.ndarray:
         return np.mean([sample.mean(axis=axis) for sample in samples], axis=0)
 
-    found = bootstrap(parts, mean_of_parts, n_resamples=resamples, batch=BATCH, method="percentile", rng=seed)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    resampled = bootstrap(parts, mean_of_parts, n_resamples=resamples, batch=BATCH, method="percentile", rng=seed)
+    return float(resampled.confidence_interval.low), float(resampled.confidence_interval.high)
 
 
 def languages_of(score: TaskScore) -> set[str]:
@@ -164,23 +164,23 @@ def compare_lines(values: dict[str, Any]) -> Iterator[str]:
         yield f"            {label:<{width}}" + "".join(map(str.rjust, cells, widths))
     for task, chose in values.get("chose", {}).items():
         yield f"            {task}: {_count(chose, 'query', 'queries')} chose the checkpoint and are left out"
-    for other, found in values["against"].items():
-        counts = [_count(found["wins"], "win", "wins"), _count(found["losses"], "loss", "losses")]
-        counts += [f"{found['ties']} not told apart"] if found["ties"] else []
+    for other, result in values["against"].items():
+        counts = [_count(result["wins"], "win", "wins"), _count(result["losses"], "loss", "losses")]
+        counts += [f"{result['ties']} not told apart"] if result["ties"] else []
         details = [
             f"{task} {row['delta']:+.3f}"
             + (f" [{row['low']:+.3f}, {row['high']:+.3f}]" if "low" in row else "")
             + (f" ({left_out_words(row)})" if "left_out" in row else "")
-            for task, row in found["tasks"].items()
+            for task, row in result["tasks"].items()
         ]
         yield (
-            f"            against {other}: mean {found['mean_delta']:+.3f} over {len(details)} of "
-            f"{_count(len(details) + len(found['missing']), 'task', 'tasks')}, {', '.join(counts)}; {', '.join(details)}"
+            f"            against {other}: mean {result['mean_delta']:+.3f} over {len(details)} of "
+            f"{_count(len(details) + len(result['missing']), 'task', 'tasks')}, {', '.join(counts)}; {', '.join(details)}"
         )
-        if len(found.get("mteb", [])) > 1:
-            yield f"            made by different versions of mteb: {', '.join(found['mteb'])}"
-        if found["missing"]:
-            yield f"            missing: {_shortened(found['missing'])}"
+        if len(result.get("mteb", [])) > 1:
+            yield f"            made by different versions of mteb: {', '.join(result['mteb'])}"
+        if result["missing"]:
+            yield f"            missing: {_shortened(result['missing'])}"
 
 
 def left_out_words(row: dict[str, Any]) -> str:

@@ -30,12 +30,12 @@ def hybrid(folder: EvalFolder, first: str, second: str, tasks: list[str]) -> dic
     """
     if len({first, second, "rrf", "weighted"}) < 4:
         raise ConfigError(f"{first} and {second} cannot be fused: names must differ from each other, rrf and weighted")
-    found = {task: _fuse_task(folder, first, second, task) for task in tasks}
-    tests = [values["test"] for values in found.values() if "test" in values]
+    scores = {task: _fuse_task(folder, first, second, task) for task in tasks}
+    tests = [values["test"] for values in scores.values() if "test" in values]
     return {
         "first": first,
         "second": second,
-        "tasks": found,
+        "tasks": scores,
         "mean_test": {name: fmean(test[name] for test in tests) for name in (tests[0] if tests else ())},
     }
 
@@ -46,7 +46,7 @@ def _fuse_task(folder: EvalFolder, first: str, second: str, task: str) -> dict[s
     if one != two:
         raise ConfigError(f"{first} and {second} were run on different data of {task}. Run both again")
     systems["rrf"] = fuse(systems[first], systems[second], "rrf")
-    dev, test = ({name: keep(parts, half) for name, parts in systems.items()} for half in ("dev", "test"))
+    dev, test = ({name: queries_of(parts, half) for name, parts in systems.items()} for half in ("dev", "test"))
     counts = [sum(len(ranking.relevant) for ranking in half[first].values()) for half in (dev, test)]
     values = {
         "dev_queries": counts[0],
@@ -95,14 +95,14 @@ def fuse(first: Parts, second: Parts, strategy: Literal["rrf", "rsf"], weight: f
     }
 
 
-def keep(parts: Parts, half: Literal["dev", "test"]) -> Parts:
+def queries_of(parts: Parts, half: Literal["dev", "test"]) -> Parts:
     """The rankings of one half of the queries; a part that has none in it is left out."""
-    kept = {}
+    rankings = {}
     for part, ranking in parts.items():
         relevant = {query: judged for query, judged in ranking.relevant.items() if half_of(query) == half}
         if relevant:
-            kept[part] = Ranking({query: ranking.found.get(query, {}) for query in relevant}, relevant)
-    return kept
+            rankings[part] = Ranking({query: ranking.found.get(query, {}) for query in relevant}, relevant)
+    return rankings
 
 
 def hybrid_lines(values: dict[str, Any]) -> Iterator[str]:

@@ -89,12 +89,12 @@ def durations(call: Callable[[Item], Any], items: Sequence[Item], clock: Clock) 
     """Milliseconds of a call on every item, after some that are not timed."""
     for item in items[:WARM_UP]:
         call(item)
-    found = []
+    milliseconds = []
     for item in items:
         start = clock()
         call(item)
-        found.append((clock() - start) * 1000)
-    return found
+        milliseconds.append((clock() - start) * 1000)
+    return milliseconds
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -139,5 +139,5 @@ def latency_lines(values: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def _ms(found: dict[str, float]) -> str:
-    return f"{found['p50']:.2f} ms (p95 {found['p95']:.2f}, p99 {found['p99']:.2f})"
+def _ms(times: dict[str, float]) -> str:
+    return f"{times['p50']:.2f} ms (p95 {times['p95']:.2f}, p99 {times['p99']:.2f})"

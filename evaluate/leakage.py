@@ -81,22 +81,22 @@ class Forms:
 
     def add(self, *texts: str) -> list[int]:
         """The numbers of those texts that hold a word."""
-        found = []
+        numbers = []
         for text in texts:
             if words := " ".join(words_of(text)):
                 if words not in self.numbers:
                     self.numbers[words] = len(self.texts)
                     self.texts.append(text)
-                found.append(self.numbers[words])
-        return found
+                numbers.append(self.numbers[words])
+        return numbers
 
     def indexes(self) -> list["Index"]:
-        """What finds those that are near a training text."""
+        """An index of the long texts and one of the short ones, where there are any."""
         hashes: dict[Rule, dict[int, np.ndarray]] = {LONG: {}, SHORT: {}}
         for words, number in self.numbers.items():
-            found = hash_words(words.split())
-            if len(found) >= SHORT.words:
-                hashes[LONG if len(found) >= LONG.words else SHORT][number] = found
+            hashed = hash_words(words.split())
+            if len(hashed) >= SHORT.words:
+                hashes[LONG if len(hashed) >= LONG.words else SHORT][number] = hashed
         return [Index(rule, texts) for rule, texts in hashes.items() if texts]
 
 
@@ -118,8 +118,8 @@ class Index:
         row = np.repeat(np.arange(len(rows)), self.sizes)
         by_rarity = np.lexsort((np.bincount(columns)[columns], row))
         rank = np.arange(len(row)) - ends[row]
-        kept = by_rarity[rank <= (self.sizes - self.needed)[row]]
-        self.rare = csr_array((np.ones(len(kept), np.int32), (columns[kept], row[kept])), shape=shape[::-1])
+        rarest = by_rarity[rank <= (self.sizes - self.needed)[row]]
+        self.rare = csr_array((np.ones(len(rarest), np.int32), (columns[rarest], row[rarest])), shape=shape[::-1])
 
     def find(self, words: np.ndarray, owner: np.ndarray, count: int) -> Iterator[tuple[int, int, float]]:
         """Near pairs: which of `count` training texts, the number of the evaluation text, and the overlap.
@@ -156,13 +156,13 @@ def find_leaks(training_texts: Path, tasks: list[AbsTaskRetrieval]) -> dict[str,
     forms = Forms()
     items = {task.metadata.name: list(read_items(task, forms)) for task in tasks}
     best = best_matches(file, forms)
-    values = {name: summarize(found, forms, best) for name, found in items.items()}
+    values = {name: summarize(texts, forms, best) for name, texts in items.items()}
     leaks = sum(task[f"{kind}_{side}"] for task in values.values() for kind in KINDS for side in PLURAL.values())
     return {"training_texts": file.metadata.num_rows, "method": METHOD, "tasks": values, "leaks": leaks}
 
 
 def open_training_texts(file: Path) -> pq.ParquetFile:
-    """The file that a run keeps its training texts in. Raises ConfigError when there is none, or it holds no texts."""
+    """The file of a run's training texts. Raises ConfigError when there is none, or it holds no texts."""
     if not file.is_file():
         if (file.parent / "run.json").is_file():
             raise ConfigError(f"there is no {file}: the run was trained before its texts were recorded. Train it again")
@@ -202,7 +202,7 @@ def best_matches(file: pq.ParquetFile, forms: Forms) -> dict[int, Match]:
         owner = np.repeat(np.arange(len(words)), [len(text) for text in words])
         hashes = hash_words([word for text in words for word in text])
         same = ((number, forms.numbers.get(" ".join(text)), 1.0, True) for number, text in enumerate(words))
-        near = ((*found, False) for index in indexes for found in index.find(hashes, owner, len(words)))
+        near = ((*match, False) for index in indexes for match in index.find(hashes, owner, len(words)))
         for number, form, overlap, exact in chain(same, near):
             if form is not None and (form not in best or (exact, overlap) > best[form][:2]):
                 best[form] = Match(exact, overlap, datasets[number], texts[number])
@@ -214,13 +214,13 @@ def best_matches(file: pq.ParquetFile, forms: Forms) -> dict[int, Match]:
 def summarize(items: list[Item], forms: Forms, best: dict[int, Match]) -> dict[str, Any]:
     """Counts and the worst examples of one task: exact ones first, then by overlap, queries before passages."""
     counts = Counter(item.side for item in items)
-    found = []
+    leaks = []
     for item in items:
         if near := [(best[form], form) for form in item.forms if form in best]:
             match, form = max(near)
-            found.append((item.side, match, forms.texts[form]))
-    kinds = Counter(("exact" if match.exact else "near", side) for side, match, _ in found)
-    found.sort(key=lambda leak: (leak[1].exact, leak[1].overlap, leak[0] == "query"), reverse=True)
+            leaks.append((item.side, match, forms.texts[form]))
+    kinds = Counter(("exact" if match.exact else "near", side) for side, match, _ in leaks)
+    leaks.sort(key=lambda leak: (leak[1].exact, leak[1].overlap, leak[0] == "query"), reverse=True)
     return {
         **{PLURAL[side]: counts[side] for side in PLURAL},
         **{f"{kind}_{PLURAL[side]}": kinds[kind, side] for side in PLURAL for kind in KINDS},
@@ -233,13 +233,13 @@ def summarize(items: list[Item], forms: Forms, best: dict[int, Match]) -> dict[s
                 "evaluation": excerpt(text),
                 "overlap": round(match.overlap, 3),
             }
-            for side, match, text in found[:EXAMPLES]
+            for side, match, text in leaks[:EXAMPLES]
         ],
     }
 
 
 def words_of(text: str) -> list[str]:
-    """What is left of a text to compare: runs of letters and digits, in one form and one case."""
+    """The words of a text as they are compared: runs of letters and digits, in Unicode NFKC, case folded."""
     return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 

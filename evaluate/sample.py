@@ -1,4 +1,4 @@
-"""A sample of the tasks' queries and passages, on which the parts measure that do not need all of them."""
+"""A sample of the tasks' queries and passages, for measurements that do not need all of them."""
 
 import random
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Sample:
 def sample_texts(tasks: list[AbsTaskRetrieval], manifest: dict[str, Any] | None = None) -> Sample:
     """Queries at random over all tasks, the passages that are relevant for them, and others at random; always the same.
 
-    What is relevant for the queries that chose the checkpoint of a run is not told: search is not measured on them.
+    Queries that chose the checkpoint of a run have no relevant passages here, so search is not measured on them.
     """
     queries, passages, relevant = {}, {}, {}
     languages, rules = set(), rules_of(manifest or {})
@@ -48,13 +48,13 @@ def sample_texts(tasks: list[AbsTaskRetrieval], manifest: dict[str, Any] | None 
                     if rules.get(hash_of(queries.get(mark + query, ""))) != "half":
                         relevant[mark + query] = {mark + passage: value for passage, value in judged.items()}
     chance = random.Random(0)
-    kept = sorted(chance.sample(sorted(queries), min(MAX_QUERIES, len(queries))))
-    relevant = {query: relevant[query] for query in kept if query in relevant}
+    chosen = sorted(chance.sample(sorted(queries), min(MAX_QUERIES, len(queries))))
+    relevant = {query: relevant[query] for query in chosen if query in relevant}
     needed = sorted({passage for judged in relevant.values() for passage in judged} & passages.keys())
     others = sorted(passages.keys() - set(needed))
     needed += chance.sample(others, min(len(others), max(0, MAX_PASSAGES - len(needed))))
     return Sample(
-        {query: queries[query] for query in kept},
+        {query: queries[query] for query in chosen},
         {passage: passages[passage] for passage in needed},
         relevant,
         languages.pop() if len(languages) == 1 else None,

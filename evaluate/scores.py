@@ -1,4 +1,4 @@
-"""Runs a search system on tasks through mteb, and keeps what is finished."""
+"""Runs a search system on tasks through mteb, and stores each task's result when it is complete."""
 
 import contextlib
 from collections.abc import Callable
@@ -16,8 +16,7 @@ from trainer.runs.choice import hash_of
 from trainer.runs.results import MAIN_METRIC, EvalFolder, Ranking, TaskScore, read_score, write_json
 from trainer.system.progress_bar import going_on, in_columns
 
-Say = Callable[[str], None]
-# Passages kept per query, for fusion with other systems.
+# Passages stored per query, for fusion with other systems.
 DEPTH = 100
 
 
@@ -27,9 +26,9 @@ def score_system(
     fingerprint: str,
     tasks: list[AbsTaskRetrieval],
     folder: EvalFolder,
-    say: Say,
+    echo: Callable[[str], None],
 ) -> dict[str, str]:
-    """Score a system on every task into the folder. Returns what failed: the reason by task.
+    """Score a system on every task into the folder. Returns the reason of each task that failed.
 
     A task is finished when its result was made by the same system (`fingerprint`), the same data and this mteb; it is
     not run again. What another state of the system scored is removed, also on other tasks: scores of two models must not
@@ -56,13 +55,13 @@ def score_system(
                 kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
                 failed[task.metadata.name] = kind + one_line(error, 300)
                 folder.remove(name, task.metadata.name)
-                say(in_columns(name, f"{task.metadata.name}: FAILED ({failed[task.metadata.name]})", 12))
+                echo(in_columns(name, f"{task.metadata.name}: FAILED ({failed[task.metadata.name]})", 12))
                 continue
         score = score.without_choosers(folder.manifest, {})
         note = f" ({score.note})" if score.note else ""
-        say(in_columns(name, f"{task.metadata.name}: nDCG@10 {score.main:.4f}{note}", 12))
+        echo(in_columns(name, f"{task.metadata.name}: nDCG@10 {score.main:.4f}{note}", 12))
         for line in reading_of(task).lines():
-            say(in_columns("", line, 12))
+            echo(in_columns("", line, 12))
     return failed
 
 
@@ -76,15 +75,14 @@ def finished(folder: EvalFolder, system: str, task: str, mark: dict[str, str]) -
 def _run(name: str, search: Any, task: AbsTaskRetrieval, folder: EvalFolder, mark: dict[str, str]) -> TaskScore:
     recorder = Recorder(search)
     data = load(task)
-    # our own systems say themselves how far they have come
-    says = isinstance(search, SearchSystem)
-    with contextlib.nullcontext() if says else going_on(in_columns(name, task.metadata.name, 12)):
+    shows_progress = isinstance(search, SearchSystem)
+    with contextlib.nullcontext() if shows_progress else going_on(in_columns(name, task.metadata.name, 12)):
         result = mteb.evaluate(
             recorder, task, cache=None, show_progress_bar=False, encode_kwargs={"show_progress_bar": False}
         )
     rankings = {
-        f"{split}/{subset}": Ranking(best(found), data[subset][split]["relevant_docs"])
-        for (subset, split), found in recorder.found.items()
+        f"{split}/{subset}": Ranking(best(scores), data[subset][split]["relevant_docs"])
+        for (subset, split), scores in recorder.rankings.items()
     }
     folder.write_rankings(name, task.metadata.name, rankings)
     per_query = {
@@ -98,7 +96,7 @@ def _run(name: str, search: Any, task: AbsTaskRetrieval, folder: EvalFolder, mar
     note = getattr(search, "note", "")
     hashes = {
         f"{split}/{subset}/{row['id']}": hash_of(row["text"])
-        for subset, split in recorder.found
+        for subset, split in recorder.rankings
         for row in data[subset][split]["queries"]
         if f"{split}/{subset}/{row['id']}" in per_query
     }
@@ -109,11 +107,11 @@ def _run(name: str, search: Any, task: AbsTaskRetrieval, folder: EvalFolder, mar
     return read_score(file)
 
 
-def best(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def best(rankings: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """The DEPTH best passages of every query; equal scores by descending id, as trec_eval orders them."""
     return {
         query: dict(sorted(scores.items(), key=lambda item: (item[1], item[0]), reverse=True)[:DEPTH])
-        for query, scores in found.items()
+        for query, scores in rankings.items()
     }
 
 
@@ -134,7 +132,7 @@ class Recorder:
     def __init__(self, search: Any):
         self.inner = search
         self.mteb_model_meta = search.mteb_model_meta
-        self.found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+        self.rankings: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
 
     def index(self, corpus: Any, **options: Any) -> None:
         """As the inner system does."""
@@ -142,6 +140,6 @@ class Recorder:
 
     def search(self, queries: Any, **options: Any) -> dict[str, dict[str, float]]:
         """As the inner system does."""
-        found = self.inner.search(queries, **options)
-        self.found[options["hf_subset"], options["hf_split"]] = found
-        return found
+        ranking = self.inner.search(queries, **options)
+        self.rankings[options["hf_subset"], options["hf_split"]] = ranking
+        return ranking

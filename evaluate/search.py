@@ -47,10 +47,10 @@ class SearchSystem:
         **kwargs,
     ) -> Found:
         """mteb's call: scores of the best passages by query id."""
-        found = self.search_texts(list(queries["text"]), top_k)
+        rankings = self.search_texts(list(queries["text"]), top_k)
         return {
             query: {self.passages[number]: float(score) for number, score in zip(numbers, scores, strict=True)}
-            for query, (numbers, scores) in zip(queries["id"], found, strict=True)
+            for query, (numbers, scores) in zip(queries["id"], rankings, strict=True)
         }
 
     def index_texts(self, texts: list[str], language: str | None) -> None:

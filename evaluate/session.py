@@ -8,28 +8,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import mteb
-from mteb.models import SearchEncoderWrapper, SentenceTransformerEncoderWrapper
-from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers import SparseEncoder
 
 from evaluate.bm25 import BM25
 from evaluate.compare import baseline_name, compare, compare_lines
+from evaluate.dense import dense_name, load_dense, split_dense
 from evaluate.hybrid import hybrid, hybrid_lines
 from evaluate.latency import latency_lines, measure_latency
 from evaluate.leakage import find_leaks, leakage_lines
 from evaluate.report import write_report
 from evaluate.sample import Sample, sample_texts
-from evaluate.scores import Say, score_system
+from evaluate.scores import score_system
 from evaluate.search import SparseSearch
 from evaluate.sparsity import measure_sparsity, sparsity_lines
 from evaluate.subject import Subject, fingerprint_of
 from evaluate.tasks import load, select_tasks, task_names
 from evaluate.terms import terms_lines, top_terms
-from evaluate.trust import registry_entry, require_pinned_code, require_trust
-from trainer.config import ConfigError, is_commit, is_revision, one_line
+from evaluate.trust import require_trust
+from trainer.config import ConfigError
 from trainer.data.bm25 import K1, B
-from trainer.models.prompts import NAMES, by_side
-from trainer.models.weights import whole_weights
 from trainer.runs.results import EvalFolder, read_system
 from trainer.runs.run import Run
 from trainer.runs.score_table import is_current
@@ -42,7 +39,7 @@ RESERVED = (BM25_NAME, "rrf", "weighted", "data")
 
 
 class Session:
-    """Runs the parts, says what they found, and keeps it in the subject's eval folder."""
+    """Runs the parts, prints their results, and stores them in the subject's eval folder."""
 
     def __init__(
         self,
@@ -50,10 +47,10 @@ class Session:
         tasks: str,
         language: str | None,
         batch_size: int,
-        say: Say,
+        echo: Callable[[str], None],
         trust_dense: bool = False,
     ):
-        self.subject, self.language, self.batch_size, self.say = subject, language, batch_size, say
+        self.subject, self.language, self.batch_size, self.echo = subject, language, batch_size, echo
         self.trust_dense = trust_dense
         self.folder = subject.results
         configured = subject.config.evaluation.mteb_tasks if subject.config else ["scandinavian"]
@@ -90,8 +87,8 @@ class Session:
                 loaded.append(task)
             except ConfigError as error:
                 failed[task.metadata.name] = error.format_message()
-                self.say(in_columns("data", f"{task.metadata.name}: FAILED ({failed[task.metadata.name]})", 12))
-        self._note_failures("data", [task.metadata.name for task in loaded], failed)
+                self.echo(in_columns("data", f"{task.metadata.name}: FAILED ({failed[task.metadata.name]})", 12))
+        self._record_failures("data", [task.metadata.name for task in loaded], failed)
         return loaded, failed
 
     # --------------------------------------------------------------------------------------- scores
@@ -126,21 +123,21 @@ class Session:
         self.folder.write_part("failed", self.folder.read_part("failed") or {})
 
     def attempt(self, part: Callable[[], Any], name: str) -> Any:
-        """Run one part of several; what stops it is said and counts as a failure, and the others go on."""
+        """Run one part of several; the reason why it fails is printed and counts as a failure, and the others go on."""
         try:
             return part()
         except ConfigError as error:
-            self.say(in_columns(name, f"not done: {error.format_message()}", 12))
+            self.echo(in_columns(name, f"not done: {error.format_message()}", 12))
             self.any_failed = True
             return None
 
     def _score(self, name: str, make_search: Callable[[], Any], fingerprint: str) -> None:
         tasks = self.tasks()
-        failed = score_system(name, make_search, fingerprint, tasks, self.folder, self.say)
-        self._note_failures(name, [task.metadata.name for task in tasks], failed)
+        failed = score_system(name, make_search, fingerprint, tasks, self.folder, self.echo)
+        self._record_failures(name, [task.metadata.name for task in tasks], failed)
 
-    def _note_failures(self, name: str, tried: list[str], failed: dict[str, str]) -> None:
-        """Keep what failed, in place of what these tasks did before."""
+    def _record_failures(self, name: str, tried: list[str], failed: dict[str, str]) -> None:
+        """Store the reasons of the tasks that failed, in place of earlier ones of the tried tasks."""
         known = self.folder.read_part("failed") or {}
         known[name] = {task: why for task, why in known.get(name, {}).items() if task not in tried} | failed
         self.folder.write_part("failed", {system: rows for system, rows in known.items() if rows})
@@ -148,12 +145,12 @@ class Session:
 
     def fuse(self, dense: str | None) -> None:
         """The model with BM25, and with the dense model if there is one."""
-        found = []
+        pairs = []
         for other in (BM25_NAME, *([dense_name(dense)] if dense else [])):
             done = [task.metadata.name for task in self.tasks() if self._has_run(task, self.subject.name, other)]
             if done:
-                found.append(hybrid(self.folder, self.subject.name, other, done))
-        self._keep("hybrid", found, (line for values in found for line in hybrid_lines(values)))
+                pairs.append(hybrid(self.folder, self.subject.name, other, done))
+        self._store("hybrid", pairs, (line for values in pairs for line in hybrid_lines(values)))
 
     def _has_run(self, task: Any, *systems: str) -> bool:
         return all(self.folder.ranking_file(system, task.metadata.name).is_file() for system in systems)
@@ -170,16 +167,16 @@ class Session:
         values = measure_sparsity(
             self.model, texts.queries, texts.passages, texts.relevant, self.batch_size, texts.part_of
         )
-        self._keep("sparsity", values | self._made_with, sparsity_lines(values))
+        self._store("sparsity", values | self._made_with, sparsity_lines(values))
         terms = top_terms(self.model)
-        self._keep("terms", terms, terms_lines(terms))
+        self._store("terms", terms, terms_lines(terms))
 
     def measure_latency(self) -> None:
         """Time and memory, beside BM25."""
         texts = self.sample
         queries, passages = list(texts.queries.values()), list(texts.passages.values())
         values = measure_latency(self.model, queries, passages, texts.language, self.batch_size)
-        self._keep("latency", values, latency_lines(values))
+        self._store("latency", values, latency_lines(values))
 
     @property
     def _made_with(self) -> dict[str, Any]:
@@ -192,7 +189,7 @@ class Session:
         if self.subject.manifest is None:
             raise ConfigError(f"{self.subject.model} is no run of this project: what it was trained on is not known")
         values = find_leaks(texts, self.loaded_tasks()) | self._made_with
-        self._keep("leakage", values, (in_columns("leakage", line, 12) for line in leakage_lines(values)))
+        self._store("leakage", values, (in_columns("leakage", line, 12) for line in leakage_lines(values)))
         return values["leaks"]
 
     # --------------------------------------------------------------------------------------- together
@@ -207,19 +204,19 @@ class Session:
                 raise ConfigError(f"--baseline {path}: there is a system '{name}' already. Rename the file or folder")
             systems[name] = self.folder.reported(read_system(path), {self.subject.name: own})
         values = compare(self.subject.name, systems)
-        self._keep("compare", values, compare_lines(values))
+        self._store("compare", values, compare_lines(values))
 
     def report(self) -> None:
         """The page and the summary. An earlier comparison, perhaps with baselines, stays as long as it fits the scores."""
-        found, systems = self.folder.read_part("compare"), self.folder.systems()
-        if self.subject.name in systems and (found is None or not is_current(found, systems)):
+        comparison, systems = self.folder.read_part("compare"), self.folder.systems()
+        if self.subject.name in systems and (comparison is None or not is_current(comparison, systems)):
             self.compare(())
         page = write_report(self.subject)
-        self.say(f"report      {page} and {page.with_name('summary.md')}")
+        self.echo(f"report      {page} and {page.with_name('summary.md')}")
 
-    def _keep(self, part: str, values: Any, lines: Any) -> None:
+    def _store(self, part: str, values: Any, lines: Any) -> None:
         for line in lines:
-            self.say(line)
+            self.echo(line)
         self.folder.write_part(part, values)
 
     def finish(self, leaks: int = 0) -> None:
@@ -228,55 +225,8 @@ class Session:
             sys.exit(1)
 
 
-def bm25_alone(names: str, language: str | None, output: Path | None, say: Say) -> bool:
+def bm25_alone(names: str, language: str | None, output: Path | None, echo: Callable[[str], None]) -> bool:
     """BM25 without any model; the exit status: 1 when a task failed."""
     with tempfile.TemporaryDirectory() as folder:
         tasks = select_tasks(task_names(names), language)
-        return bool(score_system(BM25_NAME, BM25, BM25_FINGERPRINT, tasks, EvalFolder(output or Path(folder)), say))
-
-
-def split_dense(source: str) -> tuple[str, str | None]:
-    """Name and revision of `org/model@revision`; a local folder has none. Raises ConfigError for what cannot be one."""
-    if Path(source).exists():
-        return source, None
-    name, _, revision = source.partition("@")
-    if revision and not is_revision(revision):
-        raise ConfigError(f"--dense {source}: a revision is a commit, tag or branch")
-    return name, revision or None
-
-
-def dense_name(source: str) -> str:
-    """A dense model's name among the systems."""
-    name, _ = split_dense(source)
-    return Path(name).resolve().name if Path(name).exists() else name.replace("/", "__")
-
-
-def load_dense(source: str, trust_remote_code: bool) -> SearchEncoderWrapper:
-    """A dense model as mteb searches with it: with the prompts of mteb's registry where it is in there (e5 needs them),
-    else with those it was saved with.
-
-    Its own code runs only with --trust-remote-code and, from the hub, for a pinned commit: `org/model@commit`.
-    """
-    name, revision = split_dense(source)
-    require_trust(name, revision, trust_remote_code)
-    trust = trust_remote_code and (Path(name).exists() or is_commit(revision))
-    if trust:
-        require_pinned_code("--dense", name, revision)
-    try:
-        with whole_weights("--dense", source):
-            if registry_entry(name):
-                return SearchEncoderWrapper(mteb.get_model(name, **({"revision": revision} if revision else {})))
-            model = SentenceTransformer(name, revision=revision, trust_remote_code=trust)
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever the hub, mteb's loaders or the model's own code raise
-        way_out = ""
-        if not trust and "trust_remote_code" in str(error):
-            commit = "" if Path(name).exists() else "@<commit>"
-            way_out = f". It has code of its own. Read it; to run it: --dense {name}{commit} --trust-remote-code"
-        raise ConfigError(f"--dense {source} cannot be loaded: {one_line(error)}{way_out}") from None
-    # under the names that mteb knows: of a "passage" it would say that it is ignored
-    others = {name: text for name, text in model.prompts.items() if name not in NAMES["document"]}
-    model.prompts = others | by_side(model.prompts)
-    model.model_card_data.model_name = dense_name(source)
-    return SearchEncoderWrapper(SentenceTransformerEncoderWrapper(model))
+        return bool(score_system(BM25_NAME, BM25, BM25_FINGERPRINT, tasks, EvalFolder(output or Path(folder)), echo))

@@ -102,8 +102,8 @@ def prune(vectors: sp.csr_matrix, count: int | None) -> sp.csr_matrix:
         return vectors
     rows = np.repeat(np.arange(vectors.shape[0]), np.diff(vectors.indptr))
     order = np.lexsort((vectors.indices, -np.abs(vectors.data), rows))  # text by text, heaviest first
-    kept = order[np.arange(vectors.nnz) - vectors.indptr[rows] < count]
-    return sp.csr_matrix((vectors.data[kept], (rows[kept], vectors.indices[kept])), shape=vectors.shape)
+    heaviest = order[np.arange(vectors.nnz) - vectors.indptr[rows] < count]
+    return sp.csr_matrix((vectors.data[heaviest], (rows[heaviest], vectors.indices[heaviest])), shape=vectors.shape)
 
 
 def flops(query: sp.csr_matrix, document: sp.csr_matrix) -> float:
@@ -115,11 +115,11 @@ def judged_here(
     queries: dict[str, str], passages: dict[str, str], relevant: dict[str, dict[str, int]]
 ) -> dict[str, dict[str, int]]:
     """Relevance among these queries and passages, for the queries that have a relevant passage among them."""
-    found = {
+    judged = {
         query: {passage: grade for passage, grade in relevant.get(query, {}).items() if passage in passages}
         for query in queries
     }
-    return {query: grades for query, grades in found.items() if any(grade > 0 for grade in grades.values())}
+    return {query: grades for query, grades in judged.items() if any(grade > 0 for grade in grades.values())}
 
 
 def search_parts(
@@ -138,26 +138,26 @@ def search_parts(
             )
             for vectors, ids in (query, document)
         )
-        found = {
+        scores = {
             text_id: {passage_ids[number]: float(score) for number, score in zip(numbers, scores, strict=True)}
             for text_id, (numbers, scores) in zip(
                 query_ids, InvertedIndex(passages).search(queries, DEPTH), strict=True
             )
         }
-        rankings[part] = Ranking(found, {text_id: judged[text_id] for text_id in query_ids if text_id in judged})
+        rankings[part] = Ranking(scores, {text_id: judged[text_id] for text_id in query_ids if text_id in judged})
     return rankings
 
 
 def sparsity_lines(values: dict[str, Any]) -> Iterator[str]:
     """Both routes, then a table of what pruning saves and costs."""
-    for route, found in values["routes"].items():
-        active = found["active_dims"]
+    for route, figures in values["routes"].items():
+        active = figures["active_dims"]
         yield (
             f"sparsity    {route}: {active['mean']:.0f} active dims (p50 {active['p50']:.0f}, p95 {active['p95']:.0f}, "
-            f"max {active['max']}) of {values['dimensions']:,} in {found['texts']:,} texts; "
-            f"{found['never_active_share']:.0%} of dims never active"
+            f"max {active['max']}) of {values['dimensions']:,} in {figures['texts']:,} texts; "
+            f"{figures['never_active_share']:.0%} of dims never active"
         )
-        terms = ", ".join(f"{row['term']} {row['share']:.0%}" for row in found["most_frequent"][:8])
+        terms = ", ".join(f"{row['term']} {row['share']:.0%}" for row in figures["most_frequent"][:8])
         yield f"            in most texts: {terms or 'none'}"
     passages = values["routes"]["document"]["texts"]
     judged = values["judged_queries"]

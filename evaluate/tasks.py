@@ -84,10 +84,10 @@ def _tasks_of(name: str, language: str | None) -> Iterator[AbsTaskRetrieval]:
             near = did_you_mean(task, known | GROUPS.keys()) if len(wanted) == 1 else ""
             near = near if near.startswith(" Did") else f" Groups: {', '.join(GROUPS)}."
             raise ConfigError(f"there is no retrieval task '{task}'.{near} A folder is written with a slash: ./{task}")
-        found = mteb.get_tasks(tasks=[task], languages=list(LANGUAGES), exclusive_language_filter=True)
-        if not found:
+        tasks = mteb.get_tasks(tasks=[task], languages=list(LANGUAGES), exclusive_language_filter=True)
+        if not tasks:
             raise ConfigError(f"the task {task} has no part in Norwegian, Danish or Swedish")
-        yield from found
+        yield from tasks
 
 
 def local_task(folder: Path, language: str | None) -> AbsTaskRetrieval:
@@ -157,8 +157,8 @@ class LocalTask(AbsTaskRetrieval):
         """Read the folder; ConfigError with file and line for what is wrong in it."""
         if self.data_loaded:
             return
-        found = read_search_set(self.folder, self.split, self.metadata.name)
-        self.reading = found.reading
+        search_set = read_search_set(self.folder, self.split, self.metadata.name)
+        self.reading = search_set.reading
         self.reading.pass_over("files", files_beside(self.folder, self.split))
         rows = list(read_records(files_of(self.folder, self.split).corpus, Reading()))
         self.dataset = {
@@ -171,8 +171,10 @@ class LocalTask(AbsTaskRetrieval):
                             "text": [row.text for row in rows],
                         }
                     ),
-                    "queries": Dataset.from_dict({"id": list(found.queries), "text": list(found.queries.values())}),
-                    "relevant_docs": found.relevant,
+                    "queries": Dataset.from_dict(
+                        {"id": list(search_set.queries), "text": list(search_set.queries.values())}
+                    ),
+                    "relevant_docs": search_set.relevant,
                     "top_ranked": None,
                 }
             }

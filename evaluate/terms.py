@@ -21,17 +21,17 @@ def top_terms(model: SparseEncoder, count: int = 15) -> list[dict[str, Any]]:
     """The heaviest terms of each sample text, with their weights; none for a CSR model, whose dims are no words."""
     if not dims_are_words(model):
         return []
-    found = []
+    rows = []
     for route, texts in SAMPLES.items():
         encode = model.encode_query if route == "query" else model.encode_document
         vectors = encode(texts, show_progress_bar=False)
         for text, terms in zip(texts, model.decode(vectors, top_k=count), strict=True):
-            found.append({"text": text, "route": route, "terms": [[term, round(weight, 3)] for term, weight in terms]})
-    return found
+            rows.append({"text": text, "route": route, "terms": [[term, round(weight, 3)] for term, weight in terms]})
+    return rows
 
 
-def terms_lines(found: list[dict[str, Any]]) -> Iterator[str]:
+def terms_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     """One line per text."""
-    for row in found:
+    for row in rows:
         words = ", ".join(f"{term.strip()} {weight:.2f}" for term, weight in row["terms"][:8])
         yield f"terms       {row['route']} '{row['text']}': {words}"

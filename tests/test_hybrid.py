@@ -9,7 +9,7 @@ from mteb.models.models_protocols import SearchProtocol
 
 from evaluate import hybrid as module
 from evaluate.bm25 import BM25
-from evaluate.hybrid import choose_weight, fuse, hybrid, hybrid_lines, keep, mean_ndcg
+from evaluate.hybrid import choose_weight, fuse, hybrid, hybrid_lines, mean_ndcg, queries_of
 from evaluate.scores import best, ndcg_per_query, score_system
 from evaluate.search import SearchSystem
 from evaluate.tasks import local_task
@@ -144,7 +144,7 @@ def test_a_query_is_in_dev_when_the_hash_of_its_id_is_even():
 def test_the_halves_are_about_as_large_and_hold_every_query_once():
     queries = [f"query-{number}" for number in range(2_000)]
     parts = {"test/default": Ranking({}, {query: {"p": 1} for query in queries})}
-    dev, test = (list(keep(parts, half)["test/default"].relevant) for half in ("dev", "test"))
+    dev, test = (list(queries_of(parts, half)["test/default"].relevant) for half in ("dev", "test"))
     assert sorted(dev + test) == sorted(queries)
     assert abs(len(dev) - 1_000) < 100  # 4.5 standard deviations
 
@@ -153,7 +153,7 @@ def test_a_query_is_in_the_same_half_in_every_language():
     places = dict.fromkeys(DEV[:2] + TEST[:3], 0)
     parts = {"test/no": ranking(places), "test/sv": ranking(places)}
     for half, queries in (("dev", DEV[:2]), ("test", TEST[:3])):
-        kept = keep(parts, half)
+        kept = queries_of(parts, half)
         assert {part: set(values.relevant) for part, values in kept.items()} == {part: set(queries) for part in parts}
         assert {part: set(values.found) for part, values in kept.items()} == {part: set(queries) for part in parts}
 
@@ -185,7 +185,7 @@ def test_what_happens_on_test_does_not_move_the_weight(folder):
     assert len({(row["weight"], json.dumps(row["dev"])) for row in found}) == 1
     assert len({json.dumps(row["test"]) for row in found}) == 5
     parts = [folder.rankings(name, "a") for name in ("splade", "bm25")]
-    assert choose_weight(*(keep(part, "test") for part in parts)) != found[0]["weight"]
+    assert choose_weight(*(queries_of(part, "test") for part in parts)) != found[0]["weight"]
 
 
 def test_each_half_is_scored_with_the_fusions_that_are_named(folder):
@@ -199,7 +199,7 @@ def test_each_half_is_scored_with_the_fusions_that_are_named(folder):
         "weighted": fuse(one, two, "rsf", values["weight"]),
     }
     for half in ("dev", "test"):
-        assert values[half] == {name: mean_ndcg(keep(rankings, half)) for name, rankings in parts.items()}
+        assert values[half] == {name: mean_ndcg(queries_of(rankings, half)) for name, rankings in parts.items()}
         assert len(set(values[half].values())) == 4
 
 

@@ -25,7 +25,7 @@ TRAINER = [
 ]
 EVALUATE = [
     {"trust"},
-    {"tasks", "search", "subject", "terms"},
+    {"tasks", "search", "subject", "terms", "dense"},
     {"bm25", "scores", "sample"},
     {"sparsity", "latency", "leakage", "hybrid", "compare"},
     {"report"},

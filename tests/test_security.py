@@ -5,7 +5,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from evaluate.session import split_dense
+from evaluate.dense import split_dense
 from evaluate.subject import open_subject
 from tests.conftest import ROOT, TINY, run_trainer
 from trainer.config import ConfigError, is_revision, load_config

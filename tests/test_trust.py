@@ -8,7 +8,7 @@ import sys
 import mteb
 import pytest
 
-from evaluate.session import load_dense
+from evaluate.dense import load_dense
 from evaluate.subject import open_subject
 from evaluate.trust import require_trust, runs_own_code
 from tests.checkpoints import write_dense
@@ -76,8 +76,8 @@ def test_a_name_that_needs_code_is_refused_in_one_line_that_says_how_to_trust_it
 
 def test_the_users_word_reaches_the_loader_at_that_commit(monkeypatch):
     loaded = []
-    monkeypatch.setattr("evaluate.session.SearchEncoderWrapper", lambda model: model)
-    monkeypatch.setattr("evaluate.session.require_pinned_code", lambda *_: None)
+    monkeypatch.setattr("evaluate.dense.SearchEncoderWrapper", lambda model: model)
+    monkeypatch.setattr("evaluate.dense.require_pinned_code", lambda *_: None)
     monkeypatch.setattr("mteb.get_model", lambda name, **settings: loaded.append((name, settings)))
     load_dense(f"{NEEDS_CODE}@{COMMIT}", True)
     assert loaded == [(NEEDS_CODE, {"revision": COMMIT})]

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForSequenceClassification
 
-from evaluate.session import load_dense
+from evaluate.dense import load_dense
 from evaluate.subject import Subject
 from tests.checkpoints import write_bert, write_dense, write_modernbert, write_roberta
 from tests.test_models import build_from, config_of

@@ -43,7 +43,7 @@ CURVES = {
 def write_report(subject: Subject, compare: dict[str, Any] | None = None) -> Path:
     """Write report/index.html and report/summary.md from what the run's folder holds. Returns the page.
 
-    `compare` is what comparing the systems found, by default eval/compare.json; it is shown while it fits the scores. A
+    `compare` holds the result of evaluate.compare, by default eval/compare.json; it is shown while it fits the scores. A
     part that was not measured becomes a line with the command that adds it.
     """
     results = subject.results
@@ -62,7 +62,7 @@ def write_report(subject: Subject, compare: dict[str, Any] | None = None) -> Pat
         "table": table,
         "has_failed": lambda system, task: any(task in failed.get(name, ()) for name in (system, "data")),
         "compare": compare,
-        "compared": {task for found in (compare["against"].values() if compare else ()) for task in found["tasks"]},
+        "compared": {task for result in (compare["against"].values() if compare else ()) for task in result["tasks"]},
         "difference_plots": difference_plots(compare),
         "pareto_plots": pareto_plots(table, parts["sparsity"]),
         "language_plots": language_plots(table),
@@ -97,10 +97,10 @@ def difference_plots(compare: dict[str, Any] | None) -> list[Plot]:
     return [
         intervals(
             f"{compare['main']} minus {other}",
-            [(task, row["delta"], row.get("low"), row.get("high")) for task, row in found["tasks"].items()],
+            [(task, row["delta"], row.get("low"), row.get("high")) for task, row in result["tasks"].items()],
         )
-        for other, found in (compare["against"] if compare else {}).items()
-        if found["tasks"]
+        for other, result in (compare["against"] if compare else {}).items()
+        if result["tasks"]
     ]
 
 
@@ -155,9 +155,9 @@ def language_plots(table: ScoreTable) -> list[Plot]:
 def histograms(sparsity: dict[str, Any] | None) -> list[Plot]:
     """Texts by active dims, for queries and documents."""
     return [
-        histogram(title, found["histogram"]["edges"], found["histogram"]["counts"])
+        histogram(title, bins["edges"], bins["counts"])
         for route, title in (("query", "Queries"), ("document", "Documents"))
-        if sparsity and (found := sparsity["routes"][route])["histogram"]["counts"]
+        if sparsity and (bins := sparsity["routes"][route]["histogram"])["counts"]
     ]
 
 

@@ -42,21 +42,21 @@ def reported(
     chose, they stay.
     """
     rules = rules_of(manifest)
-    found = {name: rules.get(hashes.get(name, "")) for name in per_query}
-    kept = {name: value for name, value in per_query.items() if found[name] != "half"}
+    rules_by_query = {name: rules.get(hashes.get(name, "")) for name in per_query}
+    others = {name: value for name, value in per_query.items() if rules_by_query[name] != "half"}
     notes = []
-    if left_out := len(per_query) - len(kept):
-        notes.append(f"{len(kept):,} queries; {left_out:,} others chose the checkpoint and are left out")
+    if left_out := len(per_query) - len(others):
+        notes.append(f"{len(others):,} queries; {left_out:,} others chose the checkpoint and are left out")
     nano = any("hashes" not in choice for choice in manifest.get("checkpoint_chosen_by", []))
-    if "all" in found.values() or (nano and task.startswith("MultilingualNano")):
+    if "all" in rules_by_query.values() or (nano and task.startswith("MultilingualNano")):
         notes.append("these queries also chose the checkpoint, so the score is optimistic")
     if (
         manifest.get("best_checkpoint")
         and "checkpoint_chosen_by" not in manifest
-        and any(q.startswith("dev/") for q in kept)
+        and any(q.startswith("dev/") for q in others)
     ):
         notes.append("an earlier version trained the run and may have chosen its checkpoint by these queries")
-    return kept, "; ".join(notes)
+    return others, "; ".join(notes)
 
 
 def part_of(query: str) -> str:

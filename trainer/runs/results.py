@@ -58,18 +58,18 @@ class TaskScore:
 
     def without_choosers(self, manifest: dict[str, Any], hashes: dict[str, str]) -> "TaskScore":
         """The score on the queries that did not choose a run's checkpoint; `note` says how many did."""
-        kept, note = reported(manifest, self.task, self.hashes or hashes, self.per_query)
+        others, note = reported(manifest, self.task, self.hashes or hashes, self.per_query)
         note = "; ".join(part for part in dict.fromkeys((self.note, note)) if part)
-        if len(kept) == len(self.per_query):
+        if len(others) == len(self.per_query):
             return replace(self, note=note)
-        means = means_of_parts(kept)
+        means = means_of_parts(others)
         return replace(
             self,
             metrics={MAIN_METRIC: fmean(means.values())},
-            per_query=kept,
+            per_query=others,
             parts={part: (means[part], languages) for part, (_, languages) in self.parts.items()},
             note=note,
-            left_out=self.left_out + len(self.per_query) - len(kept),
+            left_out=self.left_out + len(self.per_query) - len(others),
         )
 
 
@@ -124,7 +124,7 @@ class EvalFolder:
             json.dump({part: asdict(ranking) for part, ranking in rankings.items()}, data)
 
     def files(self, system: str, task: str) -> tuple[Path, Path, Path]:
-        """All that is kept of a system's score on a task."""
+        """All files of a system's score on a task."""
         return self.score_file(system, task), self.query_file(system, task), self.ranking_file(system, task)
 
     def remove(self, system: str, task: str) -> None:
@@ -143,13 +143,13 @@ class EvalFolder:
         return values.get("made_with", {}) if isinstance(values, dict) else {}
 
     def write_part(self, part: str, values: dict[str, Any]) -> Path:
-        """Store what one part found: sparsity, latency, leakage, hybrid, compare."""
+        """Store the values of one part: sparsity, latency, leakage, hybrid, compare."""
         file = self.folder / f"{part}.json"
         write_json(file, values)
         return file
 
     def read_part(self, part: str) -> dict[str, Any] | None:
-        """What a part found; None when it has not run."""
+        """The values of a part; None when it has not run."""
         file = self.folder / f"{part}.json"
         return read_json(file) if file.is_file() else None
 
@@ -162,7 +162,7 @@ class EvalFolder:
     def reported(self, system: System, beside: dict[str, System]) -> System:
         """A system's scores on the queries that did not choose the run's checkpoint.
 
-        Results from elsewhere do not say which queries they are of; those beside them on the same task do.
+        Results from elsewhere have no hashes of their queries; those beside them on the same task do.
         """
         known = {task: score.hashes for other in beside.values() for task, score in other.items() if score.hashes}
         return {task: score.without_choosers(self.manifest, known.get(task, {})) for task, score in system.items()}
@@ -184,19 +184,19 @@ def read_system(path: Path) -> System:
     files = (
         [path] if path.is_file() else sorted(file for file in path.rglob("*.json") if file.name != "model_meta.json")
     )
-    found: System = {}
+    system: System = {}
     for file in files:
         score = read_score(file)
-        if score.task in found and found[score.task].metrics != score.metrics:
+        if score.task in system and system[score.task].metrics != score.metrics:
             raise ConfigError(
                 f"{path} holds two different results of {score.task}. Name one file, or one model's folder"
             )
-        found[score.task] = score
-    if not found:
+        system[score.task] = score
+    if not system:
         raise ConfigError(f"{path} holds no results")
     if manifest:
-        found = {task: score.without_choosers(manifest, {}) for task, score in found.items()}
-    return found
+        system = {task: score.without_choosers(manifest, {}) for task, score in system.items()}
+    return system
 
 
 def read_score(file: Path) -> TaskScore:
