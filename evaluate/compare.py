@@ -134,7 +134,7 @@ def paired_interval(parts: list[list[float]], seed: int, resamples: int) -> tupl
 
 
 def languages_of(score: TaskScore) -> set[str]:
-    """ISO 639-3 codes; empty for a folder whose language nobody has said."""
+    """ISO 639-3 codes; empty for a folder of unknown language."""
     return {language.partition("-")[0] for language in score.languages} - {"mis"}
 
 

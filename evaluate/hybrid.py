@@ -22,11 +22,11 @@ STEPS = 20
 def hybrid(folder: EvalFolder, first: str, second: str, tasks: list[str]) -> dict[str, Any]:
     """nDCG@10 of both systems and of their two fusions on every task, from the rankings in the folder.
 
-    The weight of `first` is the one with the best nDCG@10 on the dev half of the queries, and `test` is the other half. A
-    half that chose the checkpoint in training is the dev half too.
+    The queries are split in two by a hash of their ids: `dev` and `test`. The weight of `first` is the one with the best
+    nDCG@10 on dev. Queries that chose the checkpoint in training are in dev.
     Reciprocal rank fusion has nothing to choose (k = 60, equal weights), so it is in `all` too. A task with fewer than 10
-    queries in a half has `all` alone, no weight, and says `why`; it is not in `mean_test`. Raises ConfigError when a
-    system has not been run on a task, or the two not on the same data.
+    queries in dev or test has `all` alone, no weight, and the reason in `why`; it is not in `mean_test`. Raises
+    ConfigError when a system has not been run on a task, or the two not on the same data.
     """
     if len({first, second, "rrf", "weighted"}) < 4:
         raise ConfigError(f"{first} and {second} cannot be fused: names must differ from each other, rrf and weighted")
@@ -46,8 +46,8 @@ def _fuse_task(folder: EvalFolder, first: str, second: str, task: str) -> dict[s
     if one != two:
         raise ConfigError(f"{first} and {second} were run on different data of {task}. Run both again")
     systems["rrf"] = fuse(systems[first], systems[second], "rrf")
-    dev, test = ({name: queries_of(parts, half) for name, parts in systems.items()} for half in ("dev", "test"))
-    counts = [sum(len(ranking.relevant) for ranking in half[first].values()) for half in (dev, test)]
+    dev, test = ({name: queries_of(parts, split) for name, parts in systems.items()} for split in ("dev", "test"))
+    counts = [sum(len(ranking.relevant) for ranking in split[first].values()) for split in (dev, test)]
     values = {
         "dev_queries": counts[0],
         "test_queries": counts[1],
@@ -58,9 +58,9 @@ def _fuse_task(folder: EvalFolder, first: str, second: str, task: str) -> dict[s
         why = f"{counts[0]} dev and {counts[1]} test queries; a weight needs {MIN_QUERIES} of each"
         return values | {"why": why}
     weight = choose_weight(dev[first], dev[second])
-    for half in (dev, test):
-        half["weighted"] = fuse(half[first], half[second], "rsf", weight)
-    scores = [{name: mean_ndcg(parts) for name, parts in half.items()} for half in (dev, test)]
+    for split in (dev, test):
+        split["weighted"] = fuse(split[first], split[second], "rsf", weight)
+    scores = [{name: mean_ndcg(parts) for name, parts in split.items()} for split in (dev, test)]
     return values | {"weight": weight, "dev": scores[0], "test": scores[1]}
 
 
@@ -95,18 +95,18 @@ def fuse(first: Parts, second: Parts, strategy: Literal["rrf", "rsf"], weight: f
     }
 
 
-def queries_of(parts: Parts, half: Literal["dev", "test"]) -> Parts:
-    """The rankings of one half of the queries; a part that has none in it is left out."""
+def queries_of(parts: Parts, split: Literal["dev", "test"]) -> Parts:
+    """The rankings of the queries in dev or test; a part without such a query is left out."""
     rankings = {}
     for part, ranking in parts.items():
-        relevant = {query: judged for query, judged in ranking.relevant.items() if half_of(query) == half}
+        relevant = {query: judged for query, judged in ranking.relevant.items() if half_of(query) == split}
         if relevant:
             rankings[part] = Ranking({query: ranking.found.get(query, {}) for query in relevant}, relevant)
     return rankings
 
 
 def hybrid_lines(values: dict[str, Any]) -> Iterator[str]:
-    """A table of the test halves, and a line for every task that is too small for one."""
+    """A table of the test queries, and a line for every task that is too small for one."""
     first, second = values["first"], values["second"]
     names = [first, second, "rrf", "weighted"]
     chosen = {task: row for task, row in values["tasks"].items() if row["weight"] is not None}

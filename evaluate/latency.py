@@ -20,7 +20,7 @@ from trainer.system.progress_bar import ProgressReport, in_columns
 Item = TypeVar("Item")
 Clock = Callable[[], float]
 
-# Queries are timed one by one; percentiles up to p99 need no more.
+# Timed one by one, so fewer than the sample has.
 TIMED_QUERIES = 200
 # Calls that are not timed: the first ones load code and caches.
 WARM_UP = 10

@@ -66,7 +66,7 @@ def score_system(
 
 
 def finished(folder: EvalFolder, system: str, task: str, mark: dict[str, str]) -> TaskScore | None:
-    """A task's earlier score, when it was measured with what this mark says."""
+    """A task's earlier score, when it was measured with what the mark names."""
     if not all(file.is_file() for file in folder.files(system, task)) or folder.made_with(system, task) != mark:
         return None
     return read_score(folder.score_file(system, task))

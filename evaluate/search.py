@@ -75,7 +75,7 @@ class SparseSearch(SearchSystem):
         self.inverted = InvertedIndex(comparable(self.model, vectors))
 
     def search_texts(self, texts: list[str], depth: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Encode by the query route, and search by dot product, or cosine where the model says so."""
+        """Encode by the query route, and search by dot product, or by cosine where the model's similarity is the cosine."""
         vectors = self._encode(texts, "query", "queries")
         return self.inverted.search(comparable(self.model, vectors), depth)
 

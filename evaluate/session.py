@@ -105,7 +105,7 @@ class Session:
         self._score(BM25_NAME, BM25, BM25_FINGERPRINT)
 
     def score_dense(self, source: str) -> None:
-        """A dense model, by cosine or what it says itself."""
+        """A dense model, by its own similarity, or else by cosine."""
         name, revision = split_dense(source)
         self._score(dense_name(source), lambda: load_dense(source, self.trust_dense), fingerprint_of(name, revision))
 

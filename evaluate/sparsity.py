@@ -15,7 +15,7 @@ from trainer.encoding.vocabulary import term_of
 from trainer.runs.results import Ranking
 from trainer.system.progress_bar import ProgressReport, in_columns
 
-# Dimensions kept per text, from a short query's worth to more than most documents have; None keeps all.
+# Most dimensions per text, from a short query's worth to more than most documents have; None is no limit.
 PRUNED_TO = (4, 8, 16, 32, 64, 128, 256, None)
 MOST_FREQUENT = 20
 HISTOGRAM_BINS = 40
@@ -31,7 +31,7 @@ def measure_sparsity(
 ) -> dict[str, Any]:
     """Active dims of both routes, FLOPS and index size, as they are and pruned to fewer dims per text.
 
-    queries, passages: texts by id. With `relevant` (grades by query and passage id), nDCG@10 says what pruning costs. It
+    queries, passages: texts by id. With `relevant` (grades by query and passage id), nDCG@10 shows what pruning costs. It
     is measured within these passages: what is relevant elsewhere does not count, and a query without a relevant passage
     among them is left out. `part_of` gives the part of the texts in which a query is searched, and the mean is over the
     parts. Raises ConfigError when there is no query or no passage.
@@ -96,7 +96,7 @@ def describe(vectors: sp.csr_matrix, model: SparseEncoder) -> dict[str, Any]:
 def prune(vectors: sp.csr_matrix, count: int | None) -> sp.csr_matrix:
     """The `count` weights of each text that are largest by absolute value, as `encode(..., max_active_dims=count)`.
 
-    Of equal weights the lower dimension stays. None keeps all.
+    Of equal weights the lower dimension stays. None is no limit.
     """
     if count is None:
         return vectors

@@ -62,7 +62,7 @@ class Subject:
 
 
 def fingerprint_of(model: str, revision: str | None) -> str:
-    """A hash of a local model's files, or a hub model's commit. Raises ConfigError when the hub cannot say it."""
+    """A hash of a local model's files, or a hub model's commit. Raises ConfigError when the hub does not answer."""
     folder = Path(model)
     if not folder.is_dir():
         known = try_to_load_from_cache(model, "modules.json", revision=revision)

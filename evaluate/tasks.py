@@ -131,7 +131,7 @@ def load(task: AbsTaskRetrieval) -> dict[str, dict[str, Any]]:
 
 
 def reading_of(task: AbsTaskRetrieval) -> Reading:
-    """What is said of how a task's data was read, once it is loaded."""
+    """How a task's data was read: what was changed, passed over or counted. Empty until it is loaded."""
     return getattr(task, "reading", Reading())
 
 

@@ -34,8 +34,10 @@ class BM25Index:
     """Passages by their words, stemmed where the language is a Scandinavian one."""
 
     def __init__(self, passages: list[str], language: str | None, *, without_stop_words: bool):
-        """language: as in STEMMERS; in any other, words are taken as they are. Mining keeps stop words: without them it
-        would find other negatives than before.
+        """language: a code of STEMMERS; in any other, words are taken as they are.
+
+        without_stop_words: as Lucene's analyzers have it. Mining searches for stop words too, and would find other
+        negatives without them.
         """
         self.stemmer = STEMMERS.get(language or "")
         self._stopwords = STOPWORDS.get(self.stemmer, []) if without_stop_words else []

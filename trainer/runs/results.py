@@ -23,7 +23,7 @@ class TaskScore:
 
     `metrics` are means over the task's splits and languages, from 0 to 1. `per_query` holds nDCG@10 under
     `split/subset/query id`; it is empty for results that do not carry it, such as mteb's own. `parts` holds nDCG@10 and the
-    languages by `split/subset`, `hashes` those of the queries' texts, `note` what the system says of how it searched.
+    languages by `split/subset`, `hashes` those of the queries' texts, `note` how the system searched.
     `left_out` queries chose the checkpoint, and are not in the other values.
     """
 
@@ -57,7 +57,7 @@ class TaskScore:
         )
 
     def without_choosers(self, manifest: dict[str, Any], hashes: dict[str, str]) -> "TaskScore":
-        """The score on the queries that did not choose a run's checkpoint; `note` says how many did."""
+        """The score on the queries that did not choose a run's checkpoint; `note` names their number."""
         others, note = reported(manifest, self.task, self.hashes or hashes, self.per_query)
         note = "; ".join(part for part in dict.fromkeys((self.note, note)) if part)
         if len(others) == len(self.per_query):
