@@ -20,7 +20,7 @@ from trainer.runs.results import EvalFolder, TaskScore, read_system, write_json
 
 
 def score(task, ndcg, languages=("nob-Latn",), per_query=None):
-    return TaskScore(task, tuple(languages), {"ndcg_at_10": ndcg}, per_query or {})
+    return TaskScore(task, tuple(languages), ndcg, per_query or {})
 
 
 def system(**ndcg):

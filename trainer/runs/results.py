@@ -13,7 +13,6 @@ from trainer.runs.choice import means_of_parts, part_of, reported
 from trainer.runs.run import Run, hash_of_model
 from trainer.system.files import write_atomically
 
-METRICS = ("ndcg_at_10", "mrr_at_10", "recall_at_10", "recall_at_100")
 MAIN_METRIC = "ndcg_at_10"
 
 
@@ -21,7 +20,7 @@ MAIN_METRIC = "ndcg_at_10"
 class TaskScore:
     """How well one system does on one task.
 
-    `metrics` are means over the task's splits and languages, from 0 to 1. `per_query` holds nDCG@10 under
+    `main` is nDCG@10, from 0 to 1, the mean over the task's splits and languages. `per_query` holds nDCG@10 under
     `split/subset/query id`; it is empty for results that do not carry it, such as mteb's own. `parts` holds nDCG@10 and the
     languages by `split/subset`, `hashes` those of the queries' texts, `note` how the system searched.
     `left_out` queries chose the checkpoint, and are not in the other values.
@@ -29,7 +28,7 @@ class TaskScore:
 
     task: str
     languages: tuple[str, ...]
-    metrics: dict[str, float]
+    main: float
     per_query: dict[str, float] = field(default_factory=dict)
     parts: dict[str, tuple[float, tuple[str, ...]]] = field(default_factory=dict)
     revision: str | None = None
@@ -37,11 +36,6 @@ class TaskScore:
     note: str = ""
     hashes: dict[str, str] = field(default_factory=dict)
     left_out: int = 0
-
-    @property
-    def main(self) -> float:
-        """nDCG@10."""
-        return self.metrics[MAIN_METRIC]
 
     def on_parts_of(self, other: "TaskScore") -> "TaskScore":
         """The score on the splits and subsets of another score alone, where this one is of these and more."""
@@ -51,7 +45,7 @@ class TaskScore:
         return replace(
             self,
             languages=tuple(dict.fromkeys(language for _, languages in parts.values() for language in languages)),
-            metrics={MAIN_METRIC: fmean(value for value, _ in parts.values())},
+            main=fmean(value for value, _ in parts.values()),
             per_query={q: value for q, value in self.per_query.items() if part_of(q) in parts},
             parts=parts,
         )
@@ -65,7 +59,7 @@ class TaskScore:
         means = means_of_parts(others)
         return replace(
             self,
-            metrics={MAIN_METRIC: fmean(means.values())},
+            main=fmean(means.values()),
             per_query=others,
             parts={part: (means[part], languages) for part, (_, languages) in self.parts.items()},
             note=note,
@@ -187,7 +181,7 @@ def read_system(path: Path) -> System:
     system: System = {}
     for file in files:
         score = read_score(file)
-        if score.task in system and system[score.task].metrics != score.metrics:
+        if score.task in system and (system[score.task].main, system[score.task].parts) != (score.main, score.parts):
             raise ConfigError(
                 f"{path} holds two different results of {score.task}. Name one file, or one model's folder"
             )
@@ -213,9 +207,8 @@ def read_score(file: Path) -> TaskScore:
             for row in rows_of_split
         }
         languages = tuple(dict.fromkeys(language for row in rows for language in row["languages"]))
-        metrics = {name: fmean(row[name] for row in rows) for name in METRICS if all(name in row for row in rows)}
-        metrics[MAIN_METRIC] = fmean(value for value, _ in parts.values())
-        if not all(map(math.isfinite, metrics.values())):
+        main = fmean(value for value, _ in parts.values())
+        if not math.isfinite(main):
             raise ValueError("a score is not a number")
         task, version = str(values["task_name"]), values.get("mteb_version")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -226,7 +219,7 @@ def read_score(file: Path) -> TaskScore:
         ) from None
     twin = _per_query(file)
     return TaskScore(
-        task, languages, metrics, parts=parts, revision=values.get("dataset_revision"), mteb_version=version, **twin
+        task, languages, main, parts=parts, revision=values.get("dataset_revision"), mteb_version=version, **twin
     )
 
 
