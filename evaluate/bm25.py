@@ -13,7 +13,7 @@ from trainer.system.progress_bar import going_on, in_columns
 class BM25(SearchSystem):
     """Stemmed and without stop words in the task's language; in an unknown language words are taken as they are."""
 
-    def __init__(self, name: str = "bm25"):
+    def __init__(self, name: str = "bm25") -> None:
         super().__init__(name)
 
     def index_texts(self, texts: list[str], language: str | None) -> None:

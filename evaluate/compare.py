@@ -143,7 +143,8 @@ def baseline_name(path: Path) -> str:
 
     mteb writes results/<model>/<revision>/<task>.json, and this project scores/<system>/<task>.json.
     """
-    path = Path(os.path.abspath(path))  # resolve() would follow links, whose targets have names of their own
+    # resolve() would follow links, whose targets have names of their own
+    path = Path(os.path.abspath(path))  # noqa: PTH100
     folder = path.parent if path.is_file() else path
     if folder.parent.parent.name == "results" or (folder / "model_meta.json").is_file():
         return folder.parent.name

@@ -109,7 +109,8 @@ def encode_passages(
     step = BATCHES * batch_size
     encode(model, passages[:batch_size], "document", batch_size)
     with ProgressReport(desc=in_columns("latency", "encoding", 12), total=len(passages), unit="passages") as progress:
-        parts, start, seconds = [], clock(), 0.0
+        parts: list[sp.csr_matrix] = []
+        start, seconds = clock(), 0.0
         while len(parts) * step < len(passages) and seconds < ENCODING_SECONDS:
             chunk = passages[len(parts) * step : (len(parts) + 1) * step]
             parts.append(encode(model, chunk, "document", batch_size))

@@ -75,7 +75,7 @@ class Item:
 class Forms:
     """Evaluation texts, each once, numbered, by their words."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
         self.texts: list[str] = []
 
@@ -103,7 +103,7 @@ class Forms:
 class Index:
     """Evaluation texts by their n-grams. Takes the words of each, as hashes, by its number."""
 
-    def __init__(self, rule: Rule, texts: dict[int, np.ndarray]):
+    def __init__(self, rule: Rule, texts: dict[int, np.ndarray]) -> None:
         self.n = rule.n
         self.numbers = np.array(list(texts))
         rows = [np.unique(ngrams(words, rule.n)) for words in texts.values()]
@@ -179,7 +179,8 @@ def open_training_texts(file: Path) -> pq.ParquetFile:
 def read_items(task: AbsTaskRetrieval, forms: Forms) -> Iterator[Item]:
     """The queries and passages that a task is evaluated on; a row that stands in several splits once."""
     dataset = load(task)
-    queries, passages = {}, {}
+    queries: dict[tuple[str, str, str], None] = {}
+    passages: dict[tuple[str, str, str, str], None] = {}
     for subset in task.hf_subsets:
         for split in task.eval_splits:
             data = dataset[subset][split]

@@ -35,7 +35,9 @@ def sample_texts(tasks: list[AbsTaskRetrieval], manifest: dict[str, Any] | None 
 
     Queries that chose the checkpoint of a run have no relevant passages here, so search is not measured on them.
     """
-    queries, passages, relevant = {}, {}, {}
+    queries: dict[str, str] = {}
+    passages: dict[str, str] = {}
+    relevant: dict[str, dict[str, int]] = {}
     languages, rules = set(), rules_of(manifest or {})
     for task in tasks:
         for subset, splits in load(task).items():

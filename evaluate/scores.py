@@ -129,7 +129,7 @@ def mean_ndcg(parts: dict[str, Ranking]) -> float:
 class Recorder:
     """A search system that remembers its rankings by subset and split."""
 
-    def __init__(self, search: Any):
+    def __init__(self, search: Any) -> None:
         self.inner = search
         self.mteb_model_meta = search.mteb_model_meta
         self.rankings: dict[tuple[str, str], dict[str, dict[str, float]]] = {}

@@ -22,30 +22,18 @@ class SearchSystem:
 
     note = ""  # how it searches, where that depends on the task
 
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         self.name = name
         self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": f"local/{name}", "revision": "local"})
         self.passages: list[str] = []
 
-    def index(self, corpus, *, task_metadata, hf_split, hf_subset, encode_kwargs, num_proc=None, **kwargs: Any) -> None:
+    def index(self, corpus: Any, *, task_metadata: Any, hf_subset: str, **kwargs: Any) -> None:
         """mteb's call: remember the passages' ids and index their texts."""
         self.passages = list(corpus["id"])
         texts = [passage_text(row.get("title"), row["text"]) for row in corpus]
         self.index_texts(texts, language_of(task_metadata, hf_subset))
 
-    def search(
-        self,
-        queries,
-        *,
-        task_metadata,
-        hf_split,
-        hf_subset,
-        top_k,
-        encode_kwargs,
-        top_ranked=None,
-        num_proc=None,
-        **kwargs,
-    ) -> Found:
+    def search(self, queries: Any, *, top_k: int, **kwargs: Any) -> Found:
         """mteb's call: scores of the best passages by query id."""
         rankings = self.search_texts(list(queries["text"]), top_k)
         return {
@@ -65,7 +53,7 @@ class SearchSystem:
 class SparseSearch(SearchSystem):
     """A sparse encoder and an inverted index."""
 
-    def __init__(self, model: SparseEncoder, name: str, batch_size: int = 32):
+    def __init__(self, model: SparseEncoder, name: str, batch_size: int = 32) -> None:
         super().__init__(name)
         self.model, self.batch_size = model, batch_size
 
@@ -84,7 +72,7 @@ class SparseSearch(SearchSystem):
             return encode(self.model, texts, route, self.batch_size, progress)
 
 
-def language_of(metadata, subset: str) -> str | None:
+def language_of(metadata: Any, subset: str) -> str | None:
     """The one language (ISO 639-3) of a task's subset; None when there are several, or none that is known."""
     languages = metadata.eval_langs[subset] if isinstance(metadata.eval_langs, dict) else metadata.eval_langs
     codes = {language.partition("-")[0] for language in languages} - {"mis"}

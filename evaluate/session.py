@@ -49,7 +49,7 @@ class Session:
         batch_size: int,
         echo: Callable[[str], None],
         trust_dense: bool = False,
-    ):
+    ) -> None:
         self.subject, self.language, self.batch_size, self.echo = subject, language, batch_size, echo
         self.trust_dense = trust_dense
         self.folder = subject.results

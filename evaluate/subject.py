@@ -98,6 +98,7 @@ def open_subject(
         if not (folder / "final").is_dir():
             raise ConfigError(f"{folder} holds no trained model. Train it first: make train CONFIG={config}")
         return _run(folder)
+    assert model is not None
     if not is_local(model):
         if model.startswith("models/"):
             raise ConfigError(f"there is no model at {model}")

@@ -148,8 +148,9 @@ class LocalTask(AbsTaskRetrieval):
     """A search set read from files."""
 
     ignore_identical_ids = False
+    data_loaded: bool
 
-    def __init__(self, folder: Path, split: str, **kwargs: Any):
+    def __init__(self, folder: Path, split: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.folder, self.split = folder, split
 

@@ -9,6 +9,7 @@ from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+import trainer.training.prepare
 import trainer.training.train
 from tests.checkpoints import DOCUMENTS, SHAPE, write_bert, write_modernbert
 from tests.standins import write_norbert
@@ -199,7 +200,7 @@ def test_scoring_is_not_compiled_and_a_saved_model_knows_nothing_of_it(tmp_path)
 
 def test_a_training_compiles_the_lengths_of_its_batches_and_nothing_else(tiny, monkeypatch):
     counter, lines = CompileCounter(), []
-    monkeypatch.setattr(trainer.training.train, "compile_networks", partial(compile_networks, backend=counter))
+    monkeypatch.setattr(trainer.training.prepare, "compile_networks", partial(compile_networks, backend=counter))
     loaded = load_config(tiny, ["training.torch_compile=true", "training.max_steps=4"])
     trainer.training.train.train(loaded, Run.create(loaded), echo=lines.append)
     (says,) = (line for line in lines if line.startswith("compile "))

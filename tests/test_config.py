@@ -284,7 +284,7 @@ def test_a_key_is_read_under_the_name_that_it_had_in_older_runs(tmp_path):
     file.write_text(TINY.replace("loss: {type: splade,", "loss: {type: splade, penalty: l1,"))
     loaded = load_config(file)
     assert loaded.config.loss.regularizer == "l1"
-    assert loaded.where("loss", "regularizer").endswith("older.yaml:16")
+    assert loaded.where("loss", "regularizer").endswith("older.yaml:17")
     file.write_text(TINY.replace("loss: {type: splade,", "loss: {type: splade, penalty: l1, regularizer: flops,"))
-    with pytest.raises(ConfigError, match=r"older.yaml:16: unknown key 'loss.penalty'"):
+    with pytest.raises(ConfigError, match=r"older.yaml:17: unknown key 'loss.penalty'"):
         load_config(file)

@@ -94,12 +94,14 @@ def with_failed_tasks(table: ScoreTable, failed: dict[str, dict[str, str]]) -> S
 # ------------------------------------------------------------------------------------------------- plots
 def difference_plots(compare: dict[str, Any] | None) -> list[Plot]:
     """For each other system, the difference per task."""
+    if not compare:
+        return []
     return [
         intervals(
             f"{compare['main']} minus {other}",
             [(task, row["delta"], row.get("low"), row.get("high")) for task, row in result["tasks"].items()],
         )
-        for other, result in (compare["against"] if compare else {}).items()
+        for other, result in compare["against"].items()
         if result["tasks"]
     ]
 

@@ -184,8 +184,8 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float | None, float |
         _add(root, "text", label, x=x(value), y=bottom + 15, class_="tick", text_anchor="middle")
     for number, (name, difference, low, high) in enumerate(rows):
         middle = 36 * number + 26
-        label = _add(root, "text", _cut(name), x=0, y=middle - 11, class_="label halo")
-        _add(label, "title", name)
+        name_element = _add(root, "text", _cut(name), x=0, y=middle - 11, class_="label halo")
+        _add(name_element, "title", name)
         if low is not None and high is not None:
             _add(root, "line", x1=x(low), x2=x(high), y1=middle, y2=middle, class_="interval")
         dot = _add(root, "circle", cx=x(difference), cy=middle, r=4.5, class_="dot series-0")
@@ -204,11 +204,12 @@ def _frame(root: ET.Element, x: Axis | None, y: Axis, x_name: str, y_name: str =
     for value, label in y.ticks().items():
         _add(root, "line", x1=left, x2=right, y1=y(value), y2=y(value), class_="grid")
         _add(root, "text", label, x=left - 6, y=y(value) + 4, class_="tick", text_anchor="end")
-    for value, label in x.ticks().items() if x else ():
-        _add(root, "line", x1=x(value), x2=x(value), y1=y.start, y2=y.start + 4, class_="grid")
-        _add(root, "text", label, x=x(value), y=y.start + 17, class_="tick", text_anchor="middle")
+    if x is not None:
+        for value, label in x.ticks().items():
+            _add(root, "line", x1=x(value), x2=x(value), y1=y.start, y2=y.start + 4, class_="grid")
+            _add(root, "text", label, x=x(value), y=y.start + 17, class_="tick", text_anchor="middle")
     _add(root, "line", x1=left, x2=right, y1=y.start, y2=y.start, class_="axis")
-    height = float(root.get("viewBox").split()[-1])
+    height = float(root.get("viewBox", "").split()[-1])
     _add(root, "text", x_name, x=right, y=height - 4, class_="tick", text_anchor="end")
     if y_name:
         _add(root, "text", y_name, x=0, y=y.end - 12 if y.end > 20 else 9, class_="tick")

@@ -1,6 +1,7 @@
 """BM25 with the analysis of a language: what evaluations compare with, and what hard negatives are searched with."""
 
 import logging
+from typing import Any
 
 import bm25s
 import numpy as np
@@ -33,14 +34,14 @@ STOPWORDS = {
 class BM25Index:
     """Passages by their words, stemmed where the language is a Scandinavian one."""
 
-    def __init__(self, passages: list[str], language: str | None, *, without_stop_words: bool):
+    def __init__(self, passages: list[str], language: str | None, *, without_stop_words: bool) -> None:
         """language: a code of STEMMERS; in any other, words are taken as they are.
 
         without_stop_words: as Lucene's analyzers have it. Mining searches for stop words too, and would find other
         negatives without them.
         """
         self.stemmer = STEMMERS.get(language or "")
-        self._stopwords = STOPWORDS.get(self.stemmer, []) if without_stop_words else []
+        self._stopwords = STOPWORDS.get(self.stemmer or "", []) if without_stop_words else []
         self._stem = Stemmer.Stemmer(self.stemmer) if self.stemmer else None
         self.count = len(passages)
         words = self._tokenize(passages, return_ids=True)
@@ -67,7 +68,7 @@ class BM25Index:
         """The score of every passage, [passages]."""
         return self._ranker.get_scores(query) if query else np.zeros(self.count)
 
-    def _tokenize(self, texts: list[str], return_ids: bool):
+    def _tokenize(self, texts: list[str], return_ids: bool) -> Any:
         return bm25s.tokenize(
             texts, stopwords=self._stopwords, stemmer=self._stem, return_ids=return_ids, show_progress=False
         )

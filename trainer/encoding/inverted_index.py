@@ -15,7 +15,7 @@ class InvertedIndex:
     A query's search walks the postings of its active dimensions and nothing else.
     """
 
-    def __init__(self, passages: sp.csr_matrix):
+    def __init__(self, passages: sp.csr_matrix) -> None:
         """passages: [passages, dimensions]."""
         self.count = passages.shape[0]
         self.postings = sp.csr_matrix(passages.T)

@@ -22,7 +22,7 @@ class Bulk(Format):
 
     suffix = ".ndjson"
     lines_per_document = 2
-    beside = ("index.json",)
+    beside: ClassVar[tuple[str, ...]] = ("index.json",)
     field_type: ClassVar[str]
     vector_at: ClassVar[tuple[str, ...]]  # where a vector stands in a query clause
     engine_rounds = True

@@ -58,6 +58,7 @@ def export_documents(make_engine: Callable[[int | None], Format], to: str, reque
 def write_shard(encoder: Encoder, engine: Format, folder: Path, request: Request, queries: list[Passage]) -> None:
     """One shard's documents, and with the first one the queries; then the check. Raises ConfigError when it fails."""
     corpus, shard, say = request.corpus, request.shard, request.say
+    assert corpus is not None  # export_documents has asked for it
     name = f"{shard.number}-of-{shard.of}"
     documents, figures_file = engine.documents_at(folder / f"documents-{name}"), folder / f"check-{name}.json"
     figures_file.unlink(missing_ok=True)

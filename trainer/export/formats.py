@@ -44,7 +44,7 @@ class Format:
     quantisation: str = "float32"
     remedy: str = ""  # what to do when quantisation changes a top 10
 
-    def __init__(self, scale: int | None = None):
+    def __init__(self, scale: int | None = None) -> None:
         self.scale = scale
 
     def terms(self, tokens: list[str]) -> list[str]:
@@ -108,7 +108,7 @@ def by_term(row: dict[str, list]) -> Vector:
 class LineFile:
     """A text file, of which each record is one line or several."""
 
-    def __init__(self, file: Path, lines_per_record: int = 1):
+    def __init__(self, file: Path, lines_per_record: int = 1) -> None:
         self.file = file
         self.lines_per_record = lines_per_record
 

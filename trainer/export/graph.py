@@ -13,7 +13,7 @@ from trainer.encoding.fuse import unfuse
 class DocumentGraph(nn.Module):
     """Token ids to sparse weights: the logits of the vocabulary never leave it."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any) -> None:
         super().__init__()
         unfuse(model)  # a graph is traced through the library's own modules
         self.steps = nn.ModuleList(modules_of(model, "document"))

@@ -33,7 +33,7 @@ CHECKED = 16
 class NeuralSparse(nn.Module):
     """The document encoder with the inputs and outputs of ml-commons: dictionaries, and no weight for special tokens."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.graph = DocumentGraph(model)
         kept = torch.ones(len(model.tokenizer))

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 class Encoder:
     """A folder's model: [texts, dimensions] of queries and of documents; scores are their products."""
 
-    def __init__(self, folder: Path, model: str = "model.onnx"):
+    def __init__(self, folder: Path, model: str = "model.onnx") -> None:
         self.settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         self.session = onnxruntime.InferenceSession(str(folder / model), providers=["CPUExecutionProvider"])
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

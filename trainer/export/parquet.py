@@ -59,7 +59,7 @@ class ParquetParts:
     part torn by other means has no footer and is not taken either.
     """
 
-    def __init__(self, stem: Path):
+    def __init__(self, stem: Path) -> None:
         self.stem = stem
         self.number, self.rows, self.weights = 1, 0, 0
         self.waiting: list[pa.Table] = []
@@ -104,6 +104,7 @@ class ParquetParts:
         if not self.rows:
             return
         self._write_row_group()
+        assert self.writer is not None
         unfinished = self._unfinished()
         try:
             self.writer.close()

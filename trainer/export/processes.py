@@ -89,7 +89,7 @@ def run_shards(arguments: list[str], count: int, say: Callable[[str], None]) -> 
 def follow(process: subprocess.Popen, errors: IO[str], shard: str, say: Callable[[str], None]) -> None:
     """Say what a process says until it ends. Raises ConfigError when it has failed."""
     with process, errors:
-        for line in process.stdout:
+        for line in process.stdout or ():
             say(f"{shard}  {line.rstrip()}")
         status = process.wait()
         errors.seek(0)

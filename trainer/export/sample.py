@@ -47,7 +47,7 @@ class Sample:
         off_by = Vectors(engine.query_rounding.of(taken.queries), engine.document_rounding.of(taken.documents))
         require_rounded(taken, read.scores(), off_by)
         by_itself = [engine.quantisation] if engine.engine_rounds else []
-        compare_scores(taken.scores(), read.scores(), *by_itself, remedy=engine.remedy)
+        compare_scores(taken.scores(), read.scores(), "; ".join(by_itself), remedy=engine.remedy)
         if not engine.signed and (self.queries.data < 0).any():
             by_itself.append("query weights below 0 are left out")
         return compare_scores(model.scores(), read.scores(), "; ".join(by_itself))

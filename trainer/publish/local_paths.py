@@ -20,7 +20,7 @@ Keys = tuple[str, ...]
 class LocalPaths:
     """The paths that a config and a run's manifest name, and how texts and values read without them."""
 
-    def __init__(self, *values: Any):
+    def __init__(self, *values: Any) -> None:
         named = [(keys, text) for value in values for keys, text in _texts(value, ()) if _names_files(keys, text)]
         self.keys = sorted({".".join(keys) for keys, _ in named})  # where they stood
         # longest first: one may be the beginning of another; a word without a slash may stand for something else in a text

@@ -84,7 +84,7 @@ class EvalFolder:
     The run's manifest says which queries chose its checkpoint. The files hold all queries; what is read has the others.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any] | None = None):
+    def __init__(self, folder: Path, manifest: dict[str, Any] | None = None) -> None:
         self.folder, self.manifest = folder, manifest or {}
 
     def score_file(self, system: str, task: str) -> Path:

@@ -53,7 +53,8 @@ def build_table(main: str, systems: dict[str, System], compare: dict[str, Any] |
             languages[task] = score.languages
             if score.note:
                 notes.setdefault(f"{name}: {score.note}", []).append(task)
-    for name, other in compare["against"].items() if compare else ():
+    compare = compare or {"against": {}, "tasks": {}}
+    for name, other in compare["against"].items():
         for task, row in compare["tasks"].items():
             if task in other["tasks"]:
                 scores[task].setdefault(name, row[name])
