@@ -105,9 +105,9 @@ class OneWord:
         return sp.csr_matrix((numbers.astype(np.float32), (np.arange(len(texts)), numbers % 5)), shape=(len(texts), 5))
 
 
-def write(stem, count, say=print):
+def write(stem, count, echo=print):
     passages = (Passage(f"d{n}", str(n)) for n in range(1, count + 1))
-    return write_documents(OneWord(), Parquet(), passages, ParquetParts(stem), say)
+    return write_documents(OneWord(), Parquet(), passages, ParquetParts(stem), echo)
 
 
 def contents(folder):

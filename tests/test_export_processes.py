@@ -62,7 +62,7 @@ def one_thread():
 
 def test_every_shard_is_given_the_options_of_the_command_but_those_for_all_of_them(trained, monkeypatch):
     calls = []
-    monkeypatch.setattr(processes, "run_shards", lambda arguments, count, say: calls.append((arguments, count)))
+    monkeypatch.setattr(processes, "run_shards", lambda arguments, count, echo: calls.append((arguments, count)))
     monkeypatch.setattr("trainer.export.qdrant.upsert", lambda folder, url, *rest: calls.append((str(folder), url)))
     options = ["--corpus", "corpus.jsonl", "--queries", "q.jsonl", "--output", "out", "--scale", "7", "--name", "tiny"]
     every = ["export", "tiny.yaml", "--to", "qdrant", *options]
@@ -78,15 +78,15 @@ def test_a_request_becomes_the_arguments_of_its_shards_as_the_command_reads_them
     monkeypatch.setattr(processes, "run_shards", lambda arguments, *rest: calls.append((arguments, *rest)))
     monkeypatch.setattr(processes, "export", lambda to, request: requests.append((to, request)))
     files = {"corpus": Path("corpus.jsonl"), "queries": Path("q.jsonl"), "output": Path("-out")}
-    request = Request(Run.finished("tiny"), **files, shard=Shard(1, 1), scale=7, say=print)
+    request = Request(Run.finished("tiny"), **files, shard=Shard(1, 1), scale=7, echo=print)
     processes.export_in_processes("lucene", request, 3)
-    ((arguments, count, say),) = calls
-    assert (count, say) == (3, print)
+    ((arguments, count, echo),) = calls
+    assert (count, echo) == (3, print)
     found = CliRunner().invoke(main, [*arguments, "--shard", "2/3"])
     assert found.exit_code == 0, found.output
     ((to, of_shard),) = requests
     assert (to, of_shard.run.folder) == ("lucene", request.run.folder)
-    assert replace(of_shard, run=None, say=None) == replace(request, run=None, say=None, shard=Shard(2, 3))
+    assert replace(of_shard, run=None, echo=None) == replace(request, run=None, echo=None, shard=Shard(2, 3))
     for other in (replace(request, corpus=None), replace(request, shard=Shard(1, 2))):
         with pytest.raises(
             ConfigError, match=r"^--processes takes the corpus apart itself: it needs --corpus, and goes"

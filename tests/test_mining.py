@@ -13,7 +13,7 @@ from trainer.config.schema import MiningConfig
 from trainer.data.mining import fill_negatives, is_near_duplicate
 from trainer.data.rows import Rows
 from trainer.data.training_data import load_data
-from trainer.hub.cache import kept, kept_in_parts
+from trainer.hub.cache import cached_table, cached_tables
 from trainer.hub.download import HubUnreachable
 from trainer.system.progress_bar import ProgressReport
 
@@ -143,10 +143,10 @@ def test_what_a_killed_run_half_wrote_is_never_taken_for_whole(tmp_path):
 
     (tmp_path / f".part-00002.parquet.{os.getpid() + 1}").write_bytes(b"PAR1 half")
     with pytest.raises(KeyboardInterrupt):
-        kept_in_parts(tmp_path, [0, 1, 2, 3, 4], 2, make, ProgressReport())
+        cached_tables(tmp_path, [0, 1, 2, 3, 4], 2, make, ProgressReport())
     assert sorted(file.name for file in tmp_path.glob("part*")) == ["part-00000.parquet", "part-00001.parquet"]
     made.append("resumed")
-    parts = kept_in_parts(tmp_path, [0, 1, 2, 3, 4], 2, make, progress := ProgressReport())
+    parts = cached_tables(tmp_path, [0, 1, 2, 3, 4], 2, make, progress := ProgressReport())
     assert progress.n == 5
     assert made == [[0, 1], [2, 3], "resumed", [4]]
     assert pa.concat_tables(parts)["square"].to_pylist() == [0, 1, 4, 9, 16]
@@ -159,7 +159,7 @@ def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pq, "write_table", full)
     with pytest.raises(ConfigError, match="cannot be written: No space left"):
-        kept(tmp_path / "a.parquet", lambda: pa.table({"a": [1]}))
+        cached_table(tmp_path / "a.parquet", lambda: pa.table({"a": [1]}))
     assert list(tmp_path.glob("*a.parquet*")) == []
 
 

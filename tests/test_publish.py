@@ -216,7 +216,7 @@ def test_a_dry_run_checks_the_vectors_lists_the_files_with_their_sizes_and_leave
     monkeypatch.setattr("trainer.publish.publish.upload", lambda *arguments, **settings: pytest.fail("uploaded"))
     before = set(trained.rglob("*"))
     lines = []
-    publish(Run.finished("tiny"), "org/model", dry_run=True, say=lines.append)
+    publish(Run.finished("tiny"), "org/model", dry_run=True, echo=lines.append)
     assert lines[0].startswith("checked   24 queries and 32 documents, encoded anew in a fresh process with stock ")
     weights = trained / "models/tiny/final/document_0_Transformer/model.safetensors"
     size = f"{weights.stat().st_size / 1024:,.1f} KiB"
@@ -258,7 +258,7 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(trained, monkeypatch):
     with pytest.raises(
         ConfigError, match=r"the upload folder cannot be made in models/tiny: .*No space left on device"
     ):
-        publish(Run.finished("tiny"), "org/model", dry_run=True, say=print)
+        publish(Run.finished("tiny"), "org/model", dry_run=True, echo=print)
 
 
 def test_vectors_that_are_not_numbers_or_have_another_shape_differ():
@@ -282,7 +282,7 @@ def test_a_model_with_code_of_its_own_is_uploaded_with_the_code_and_opens_from_i
     run = Run.finished("tiny")
     run.update(base_model={"source": str(base), "commit": COMMIT, "code": {"modeling_gptbert.py": ["soft cap"]}})
     lines = []
-    publish(run, "org/model", dry_run=True, say=lines.append)
+    publish(run, "org/model", dry_run=True, echo=lines.append)
     assert "largest difference 0" in lines[0]
     assert any(line.endswith("  modeling_gptbert.py") for line in lines)
     build_upload_folder(run, trained / "upload", "org/model", 395)

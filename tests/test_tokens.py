@@ -170,9 +170,9 @@ def kept(tmp_path, monkeypatch):
     return model, tmp_path / "tokens"
 
 
-def make(model, content="content", say=print):
+def make(model, content="content", echo=print):
     rows = triplets()
-    tokeniser = Tokeniser(model, {}, say)
+    tokeniser = Tokeniser(model, {}, echo)
     return tokeniser.rows("a", rows, text_ids(rows), content), tokeniser
 
 
@@ -242,7 +242,7 @@ def test_a_damaged_file_is_made_anew(kept, damage):
     file.unlink()  # not in place: the first rows still map it
     file.write_bytes(damaged)
     said = []
-    again, tokeniser = make(model, say=said.append)
+    again, tokeniser = make(model, echo=said.append)
     assert tokeniser.texts_found == 0
     assert len(said) == 1
     assert "is damaged, and is made anew" in said[0]
@@ -256,7 +256,7 @@ def test_a_file_of_another_number_of_texts_is_not_used(kept):
     file = next(folder.iterdir())
     TokenFile.write(file, pa.uint16(), iter([pa.array([[1, 2, 3]], pa.list_(pa.uint16()))]))
     said = []
-    assert make(model, say=said.append)[1].texts_found == 0
+    assert make(model, echo=said.append)[1].texts_found == 0
     assert "it holds 1 texts, not" in said[0]
 
 

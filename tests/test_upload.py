@@ -17,7 +17,7 @@ from trainer.hub.upload import upload, require_repo_name
 _, repo, public, *names = sys.argv
 require_repo_name(repo)
 files = {name: Path(name) for name in names}
-print("published", upload(files, repo, public=public == "public", message="a model", say=print))
+print("published", upload(files, repo, public=public == "public", message="a model", echo=print))
 """
 
 

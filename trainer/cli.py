@@ -123,7 +123,7 @@ def publish(config: str, repo: str, public: bool, dry_run: bool, name: str | Non
     set_up_libraries(verbose=False)
     from trainer.publish.publish import publish
 
-    publish(run, repo, public=public, dry_run=dry_run, say=click.echo)
+    publish(run, repo, public=public, dry_run=dry_run, echo=click.echo)
 
 
 @main.command()

@@ -35,9 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
         found = measure_long(2000, 500, print)
         return int(found["rss_mb_per_1000_steps"] >= 1 or found["files_first"] != found["files_last"])
     print(f"seed {options.seed}", flush=True)
-    say = functools.partial(print, flush=True)
-    reports = [soak(name, options.kills, options.seed, say) for name in options.architectures]
-    reports += [soak_processes(number, options.kills, options.seed, say) for number in options.processes]
+    echo = functools.partial(print, flush=True)
+    reports = [soak(name, options.kills, options.seed, echo) for name in options.architectures]
+    reports += [soak_processes(number, options.kills, options.seed, echo) for number in options.processes]
     print(table(reports))
     wrong = [difference for report in reports for difference in report.differences]
     for difference in wrong[:40]:

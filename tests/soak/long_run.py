@@ -17,7 +17,7 @@ EVERY = 50  # steps between two looks
 SECONDS_PER_STEP = 1.0  # by then it hangs: 0.05 on an idle machine
 
 
-def measure_long(steps: int, warm_up: int, say: Callable[[str], None]) -> dict[str, float]:
+def measure_long(steps: int, warm_up: int, echo: Callable[[str], None]) -> dict[str, float]:
     """Growth of resident memory (MB per 1,000 steps) and of open files of the quickstart, after the warm-up."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -39,7 +39,7 @@ def measure_long(steps: int, warm_up: int, say: Callable[[str], None]) -> dict[s
         "files_last": int(np.median(kept[-3:, 2])),
         "samples": len(kept),
     }
-    say(f"long      {steps} steps, {found}")
+    echo(f"long      {steps} steps, {found}")
     return found
 
 

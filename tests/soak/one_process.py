@@ -147,7 +147,7 @@ def _kill_worker(folder: Path, name: str, board: Board, pid: int) -> Kill | None
     return Kill("loader", max(step - newest_step(folder, name), 0), "worker")
 
 
-def soak(architecture: str, kills: int, seed: int, say: Callable[[str], None]) -> Report:
+def soak(architecture: str, kills: int, seed: int, echo: Callable[[str], None]) -> Report:
     """Kill runs of one architecture so many times, each resumed until it is done and compared with one left alone."""
     rng, report, board = random.Random(f"{seed} {architecture}"), Report(architecture), Board()
     with tempfile.TemporaryDirectory() as temporary:
@@ -163,7 +163,7 @@ def soak(architecture: str, kills: int, seed: int, say: Callable[[str], None]) -
             found = outcome(folder, name)
             report.compared = len(found)
             report.differences += [f"{name} {difference}" for difference in differences(expected, found)]
-            say(f"{architecture}: {len(report.kills)} of {kills} kills, {len(report.differences)} differences")
+            echo(f"{architecture}: {len(report.kills)} of {kills} kills, {len(report.differences)} differences")
     return report
 
 

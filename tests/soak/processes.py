@@ -133,7 +133,7 @@ def _resumed_where_it_was_saved(run: Together) -> None:
         raise AssertionError(f"{run.name} did not resume from step {run.saved}:\n{said[:2000]}")
 
 
-def soak_processes(processes: int, kills: int, seed: int, say: Callable[[str], None]) -> Report:
+def soak_processes(processes: int, kills: int, seed: int, echo: Callable[[str], None]) -> Report:
     """Kill runs of so many processes, each resumed with as many until it is done and compared with one left alone."""
     rng, report = random.Random(f"{seed} {processes}"), Report(f"{processes} processes")
     with tempfile.TemporaryDirectory() as temporary:
@@ -148,7 +148,7 @@ def soak_processes(processes: int, kills: int, seed: int, say: Callable[[str], N
             found = outcome(folder, name)
             report.compared = len(found)
             report.differences += [f"{name} {difference}" for difference in differences(expected, found)]
-            say(
+            echo(
                 f"{processes} processes: {len(report.kills)} of {kills} kills, {len(report.differences)} differences, "
                 f"all gone after {report.slowest_end:.1f} s at most"
             )

@@ -14,7 +14,7 @@ import pyarrow as pa
 from trainer.config import ConfigError, one_line
 from trainer.config.schema import MiningConfig, ModelConfig
 from trainer.data.rows import Rows, fingerprint
-from trainer.hub.cache import digest, folder_of, identity, kept, kept_in_parts
+from trainer.hub.cache import cached_table, cached_tables, digest, folder_of, identity
 from trainer.hub.download import MODEL_FILES, Snapshot, fetch
 from trainer.models.prompts import prompts_of, quoted
 from trainer.models.weights import whole_weights
@@ -125,7 +125,7 @@ def _mined(name: str, search: Search, rows: str, settings: MiningConfig, base: M
         numbers = list(range(len(search.queries)))
         mine = _BM25Miner(search, settings).mine
         with going_on(in_columns("mining", name), len(numbers), "queries") as progress:
-            return pa.concat_tables(kept_in_parts(folder, numbers, QUERIES_PER_PART, mine, progress))
+            return pa.concat_tables(cached_tables(folder, numbers, QUERIES_PER_PART, mine, progress))
     key = f"datasets.{name}.mine.model"
     why = f"negatives of '{name}'"
     assert settings.model is not None  # the config's checks
@@ -135,7 +135,7 @@ def _mined(name: str, search: Search, rows: str, settings: MiningConfig, base: M
     folder = folder_of("mined", digest(VERSION, texts, settings.model_dump_json(), of_model))
     load = partial(load_dense, model, key, prompts)
     with going_on(in_columns("mining", name)):
-        return kept(folder / "mined.parquet", partial(_mine_with_model, search, settings, load, of_model))
+        return cached_table(folder / "mined.parquet", partial(_mine_with_model, search, settings, load, of_model))
 
 
 # ------------------------------------------------------------------------------------------- what is a negative
@@ -253,7 +253,7 @@ class Remembered:
         folder = self.folder / f"{route}-{digest(*texts)}"
         what = in_columns("mining", "queries" if route == "query" else "passages")
         with encoding(self.model[0], what, len(texts)) as progress:
-            parts = kept_in_parts(folder, texts, TEXTS_PER_PART, vectors, progress)
+            parts = cached_tables(folder, texts, TEXTS_PER_PART, vectors, progress)
         columns = [chunk for part in parts for chunk in part["vector"].chunks]
         return np.concatenate([chunk.flatten().to_numpy().reshape(len(chunk), -1) for chunk in columns])
 

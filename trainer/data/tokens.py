@@ -30,7 +30,7 @@ from trainer.data.token_file import TEXTS_PER_PART, TokenFile
 from trainer.hub.cache import folder_of
 from trainer.system.progress_bar import ProgressReport, in_columns
 
-Say = Callable[[str], None]
+Echo = Callable[[str], None]
 Features = dict[str, Any]
 Preprocess = Callable[[list[str]], Features]
 
@@ -260,9 +260,9 @@ class TokenCollator:
 class Tokeniser:
     """Makes TokenRows for one model, and counts texts, tokens, bytes and seconds."""
 
-    def __init__(self, model: SparseEncoder, routes: dict[str, str], say: Say, *, keep: bool = True) -> None:
+    def __init__(self, model: SparseEncoder, routes: dict[str, str], echo: Echo, *, keep: bool = True) -> None:
         """routes: the task of each column, as in router_mapping. keep: store the ids of large sets on disk."""
-        self.model, self.routes, self.say, self.keep = model, routes, say, keep
+        self.model, self.routes, self.echo, self.keep = model, routes, echo, keep
         self.texts = self.tokens = self.texts_found = self.bytes = 0
         self.seconds = 0.0
 
@@ -315,7 +315,7 @@ class Tokeniser:
             if len(file) != texts:
                 raise pa.ArrowInvalid(f"it holds {len(file):,} texts, not {texts:,}")
         except (OSError, pa.ArrowException) as error:
-            self.say(f"tokens    {path} is damaged, and is made anew: {one_line(error)}")
+            self.echo(f"tokens    {path} is damaged, and is made anew: {one_line(error)}")
             return None
         self.texts_found += len(file)
         return file

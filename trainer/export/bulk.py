@@ -80,7 +80,7 @@ class OpenSearch(Bulk):
         write_query_tokenizer(folder / "query", encoder, for_lucene=True)
         # traced on another device, a model would run on that alone
         on_cpu = encoder if encoder.model.device.type == "cpu" else Encoder.open(request.run.final, "cpu", 8)
-        write_models(folder, on_cpu, request.run.name, request.say)
+        write_models(folder, on_cpu, request.run.name, request.echo)
 
 
 class Elasticsearch(Bulk):

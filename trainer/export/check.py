@@ -107,12 +107,12 @@ def require_rounded(exact: Vectors, found: np.ndarray, off_by: Vectors) -> None:
         )
 
 
-def write_figures(file: Path, figures: dict[str, Any], say: Callable[[str], None]) -> None:
+def write_figures(file: Path, figures: dict[str, Any], echo: Callable[[str], None]) -> None:
     """Store what a check found beside what it checked, and say it."""
     write_atomically(file, json.dumps(figures, indent=1) + "\n")
     same, queries, documents = (figures[name] for name in ("top_10_unchanged", "queries", "documents"))
     count = f"all {queries}" if same == queries else f"{same} of {queries}"
-    say(f"checked   top 10 the same for {count} queries over {documents} documents, as read back from the files")
+    echo(f"checked   top 10 the same for {count} queries over {documents} documents, as read back from the files")
     if same < queries:
         change = f"{100 * figures['largest_change']:.2g}% of the best score"
-        say(f"          fine: the others swap documents within {change} ({figures['engine']})")
+        echo(f"          fine: the others swap documents within {change} ({figures['engine']})")

@@ -29,7 +29,7 @@ def export_documents(make_engine: Callable[[int | None], Format], to: str, reque
 
     Raises ConfigError for what the user can mend, and when the files would rank documents differently from the model.
     """
-    run, corpus, shard, say = request.run, request.corpus, request.shard, request.say
+    run, corpus, shard, echo = request.run, request.corpus, request.shard, request.echo
     if corpus is None:
         raise ConfigError(f"say which documents to encode for {to}: CORPUS=file.jsonl (--corpus), or .parquet")
     engine, folder = make_engine(request.scale), request.folder(to)
@@ -38,7 +38,7 @@ def export_documents(make_engine: Callable[[int | None], Format], to: str, reque
     made_with = {"to": to, "model": hash_of_model(run.final), "corpus": describe(corpus), "shards": shard.of}
     for file in filter(None, (corpus, request.queries)):
         for line in survey(file).lines():
-            say(f"{file.name}: {line}")
+            echo(f"{file.name}: {line}")
     queries = list(read_passages(request.queries)) if request.queries else []
     by_token = Encoder.open(run.final, request.device(), run.config().training.per_device_eval_batch_size)
     encoder = replace(by_token, terms=engine.terms(by_token.terms))
@@ -47,7 +47,7 @@ def export_documents(make_engine: Callable[[int | None], Format], to: str, reque
         if request.scale or not engine.scales:
             return request.scale
         shards = (Shard(number, shard.of) for number in range(1, shard.of + 1))
-        return choose_scale(make_engine, encoder, [Sample.of(encoder, corpus, each, queries) for each in shards], say)
+        return choose_scale(make_engine, encoder, [Sample.of(encoder, corpus, each, queries) for each in shards], echo)
 
     engine = make_engine(claim(folder, made_with, request.scale, scale_for_all_shards))
     if shard.number == 1:  # for all shards; and first, so that what cannot be written is known before hours of encoding
@@ -57,12 +57,12 @@ def export_documents(make_engine: Callable[[int | None], Format], to: str, reque
 
 def write_shard(encoder: Encoder, engine: Format, folder: Path, request: Request, queries: list[Passage]) -> None:
     """One shard's documents, and with the first one the queries; then the check. Raises ConfigError when it fails."""
-    corpus, shard, say = request.corpus, request.shard, request.say
+    corpus, shard, echo = request.corpus, request.shard, request.echo
     assert corpus is not None  # export_documents has asked for it
     name = f"{shard.number}-of-{shard.of}"
     documents, figures_file = engine.documents_at(folder / f"documents-{name}"), folder / f"check-{name}.json"
     figures_file.unlink(missing_ok=True)
-    count = write_documents(encoder, engine, shard.of_passages(read_passages(corpus)), documents, say)
+    count = write_documents(encoder, engine, shard.of_passages(read_passages(corpus)), documents, echo)
     first, all_queries = shard.number == 1, engine.queries_at(folder / "queries")
     if queries and first:
         write_queries(encoder, engine, queries, all_queries)
@@ -77,10 +77,10 @@ def write_shard(encoder: Encoder, engine: Format, folder: Path, request: Request
         raise ConfigError(
             f"{error.format_message()}. The documents are set aside as {refused_name(Path(str(documents)))}"
         ) from None
-    write_figures(figures_file, {"quantisation": engine.quantisation, "documents_written": count} | figures, say)
+    write_figures(figures_file, {"quantisation": engine.quantisation, "documents_written": count} | figures, echo)
     for file in documents.paths():
         refused_name(file).unlink(missing_ok=True)  # of an export that was refused before
-    say(f"exported  {count:,} documents to {documents}")
+    echo(f"exported  {count:,} documents to {documents}")
 
 
 def refused_name(documents: Path) -> Path:
@@ -133,12 +133,12 @@ def claim(
 
 
 def write_documents(
-    encoder: Encoder, engine: Format, passages: Iterable[Passage], store: Store, say: Callable[[str], None]
+    encoder: Encoder, engine: Format, passages: Iterable[Passage], store: Store, echo: Callable[[str], None]
 ) -> int:
     """Append the passages that the store does not hold yet, whole chunks at a time; the number of all it holds."""
     done = store.recover()
     if done:
-        say(f"resuming  {store} holds {done:,} documents")
+        echo(f"resuming  {store} holds {done:,} documents")
     with ProgressReport(desc=in_columns("encoding", "the corpus"), initial=done, unit="documents") as progress:
         for chunk in chunks(islice(passages, done, None), CHUNK):
             vectors = vectors_of(encoder.documents([passage.text for passage in chunk], progress), encoder.terms)

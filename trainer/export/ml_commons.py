@@ -45,34 +45,34 @@ class NeuralSparse(nn.Module):
         return {"output": self.graph(features["input_ids"], features["attention_mask"]) * self.kept}
 
 
-def write_models(folder: Path, encoder: Encoder, name: str, say: Callable[[str], None]) -> None:
+def write_models(folder: Path, encoder: Encoder, name: str, echo: Callable[[str], None]) -> None:
     """The document model, checked, and the query model where query/ is there. `encoder` is on the CPU.
 
     Raises ConfigError, and leaves no document model, when another process does not get the model's vectors from it.
     """
     if not dims_are_words(encoder.model):
-        say(
+        echo(
             "left out  models to run in OpenSearch: its neural sparse search needs words, and CSR's dimensions have none"
         )
         return
     if (folder / "query").is_dir():
         files = {file: (folder / "query" / file).read_bytes() for file in ("tokenizer.json", "idf.json")}
-        write_model(folder / QUERY, files, f"{name}-query", "SPARSE_TOKENIZE", say)
+        write_model(folder / QUERY, files, f"{name}-query", "SPARSE_TOKENIZE", echo)
     if encoder.model.prompts.get("document"):
-        say(
+        echo(
             "left out  the document model: OpenSearch cannot put this model's prompt in front of a text. Export documents "
             "with CORPUS=… instead"
         )
         return
     files = {"model.pt": traced(encoder.model), "tokenizer.json": plain_tokenizer(encoder.model)}
-    write_model(folder / DOCUMENT, files, f"{name}-document", "SPARSE_ENCODING", say)
+    write_model(folder / DOCUMENT, files, f"{name}-document", "SPARSE_ENCODING", echo)
     try:
         largest = require_same_documents(folder / f"{DOCUMENT}.zip", encoder)
     except ConfigError:
         for suffix in (".zip", ".json"):
             (folder / f"{DOCUMENT}{suffix}").unlink()
         raise
-    say(f"checked   {DOCUMENT}.zip in a process of its own: weights off by {largest:.1g} at most")
+    echo(f"checked   {DOCUMENT}.zip in a process of its own: weights off by {largest:.1g} at most")
 
 
 def traced(model: Any) -> bytes:
@@ -140,7 +140,7 @@ def plain_tokenizer(model: Any) -> bytes:
     return json.dumps(values, ensure_ascii=False).encode()
 
 
-def write_model(stem: Path, files: dict[str, bytes], name: str, function: str, say: Callable[[str], None]) -> None:
+def write_model(stem: Path, files: dict[str, bytes], name: str, function: str, echo: Callable[[str], None]) -> None:
     """A zip, the same bytes for the same files, and the body of the request that registers it.
 
     What the cluster alone knows is not in it: the zip's `url`, and `model_group_id`, without which it makes a group of
@@ -162,7 +162,7 @@ def write_model(stem: Path, files: dict[str, bytes], name: str, function: str, s
         "model_content_hash_value": digest,
     }
     stem.with_suffix(".json").write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
-    say(f"model     {target} ({target.stat().st_size / 2**20:.1f} MiB, {function})")
+    echo(f"model     {target} ({target.stat().st_size / 2**20:.1f} MiB, {function})")
 
 
 def require_same_documents(file: Path, encoder: Encoder) -> float:

@@ -48,7 +48,7 @@ def export_onnx(to: str, request: Request) -> None:
         raise ConfigError(
             f"{to} is the model itself: it takes no CORPUS, QUERIES or SHARD (--corpus, --queries, --shard)"
         )
-    folder, say = request.folder(to), request.say
+    folder, echo = request.folder(to), request.echo
     folder.mkdir(parents=True, exist_ok=True)
     encoder = Encoder.open(request.run.final, "cpu", 8)
     require_pooled_prompts(encoder.model)
@@ -70,11 +70,11 @@ def export_onnx(to: str, request: Request) -> None:
                     (folder / each.file).unlink(missing_ok=True)
                 raise
             (folder / graph.file).unlink()
-            say(f"left out  {graph.file}: {error.format_message()}")
+            echo(f"left out  {graph.file}: {error.format_message()}")
             continue
         figures = {"model": graph.file, "quantisation": graph.quantisation} | figures
-        write_figures(folder / f"check-{Path(graph.file).stem}.json", figures, say)
-        say(f"exported  {folder / graph.file} ({(folder / graph.file).stat().st_size / 2**20:.1f} MiB)")
+        write_figures(folder / f"check-{Path(graph.file).stem}.json", figures, echo)
+        echo(f"exported  {folder / graph.file} ({(folder / graph.file).stat().st_size / 2**20:.1f} MiB)")
 
 
 def compare_vectors(

@@ -15,14 +15,14 @@ from trainer.export.request import Request
 from trainer.system.device import find_device
 
 
-def count_processes(text: str, say: Callable[[str], None]) -> int:
+def count_processes(text: str, echo: Callable[[str], None]) -> int:
     """How many processes `--processes text` stands for on this machine; for `all`, which is said with its reason."""
     if text.isascii() and text.isdigit() and int(text) > 0:
         return int(text)
     if text != "all":
         raise ConfigError(f"--processes {text}: a number of processes, or `all` for one per CUDA device")
     count = len(cuda_devices())
-    say(f"processes {max(count, 1)} ({f'all: {count} CUDA devices' if count else 'all: no CUDA device here'})")
+    echo(f"processes {max(count, 1)} ({f'all: {count} CUDA devices' if count else 'all: no CUDA device here'})")
     return max(count, 1)
 
 
@@ -51,10 +51,10 @@ def export_in_processes(to: str, request: Request, count: int) -> None:
     options = {"to": to, "name": request.run.name}
     options |= {name: getattr(request, name) for name in ("corpus", "queries", "output", "scale")}
     given = (f"--{name}={value}" for name, value in options.items() if value is not None)
-    run_shards(["export", str(request.run.folder / "config.yaml"), *given], count, request.say)
+    run_shards(["export", str(request.run.folder / "config.yaml"), *given], count, request.echo)
 
 
-def run_shards(arguments: list[str], count: int, say: Callable[[str], None]) -> None:
+def run_shards(arguments: list[str], count: int, echo: Callable[[str], None]) -> None:
     """Run `python -m trainer <arguments> --shard i/count` for every i at once, each saying its lines after its number.
 
     Raises ConfigError with the line of the first that fails; the others are stopped, and go on where they were when the
@@ -76,7 +76,7 @@ def run_shards(arguments: list[str], count: int, say: Callable[[str], None]) -> 
                         stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8",
                     )  # fmt: skip
                     started.append(process)
-                    waiting.append(threads.submit(follow, process, errors, f"{number}/{count}", say))
+                    waiting.append(threads.submit(follow, process, errors, f"{number}/{count}", echo))
                 for done in as_completed(waiting):
                     done.result()
             finally:  # within the pool, which waits for the threads, and they for the processes
@@ -86,11 +86,11 @@ def run_shards(arguments: list[str], count: int, say: Callable[[str], None]) -> 
         signal.signal(signal.SIGTERM, before)
 
 
-def follow(process: subprocess.Popen, errors: IO[str], shard: str, say: Callable[[str], None]) -> None:
+def follow(process: subprocess.Popen, errors: IO[str], shard: str, echo: Callable[[str], None]) -> None:
     """Say what a process says until it ends. Raises ConfigError when it has failed."""
     with process, errors:
         for line in process.stdout or ():
-            say(f"{shard}  {line.rstrip()}")
+            echo(f"{shard}  {line.rstrip()}")
         status = process.wait()
         errors.seek(0)
         lines = errors.read().strip().splitlines()

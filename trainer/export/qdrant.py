@@ -52,7 +52,7 @@ def point_id(name: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_URL, name))
 
 
-def upsert(folder: Path, url: str, collection: str, say: Callable[[str], None]) -> int:
+def upsert(folder: Path, url: str, collection: str, echo: Callable[[str], None]) -> int:
     """Upload every document file of an export, a batch at a time; the number of points. QDRANT_API_KEY is its key.
 
     `url` may be a folder, which the client then keeps the collection in by itself. Raises ConfigError when it fails.
@@ -80,5 +80,5 @@ def upsert(folder: Path, url: str, collection: str, say: Callable[[str], None]) 
         raise ConfigError(
             f"Qdrant at {url} does not take the points: {one_line(error)}. Run the command again"
         ) from None
-    say(f"uploaded  {count:,} points to the collection '{collection}' at {url}")
+    echo(f"uploaded  {count:,} points to the collection '{collection}' at {url}")
     return count

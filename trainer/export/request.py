@@ -19,7 +19,7 @@ class Request:
     output: Path | None
     shard: Shard
     scale: int | None  # of whole numbers; None has it chosen
-    say: Callable[[str], None]
+    echo: Callable[[str], None]
 
     def folder(self, to: str) -> Path:
         """Where the files go."""
@@ -28,5 +28,5 @@ class Request:
     def device(self) -> str:
         """The best device of this machine, which is said."""
         device, reason = find_device("auto")
-        self.say(f"device    {device} ({reason})")
+        self.echo(f"device    {device} ({reason})")
         return device

@@ -68,7 +68,7 @@ class Sample:
 
 
 def choose_scale(
-    make_engine: Callable[[int], Format], encoder: Encoder, samples: list[Sample], say: Callable[[str], None]
+    make_engine: Callable[[int], Format], encoder: Encoder, samples: list[Sample], echo: Callable[[str], None]
 ) -> int:
     """The first of a format's scales that keeps the top 10 of every sample's queries, which is said.
 
@@ -79,7 +79,7 @@ def choose_scale(
         engine = make_engine(scale)
         if all(sample.keeps_top_10(engine, encoder.terms) for sample in samples):
             reason = f"of 100, 200, 500, … the first that keeps the top 10 of all {queries} checked queries in order"
-            say(f"scale     {scale:,} ({reason})")
+            echo(f"scale     {scale:,} ({reason})")
             return scale
     raise ConfigError(f"no scale up to {scales[-1]:,} keeps the top 10 of the checked queries")
 

@@ -43,7 +43,7 @@ def folder_of(kind: str, key: str = "") -> Path:
     return Path(HF_HOME) / "nordsparse" / kind / key
 
 
-def kept(file: Path, make: Callable[[], pa.Table]) -> pa.Table:
+def cached_table(file: Path, make: Callable[[], pa.Table]) -> pa.Table:
     """The table in a file; made and written when there is none. The file appears whole: a killed run leaves none.
 
     Raises ConfigError when it cannot be read or written.
@@ -63,13 +63,13 @@ def kept(file: Path, make: Callable[[], pa.Table]) -> pa.Table:
     return table
 
 
-def kept_in_parts(
+def cached_tables(
     folder: Path, items: list, size: int, make: Callable[[list], pa.Table], progress: ProgressReport
 ) -> list[pa.Table]:
     """One table per `size` items, each kept in a file of its own, so that a killed computation goes on where it was."""
     tables = []
     for number, start in enumerate(range(0, len(items), size)):
         part = items[start : start + size]
-        tables.append(kept(folder / f"part-{number:05d}.parquet", partial(make, part)))
+        tables.append(cached_table(folder / f"part-{number:05d}.parquet", partial(make, part)))
         progress.reach(start + len(part))
     return tables

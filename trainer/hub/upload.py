@@ -45,7 +45,7 @@ def require_token(repo: str) -> None:
         )
 
 
-def upload(files: dict[str, Path], repo: str, *, public: bool, message: str, say: Callable[[str], None]) -> str:
+def upload(files: dict[str, Path], repo: str, *, public: bool, message: str, echo: Callable[[str], None]) -> str:
     """Make the repository hold these files and nothing else, in one commit; its address and commit.
 
     Raises ConfigError, one line, for what the user can mend. Until the commit, the revision before is what others get.
@@ -68,13 +68,13 @@ def upload(files: dict[str, Path], repo: str, *, public: bool, message: str, say
     again = f"the revision before, {held}, is in place: a commit arrives whole or not at all. To go on, run this again"
     stale = sorted({file.rfilename for file in before.siblings or ()} - files.keys() - {".gitattributes"})
     if stale:
-        say(f"removing  what the revision before had besides: {', '.join(stale)}")
+        echo(f"removing  what the revision before had besides: {', '.join(stale)}")
     # upload_folder would split a large folder into several commits, and others would see halves of two models.
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *(CommitOperationDelete(name) for name in stale),
         *(CommitOperationAdd(name, str(file)) for name, file in files.items()),
     ]
-    say(f"uploading {len(files)} files to {repo} ({'public' if public else 'private'}), in one commit")
+    echo(f"uploading {len(files)} files to {repo} ({'public' if public else 'private'}), in one commit")
     progress = contextlib.nullcontext() if sys.stderr.isatty() else going_on(in_columns("uploading", repo, 11))
     with explained(repo, again), progress:
         commit = api.create_commit(repo, operations, commit_message=message, parent_commit=before.sha)

@@ -15,7 +15,7 @@ from trainer.config import ConfigError, one_line
 from trainer.config.schema import ModelConfig, TeacherConfig
 from trainer.data import mining
 from trainer.data.rows import LABEL
-from trainer.hub.cache import digest, folder_of, identity, kept
+from trainer.hub.cache import cached_table, digest, folder_of, identity
 from trainer.hub.download import MODEL_FILES, HubUnreachable, Snapshot, fetch
 from trainer.models.prompts import prompts_of, quoted
 from trainer.models.weights import whole_weights
@@ -82,7 +82,7 @@ class ScoreStore:
         def table() -> pa.Table:
             return pa.table([pa.array(keys), pa.array(score(pairs), pa.float32())], schema=SCORES)
 
-        kept(self.folder / f"{digest(*keys)}.parquet", table)
+        cached_table(self.folder / f"{digest(*keys)}.parquet", table)
 
     def missing(self, train: DatasetDict) -> list[Pair]:
         """The different pairs that have no score yet, in a fixed order."""
@@ -95,7 +95,7 @@ def add_teacher_scores(
     train: DatasetDict,
     teacher: TeacherConfig,
     device: str,
-    say: Callable[[str], None],
+    echo: Callable[[str], None],
     base: ModelConfig | None = None,
 ) -> dict[str, Any]:
     """Give every row that has a negative the teacher's scores of positive and negative, as its label.
@@ -116,7 +116,7 @@ def add_teacher_scores(
     wait()  # every process has seen the same scores before one adds to them
     parts = [missing[start : start + PAIRS_PER_PART] for start in range(0, len(missing), PAIRS_PER_PART)]
     if parts:
-        say(f"teacher   {teacher.model}: scoring {len(missing):,} pairs (kept in {store.folder})")
+        echo(f"teacher   {teacher.model}: scoring {len(missing):,} pairs (kept in {store.folder})")
     if own := parts[rank :: processes_here()]:
         score, network = TEACHERS[teacher.kind](snapshot, teacher, device, base)
         # a dense model reads at most two texts for each pair

@@ -28,14 +28,14 @@ def whole_weights(where: str, name: str) -> Iterator[None]:
     def report(*, model: PreTrainedModel, loading_info: Any, **others: Any) -> None:
         if not type(model).__module__.startswith("transformers_modules."):
             _stop_at(loading_info.missing_keys, loading_info.unexpected_keys, type(model), where, name)
-        say(model=model, loading_info=loading_info, **others)
+        echo(model=model, loading_info=loading_info, **others)
 
-    say = modeling_utils.log_state_dict_report
+    echo = modeling_utils.log_state_dict_report
     modeling_utils.log_state_dict_report = report
     try:
         yield
     finally:
-        modeling_utils.log_state_dict_report = say
+        modeling_utils.log_state_dict_report = echo
 
 
 def _stop_at(missing: Iterable[str], unread: Iterable[str], kind: type[PreTrainedModel], where: str, name: str) -> None:

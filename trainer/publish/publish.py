@@ -36,7 +36,7 @@ PUBLIC = (
 
 
 def publish(
-    run: Run, repo: str, *, public: bool = False, dry_run: bool = False, say: Callable[[str], None] = print
+    run: Run, repo: str, *, public: bool = False, dry_run: bool = False, echo: Callable[[str], None] = print
 ) -> None:
     """Upload the run's model, card, config and summary to `repo`, once a fresh process has given the same vectors.
 
@@ -52,7 +52,7 @@ def publish(
         build_upload_folder(run, folder, repo, dimensions=expected["document"].shape[1])
         with going_on(in_columns("checking", "the upload folder, in a fresh process")):
             difference = largest_difference(expected, encode_in_a_fresh_process(folder, texts))
-        say(
+        echo(
             f"checked   {len(texts['query'])} queries and {len(texts['document'])} documents, encoded anew in a fresh "
             f"process with stock sentence-transformers: largest difference {difference:.1g}"
         )
@@ -60,12 +60,14 @@ def publish(
         files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
         sizes = {name: file.stat().st_size for name, file in files.items()}
         for name, size in sizes.items():
-            say(f"file      {size_of(size):>10}  {name}")
+            echo(f"file      {size_of(size):>10}  {name}")
         if dry_run:
             total = size_of(sum(sizes.values()))
-            say(f"dry run   {len(files)} files, {total}, would go to {repo}; nothing was uploaded")
+            echo(f"dry run   {len(files)} files, {total}, would go to {repo}; nothing was uploaded")
             return
-        say(f"published {upload(files, repo, public=public, message=f'{run.name}: model, card and config', say=say)}")
+        echo(
+            f"published {upload(files, repo, public=public, message=f'{run.name}: model, card and config', echo=echo)}"
+        )
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def require_own_code(folder: Path) -> None:
             raise ConfigError(f"{file} was edited by hand. Put it back as it was, or remove the checkpoint")
 
 
-def newest_complete(folder: Path, run_id: str, say: Callable[[str], None]) -> Path | None:
+def newest_complete(folder: Path, run_id: str, echo: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is complete, unchanged and of this run. Others are skipped with a warning.
 
     Raises ConfigError when its model's code is missing or edited.
@@ -113,7 +113,7 @@ def newest_complete(folder: Path, run_id: str, say: Callable[[str], None]) -> Pa
         fault = fault_of(path, run_id)
         if fault is None:
             return path
-        say(f"Warning: {path} is skipped: {fault}")
+        echo(f"Warning: {path} is skipped: {fault}")
     return None
 
 

@@ -173,7 +173,7 @@ class Run:
         """The resolved config of the run."""
         return load_config(self.folder / "config.yaml").config
 
-    def go_on_with(self, loaded: LoadedConfig, overrides: Sequence[str], say: Callable[[str], None]) -> None:
+    def go_on_with(self, loaded: LoadedConfig, overrides: Sequence[str], echo: Callable[[str], None]) -> None:
         """Take over what was changed in the config (read with these overrides) since the run started, and say it.
 
         Raises ConfigError when a key changed that keeps its value for the whole run: trainer/config/resume.py. Until
@@ -189,7 +189,7 @@ class Run:
                 )
         changes = [{"key": ".".join(path), "from": old, "to": new} for path, old, new in changed]
         for change in changes:
-            say(f"changed   {change['key']}: {change['from']} → {change['to']}")
+            echo(f"changed   {change['key']}: {change['from']} → {change['to']}")
         files = (self.manifest_file, self.folder / "config.yaml")
         self._before = {file: file.read_text(encoding="utf-8") for file in files if file.exists()}
         self.manifest.pop("error", None)

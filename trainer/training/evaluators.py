@@ -115,7 +115,7 @@ class SearchEvaluator(SentenceEvaluator):
         return results
 
 
-def build_evaluator(config: Config, search: list[SearchSet], say: Callable[[str], None]) -> SearchEvaluator | None:
+def build_evaluator(config: Config, search: list[SearchSet], echo: Callable[[str], None]) -> SearchEvaluator | None:
     """One evaluator over every search; None where there is nothing to search."""
     batch_size = config.training.per_device_eval_batch_size
     parts: dict[str, SentenceEvaluator] = {found.name: GradedSearch(found, batch_size) for found in search}
@@ -131,11 +131,11 @@ def build_evaluator(config: Config, search: list[SearchSet], say: Callable[[str]
                     )
                 parts[f"NanoBEIR-{language}"] = nano
                 for line in _in_nfc(nano).lines():
-                    say(f"NanoBEIR ({language}): {line}")
+                    echo(f"NanoBEIR ({language}): {line}")
             except ValueError as error:  # what the library raises when a part cannot be downloaded
                 reason = str(error)
         if reason is not None:
-            say(f"NanoBEIR ({language}) is left out: {reason}")
+            echo(f"NanoBEIR ({language}) is left out: {reason}")
     return SearchEvaluator(parts) if parts else None
 
 

@@ -94,11 +94,11 @@ class Progress:
         found["place"] = torch.tensor([self.place, self.steps_per_epoch])
         save_file(found, checkpoint / FILE, {"chosen_by": json.dumps(depends_on)})
 
-    def load(self, checkpoint: Path, step: int, say: Callable[[str], None]) -> None:
+    def load(self, checkpoint: Path, step: int, echo: Callable[[str], None]) -> None:
         """Count on from a checkpoint at this step; from the first step, as if batches had always been these, where an
         earlier version wrote it."""
         if not (checkpoint / FILE).is_file():
-            say(f"rows      {checkpoint} does not say which were drawn: they are counted as of batches like those now")
+            echo(f"rows      {checkpoint} does not say which were drawn: they are counted as of batches like those now")
             return
         with safe_open(checkpoint / FILE, "pt") as file:
             place, of = file.get_tensor("place").tolist()

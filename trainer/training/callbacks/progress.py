@@ -61,8 +61,8 @@ class ProgressLines(TrainerCallback):
 
     SECONDS = 10.0
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, echo: Callable[[str], None]) -> None:
+        self.echo = echo
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,6 +87,6 @@ class ProgressLines(TrainerCallback):
             return
         self.last = now
         left = (now - self.start) / max(state.global_step - self.first_step, 1) * (state.max_steps - state.global_step)
-        self.say(
+        self.echo(
             f"step {state.global_step:,} of {state.max_steps:,}, loss {float(logs['loss']):.3f}, {left:.0f} s left"
         )

@@ -64,8 +64,8 @@ class Watchdog(TrainerCallback):
 
     WARM_FROM = 1 / 3
 
-    def __init__(self, statistics: BatchStatistics, say: Callable[[str], None]) -> None:
-        self.statistics, self.say = statistics, say
+    def __init__(self, statistics: BatchStatistics, echo: Callable[[str], None]) -> None:
+        self.statistics, self.echo = statistics, echo
         self.warnings: list[dict[str, Any]] = []
 
     def on_log(
@@ -93,4 +93,4 @@ class Watchdog(TrainerCallback):
             self.warnings.append(
                 {"sign": sign.name, "step": state.global_step, "last_step": state.global_step, "message": message}
             )
-            self.say(f"Warning: step {state.global_step}: {message}")
+            self.echo(f"Warning: step {state.global_step}: {message}")
