@@ -71,8 +71,8 @@ tensorboard: ## watch runs at http://127.0.0.1:6006, or PORT=…
 images: ## build the container images nordsparse:cpu and nordsparse:cuda
 	@$(RUN) images
 
-test: $(VENV)/.dev ## the fast tests, offline
-	@$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
+test: $(VENV)/.dev ## the fast tests, offline; some of them: ARGS=tests/test_config.py
+	@$(BIN)/python -m pytest -q -n $(if $(findstring tests/,$(ARGS)),0,2) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev ## ruff: errors, style, format; mypy: types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
