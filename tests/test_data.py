@@ -1,6 +1,8 @@
 import json
+import re
 import shutil
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +14,7 @@ from tests.test_shipped_configs import NAMES
 from trainer.config import ConfigError, load_config
 from trainer.data.beir import read_search_set
 from trainer.data.rows import fingerprint
-from trainer.data.sources import QUICKSTART
+from trainer.data.sources import QUICKSTART, QUICKSTART_SETS
 from trainer.data.training_data import load_data
 from trainer.hub.download import HubUnreachable
 from trainer.models.build import fetch_base_model
@@ -466,3 +468,48 @@ def test_the_quickstart_search_set_is_held_out_of_its_training_rows(tmp_path):
     assert trained.isdisjoint(search.corpus.values())
     passages = {json.loads(line)["text"] for line in (QUICKSTART / "search/corpus.jsonl").read_text().splitlines()}
     assert trained.isdisjoint(passages)
+
+
+def embedded_rows(name):
+    return [json.loads(line) for line in (QUICKSTART / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("name", QUICKSTART_SETS)
+def test_an_embedded_set_holds_no_row_twice(name):
+    rows = [tuple(row.values()) for row in embedded_rows(name)]
+    assert len(set(rows)) == len(rows) > 100
+
+
+def test_a_question_of_sister_languages_and_its_answer_are_in_two_languages(tmp_path):
+    rows = embedded_rows("sister_languages")
+    assert Counter(row["language"] for row in rows) == dict.fromkeys(("nb", "nn", "da", "sv"), 240)
+    search = read_search_set(QUICKSTART / "sister_languages", "dev", "sister_languages")
+    assert len(search.queries) == 216
+    for query, passages in search.relevant.items():
+        assert [passage[:2] != query[:2] for passage in passages] == [True]
+
+
+def test_what_is_searched_in_sister_languages_is_in_no_training_row(tmp_path):
+    data = load(tmp_path, "  quickstart: {sets: [nli, scandi_qa, ddsc, sister_languages]}")
+    search = read_search_set(QUICKSTART / "sister_languages", "dev", "sister_languages")
+    trained = set(data.texts("anchor", "positive", "negative"))
+    assert trained.isdisjoint(search.queries.values())
+    assert trained.isdisjoint(search.corpus.values())
+    known = {word for row in embedded_rows("sister_languages") for word in words_of(" ".join(row.values()))}
+    assert known.issuperset(word for text in search.queries.values() for word in words_of(text))
+
+
+def test_the_words_of_a_question_of_sister_languages_are_together_in_no_training_text():
+    search = read_search_set(QUICKSTART / "sister_languages", "dev", "sister_languages")
+    rows = embedded_rows("sister_languages")
+    trained = [words_of(row[key]) for row in rows for key in ("question", "context")]
+    asking = set(["hvem", "kven", "vem", "hva", "kva", "hvad", "vad", "hvor", "kvar", "var", "gjorde", "lavede"])
+    assert any(words_of(rows[0]["question"]) - asking <= words for words in trained)
+    for text in search.queries.values():
+        asked = words_of(text) - asking
+        assert len(asked) >= 3
+        assert not any(asked <= words for words in trained), text
+
+
+def words_of(text):
+    return set(re.findall(r"\w+", text.casefold()))

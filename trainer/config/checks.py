@@ -22,7 +22,7 @@ FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 # Four bytes each, so 4 GB: more than that is no small model, and would take the machine's memory before it is said why.
 LARGEST_FROM_SCRATCH = 10**9
 FAMILIES = ("nli", "scandi_qa", "ddsc", "quickstart")
-RESERVED_NAMES = ("quickstart_nli", "quickstart_scandi_qa", "quickstart_ddsc")
+RESERVED_NAMES = ("quickstart_nli", "quickstart_scandi_qa", "quickstart_ddsc", "quickstart_sister_languages")
 
 
 def is_local(source: str) -> bool:

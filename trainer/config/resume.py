@@ -64,6 +64,7 @@ RULES: dict[type[BaseModel], dict[str, Refused | None]] = {
         "max_position_embeddings": MODEL,
         "dropout": MODEL,
         "init": MODEL,
+        "lexical_bias": MODEL,
     },
     PromptsConfig: {"query": MODEL, "document": MODEL},
     ModelConfig: {
@@ -180,7 +181,7 @@ RULES: dict[type[BaseModel], dict[str, Refused | None]] = {
         "eval_rows": ROWS,
         "mine": ROWS,
     },
-    QuickstartSource: {"enabled": ROWS, "mine": ROWS},
+    QuickstartSource: {"enabled": ROWS, "sets": ROWS, "mine": ROWS},
     DatasetsConfig: {
         "sampling_strategy": ORDER,
         "epoch": ORDER,

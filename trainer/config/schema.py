@@ -75,6 +75,10 @@ class FromScratchConfig(Section):
     init: Literal["lexical", "normal"] = "lexical"
     """lexical: every token starts by activating itself, so the model begins as a word matcher; normal: BERT's random
     weights."""
+    lexical_bias: Annotated[float, Field(ge=-20, le=0)] = -4.0
+    """With init lexical, what is taken off every logit at the start. At -4 hardly a word that a document does not say is
+    active, and a word that is not active learns nothing. Nearer to 0, more words can be learned, from a start that matches
+    words less exactly."""
 
 
 class PromptsConfig(Section):
@@ -367,12 +371,15 @@ class LocalSource(Section):
 
 
 class QuickstartSource(Section):
-    """The data that comes with this project: three small sets in the shapes of the real ones."""
+    """The data that comes with this project: three small sets in the shapes of the real ones, and sister_languages:
+    questions in one of bokmål, nynorsk, Danish and Swedish, whose answers are in another."""
 
     enabled: bool = True
     """Use it."""
+    sets: list[Literal["nli", "scandi_qa", "ddsc", "sister_languages"]] = ["nli", "scandi_qa", "ddsc"]
+    """The sets to train on. Those with a search set (nli, sister_languages) are searched before and after training."""
     mine: MiningConfig | None = None
-    """Find negatives for the rows that have none, in each of the three sets."""
+    """Find negatives for the rows that have none, in each of the sets."""
 
 
 class DatasetsConfig(BaseModel):

@@ -23,7 +23,9 @@ QA: Columns = {"anchor": "question", "positive": "context"}
 TRIPLET: Columns = {"anchor": "anchor", "positive": "positive", "negative": "negative"}
 DDSC: Columns = TRIPLET | {"anchor": "query"}
 PAWS = {"sentence1", "sentence2", "label"}
-QUICKSTART_SETS = {"nli": TRIPLET, "scandi_qa": QA, "ddsc": DDSC}
+QUICKSTART_SETS = {"nli": TRIPLET, "scandi_qa": QA, "ddsc": DDSC, "sister_languages": QA}
+# The embedded sets that bring a search set: its name, and its folder in QUICKSTART.
+QUICKSTART_SEARCHES = {"nli": ("quickstart", "search"), "sister_languages": ("sister_languages", "sister_languages")}
 
 
 @dataclass
@@ -190,10 +192,13 @@ def _paws_rows(opened: _Opened, subset: str) -> Rows:
 
 # ------------------------------------------------------------------------------------------- own and embedded
 def load_quickstart(name: str) -> LoadedSource:
-    """One of the embedded sets, in the shape of the real one. The first brings the search set, which no set contains."""
+    """One of the embedded sets. Two bring a search set, whose texts are in no set."""
     columns = QUICKSTART_SETS[name]
     rows = read_files(str(QUICKSTART / f"{name}.jsonl"), columns, "language", "datasets.quickstart")
-    search = read_search_set(QUICKSTART / "search", "dev", "quickstart") if name == "nli" else None
+    search = None
+    if name in QUICKSTART_SEARCHES:
+        search_name, folder = QUICKSTART_SEARCHES[name]
+        search = read_search_set(QUICKSTART / folder, "dev", search_name)
     return LoadedSource(rows, hold_out=500, search=search)
 
 
@@ -283,7 +288,7 @@ def sources_of(config: DatasetsConfig) -> dict[str, Callable[[], LoadedSource]]:
     if config.ddsc and config.ddsc.enabled:
         loaders["ddsc"] = partial(load_ddsc, config.ddsc)
     if config.quickstart and config.quickstart.enabled:
-        for name in QUICKSTART_SETS:
+        for name in config.quickstart.sets:
             loaders[f"quickstart_{name}"] = partial(load_quickstart, name)
     for name, source in config.local.items():
         if source.enabled:

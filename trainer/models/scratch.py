@@ -15,10 +15,6 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 NORMALIZER = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
 PRE_TOKENIZER = pre_tokenizers.BertPreTokenizer()
 
-# Logit a word must overcome to be active at the start. A token's own logit is about 0.6 × sqrt(hidden_size) (7 at 128),
-# that of an unrelated word has a standard deviation of about 1, so over 400 tokens its maximum is about 3.
-LEXICAL_BIAS = -4.0
-
 
 def build_from_scratch(config: FromScratchConfig, texts: list[str], folder: Path) -> None:
     """Write a BERT for masked-language modelling and its tokenizer into `folder`, as from_pretrained expects them."""
@@ -37,7 +33,7 @@ def build_from_scratch(config: FromScratchConfig, texts: list[str], folder: Path
         )
     )
     if config.init == "lexical":
-        start_as_word_matcher(model)
+        start_as_word_matcher(model, config.lexical_bias)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -92,13 +88,17 @@ def without_long_words(text: str) -> str:
 
 
 @torch.no_grad()
-def start_as_word_matcher(model: BertForMaskedLM) -> None:
+def start_as_word_matcher(model: BertForMaskedLM, bias: float) -> None:
     """Set the weights so that every token activates its own dimension, and hardly any other.
 
     Random directions in a wide space are nearly orthogonal, so with unit-length embeddings, a head that passes its input
     through and a decoder tied to the embeddings, a token's largest logit is its own. Training then starts from a word
     matcher (nDCG@10 0.91 on NorQuAD's dev questions, against 0.01 for BERT's random start) and learns weights and
     expansion, which a few thousand questions can teach, rather than the identity, which they cannot.
+
+    bias: minus the logit that a word must overcome to be active at the start. A token's own logit is about
+    0.6 × sqrt(hidden_size) (7 at 128), that of an unrelated word has a standard deviation of about 1, so over 400 tokens
+    its maximum is about 3.
     """
     width = model.config.hidden_size
     embeddings, head = model.bert.embeddings, model.cls.predictions
@@ -107,4 +107,4 @@ def start_as_word_matcher(model: BertForMaskedLM) -> None:
     embeddings.token_type_embeddings.weight.zero_()
     head.transform.dense.weight.copy_(torch.eye(width))
     head.transform.dense.bias.zero_()
-    head.bias.fill_(LEXICAL_BIAS)
+    head.bias.fill_(bias)

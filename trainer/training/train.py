@@ -31,6 +31,7 @@ from trainer.training.callbacks.throughput import Throughput
 from trainer.training.callbacks.watchdog import Watchdog
 from trainer.training.evaluators import SearchEvaluator
 from trainer.training.failures import Stopped
+from trainer.training.learned_words import learned_lines
 from trainer.training.prepare import Decisions, Prepared, prepare
 from trainer.training.resume import Start, find_start
 from trainer.training.totals import RunTotals
@@ -73,6 +74,8 @@ def train(
         # 5. Report
         record_end(trainer, prepared, run, totals)
         for line in trainer.regularizer_weights.lines() if trainer.regularizer_weights else ():
+            decisions.echo(line)
+        for line in learned_lines(model, prepared.data.search) if is_first() else ():
             decisions.echo(line)
         decisions.echo(verdict(before, after, prepared.evaluator, run.manifest))
     return after
