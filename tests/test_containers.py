@@ -305,7 +305,7 @@ def test_docker_stop_saves_a_checkpoint_and_resume_goes_on(project):
 def test_a_signal_to_make_without_a_terminal_saves_a_checkpoint_and_leaves_no_container(project, number):
     shutil.rmtree(project.folder / "models" / "quickstart", ignore_errors=True)
     process = project.start("make", "train")
-    wait_for(project.folder / "models" / "quickstart" / "checkpoints" / "checkpoint-50" / "complete.json", process)
+    wait_for(project.folder / "models" / "quickstart" / "checkpoints" / "checkpoint-100" / "complete.json", process)
     process.send_signal(number) if number == signal.SIGTERM else os.killpg(process.pid, number)  # as a terminal does
     out, errors = process.communicate(timeout=60)
     assert process.returncode != 0

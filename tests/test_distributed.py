@@ -398,12 +398,17 @@ def test_a_training_ends_well_in_every_process_while_the_last_numbers_are_still_
 @pytest.mark.slow
 def test_the_plan_of_several_processes_is_what_they_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = ("--set", "training.num_train_epochs=1", "--set", "training.per_device_train_batch_size=8")
+    values = (
+        "training.num_train_epochs=1",
+        "training.per_device_train_batch_size=8",
+        "datasets.sampling_strategy=round_robin",
+    )
+    options = [option for value in values for option in ("--set", value)]
     result = run_trainer(tmp_path, "train", "quickstart", "--processes", "3", *options)
     assert result.returncode == 0, result.stderr
     manifest = json.loads(Path("models/quickstart/run.json").read_text())
-    # 162 rows per set in batches of 24: seven each
-    assert manifest["steps"] == manifest["steps_done"] == 21
+    # four sets, of which the smallest has 162 rows in batches of 24: seven each
+    assert manifest["steps"] == manifest["steps_done"] == 28
     assert manifest["rows_trained"] == sum(found["rows_drawn"] for found in manifest["datasets"].values())
     assert f"steps     {manifest['steps']} of 8 rows × 3 processes" in result.stdout
 

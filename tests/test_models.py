@@ -222,6 +222,16 @@ def test_a_model_from_scratch_starts_as_a_word_matcher(tmp_path):
         assert len(active - own) <= len(own)
 
 
+def test_a_bias_nearer_to_0_leaves_more_words_active_at_the_start(tmp_path):
+    active = []
+    for bias in (-4.0, -2.0):
+        torch.manual_seed(5)
+        config = load_config(write_tiny(tmp_path), [f"model.from_scratch.lexical_bias={bias}"]).config
+        active.append(dense_vectors(build_from(config), DOCUMENTS) > 0)
+    assert (active[1] | ~active[0]).all()
+    assert active[1].sum() > 2 * active[0].sum()
+
+
 def test_the_same_seed_builds_the_same_model_from_scratch(tmp_path):
     config = load_config(write_tiny(tmp_path)).config
     vectors = []

@@ -54,7 +54,7 @@ def test_a_shipped_config_loads_and_show_prints_it_again(name, tmp_path):
         ("splade_regular_h100", "ltg/norbert4-large", "splade", 512, 32, 64, 1, "cuda"),
         ("splade_large_h100", "ltg/norbert4-large", "inference-free-splade", 512, 32, 64, 1, "cuda"),
         ("csr_h100", NORBERT_CSR, "csr", 512, 128, 256, 1, "cuda"),
-        ("quickstart", "from-scratch", "inference-free-splade", 128, 16, 32, 1, "cpu"),
+        ("quickstart", "from-scratch", "inference-free-splade", 128, 32, 32, 1, "cpu"),
     ],
 )
 def test_shipped_values(name, base, architecture, length, batch, eval_batch, accumulation, device):
@@ -64,7 +64,7 @@ def test_shipped_values(name, base, architecture, length, batch, eval_batch, acc
     assert (training.max_seq_length, training.per_device_train_batch_size) == (length, batch)
     assert (training.per_device_eval_batch_size, training.gradient_accumulation_steps) == (eval_batch, accumulation)
     assert config.hardware.device == device
-    assert config.datasets.sampling_strategy == "round_robin"
+    assert config.datasets.sampling_strategy == ("proportional" if name == "quickstart" else "round_robin")
     assert not config.hub.push
 
 
