@@ -288,8 +288,8 @@ def sources_of(config: DatasetsConfig) -> dict[str, Callable[[], LoadedSource]]:
     if config.ddsc and config.ddsc.enabled:
         loaders["ddsc"] = partial(load_ddsc, config.ddsc)
     if config.quickstart and config.quickstart.enabled:
-        for name in config.quickstart.sets:
-            loaders[f"quickstart_{name}"] = partial(load_quickstart, name)
+        for embedded in config.quickstart.sets:
+            loaders[f"quickstart_{embedded}"] = partial(load_quickstart, embedded)
     for name, source in config.local.items():
         if source.enabled:
             loaders[name] = partial(load_local, name, source)

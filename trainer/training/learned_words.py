@@ -1,4 +1,4 @@
-"""The words that documents are indexed under though they do not say them: what a search engineer can read of a training."""
+"""The words that a model adds to documents: a search engineer sees what training has taught."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -7,6 +7,7 @@ from itertools import chain, islice
 from sentence_transformers import SparseEncoder
 
 from trainer.data.beir import SearchSet
+from trainer.encoding.vocabulary import dims_are_words
 from trainer.models.attention import with_padded_attention
 from trainer.system.progress_bar import in_columns
 
@@ -51,16 +52,16 @@ def added_words(model: SparseEncoder, texts: list[str], words: Iterable[str]) ->
     """
     with with_padded_attention(model):
         vectors = model.encode_document(texts, show_progress_bar=False, convert_to_sparse_tensor=False)
-    if vectors.shape[1] != len(model.tokenizer):
+    if not dims_are_words(model):
         return [[] for _ in texts]
     word_of = whole_words(model, words)
-    found = []
+    added = []
     for text, vector in zip(texts, vectors.cpu(), strict=True):
         own = set(re.findall(r"\w+", text.casefold()))
         heaviest = vector.argsort(descending=True)[: int((vector > 0).sum())].tolist()
         named = (word_of[dim] for dim in heaviest if dim in word_of)
-        found.append(list(dict.fromkeys(word for word in named if word not in own)))
-    return found
+        added.append(list(dict.fromkeys(word for word in named if word not in own)))
+    return added
 
 
 def whole_words(model: SparseEncoder, words: Iterable[str]) -> dict[int, str]:
