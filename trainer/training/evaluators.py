@@ -38,20 +38,20 @@ class GradedSearch(SparseInformationRetrievalEvaluator):
     reported ones.
     """
 
-    def __init__(self, found: SearchSet, batch_size: int) -> None:
-        parts: list[SearchSet | Chooser] = [found]
-        if found.chooser is not None and not found.also_chooses:
-            parts.append(found.chooser)
+    def __init__(self, search: SearchSet, batch_size: int) -> None:
+        parts: list[SearchSet | Chooser] = [search]
+        if search.chooser is not None and not search.also_chooses:
+            parts.append(search.chooser)
         # two splits may give one id to two queries
         self.grades = {
             f"{n}/{query}": grades for n, part in enumerate(parts) for query, grades in part.relevant.items()
         }
-        self.reported = len(found.queries)
+        self.reported = len(search.queries)
         super().__init__(
             queries={f"{n}/{query}": text for n, part in enumerate(parts) for query, text in part.queries.items()},
-            corpus=found.corpus,
+            corpus=search.corpus,
             relevant_docs={query: set(grades) for query, grades in self.grades.items()},
-            name=found.name,
+            name=search.name,
             batch_size=batch_size,
             ndcg_at_k=[10],
             mrr_at_k=[10],
@@ -68,7 +68,9 @@ class GradedSearch(SparseInformationRetrievalEvaluator):
         reported.queries, reported.queries_ids = self.queries[:size], self.queries_ids[:size]
         metrics = super(GradedSearch, reported).compute_metrics(queries_result_list[:size])
         for k in self.ndcg_at_k:
-            scores = [self._ndcg(*found, k) for found in zip(self.queries_ids, queries_result_list, strict=True)]
+            scores = [
+                self._ndcg(query, hits, k) for query, hits in zip(self.queries_ids, queries_result_list, strict=True)
+            ]
             metrics["ndcg@k"][k] = fmean(scores[:size])
             metrics.setdefault("choosing_ndcg@k", {})[k] = fmean(scores[size:] or scores)
         return metrics
@@ -118,7 +120,7 @@ class SearchEvaluator(SentenceEvaluator):
 def build_evaluator(config: Config, search: list[SearchSet], echo: Callable[[str], None]) -> SearchEvaluator | None:
     """One evaluator over every search; None where there is nothing to search."""
     batch_size = config.training.per_device_eval_batch_size
-    parts: dict[str, SentenceEvaluator] = {found.name: GradedSearch(found, batch_size) for found in search}
+    parts: dict[str, SentenceEvaluator] = {each.name: GradedSearch(each, batch_size) for each in search}
     wanted = config.evaluation.nanobeir_datasets
     for language in config.evaluation.nanobeir_languages if wanted != [] else []:
         repository = NANOBEIR.format(language)

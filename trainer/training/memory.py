@@ -109,11 +109,11 @@ def activations_per_text(transformer: Transformer, tokens: int, precision: torch
 def _activations(transformer: Transformer, features: dict[str, Tensor], precision: torch.dtype | None) -> int:
     device = transformer.model.device
     weights = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
-    found: dict[int, torch.UntypedStorage] = {}  # held on to, so that no place is used twice
+    storages: dict[int, torch.UntypedStorage] = {}  # held on to, so that no place is used twice
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        found.setdefault(storage.data_ptr(), storage)
+        storages.setdefault(storage.data_ptr(), storage)
         return tensor.detach()  # the tensor itself would hold on to its graph, and the graph to it
 
     training = transformer.training
@@ -125,4 +125,4 @@ def _activations(transformer: Transformer, features: dict[str, Tensor], precisio
             transformer.train()(batch_to_device(features, device))
     finally:
         transformer.train(training)
-    return sum(storage.nbytes() for place, storage in found.items() if place not in weights)
+    return sum(storage.nbytes() for place, storage in storages.items() if place not in weights)

@@ -89,10 +89,10 @@ class Progress:
 
     def save(self, checkpoint: Path, depends_on: dict[str, Any]) -> None:
         """Write what a resumed run counts on from, and what the best checkpoint is chosen by."""
-        found = {f"seen.{subset}": torch.from_numpy(np.packbits(seen)) for subset, seen in self.seen.items()}
-        found |= {f"drawn.{name}": torch.tensor(rows) for name, rows in self.drawn.items()}
-        found["place"] = torch.tensor([self.place, self.steps_per_epoch])
-        save_file(found, checkpoint / FILE, {"chosen_by": json.dumps(depends_on)})
+        tensors = {f"seen.{subset}": torch.from_numpy(np.packbits(seen)) for subset, seen in self.seen.items()}
+        tensors |= {f"drawn.{name}": torch.tensor(rows) for name, rows in self.drawn.items()}
+        tensors["place"] = torch.tensor([self.place, self.steps_per_epoch])
+        save_file(tensors, checkpoint / FILE, {"chosen_by": json.dumps(depends_on)})
 
     def load(self, checkpoint: Path, step: int, echo: Callable[[str], None]) -> None:
         """Count on from a checkpoint at this step; from the first step, as if batches had always been these, where an
