@@ -113,7 +113,7 @@ def test_only_those_that_build_know_the_names_of_the_architectures():
         if asks.search(file.read_text())
     }
     named = {
-        "trainer/training/decisions.py",
+        "trainer/training/describe.py",
         "trainer/models/card.py",
     }  # print or store the name, and ask nothing of it
     assert builders <= asking

@@ -28,7 +28,7 @@ from trainer.export.graph import copy_of
 from trainer.models.normalizers import compose_first
 from trainer.models.queries import query_tokenizer
 from trainer.models.scratch import train_tokenizer
-from trainer.training.decisions import tokenizer_lines
+from trainer.training.describe import tokenizer_lines
 
 # Bokmål, Danish, Swedish, Nynorsk, Northern Sámi, Icelandic, Faroese, Finnish, and what else is typed.
 NORDIC = [

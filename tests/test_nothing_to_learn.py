@@ -12,7 +12,7 @@ from trainer.config import ConfigError, load_config
 from trainer.data.training_data import load_data
 from trainer.losses.ranking import RankingLoss
 from trainer.losses.statistics import BatchStatistics
-from trainer.training.decisions import lonely_pairs_lines
+from trainer.training.describe import lonely_pairs_lines
 
 
 def config_of(folder, rows, *overrides, file="rows.jsonl", source="eval_rows: 0"):

@@ -9,7 +9,7 @@ from tests.test_models import config_of
 from trainer.config import load_config
 from trainer.data.training_data import load_data
 from trainer.runs.run import Run
-from trainer.training.decisions import data_lines, steps_line
+from trainer.training.describe import data_lines, steps_line
 from trainer.training.prepare import Decisions, check
 from trainer.training.progress import Progress
 from trainer.training.train import train

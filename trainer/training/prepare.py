@@ -27,7 +27,7 @@ from trainer.runs.run import MODELS, Run
 from trainer.system.device import choose_device
 from trainer.system.distributed import first_on_each_machine_first, from_first, is_first
 from trainer.system.progress_bar import going_on, in_columns
-from trainer.training import decisions as describe
+from trainer.training import describe
 from trainer.training.arguments import build_arguments, routes_of
 from trainer.training.best_checkpoint import BestCheckpoint, best_checkpoint_of, checkpoint_line, what_differs
 from trainer.training.evaluators import SearchEvaluator, build_evaluator
@@ -125,9 +125,8 @@ def make_parts(loaded: LoadedConfig, decisions: Decisions, run: Run | None = Non
     model = make_model(config, base, data, start, device if run else "cpu")
     decisions.add(*describe.model_lines(config, base, model))
     decisions.add(*fuse_head(config, model, device))
-    config = decide_attention(
-        config, model, device, decisions, run, start
-    )  # from here on it may compute in 16 bits only
+    # from here on, its networks may compute in 16 bits only
+    config = decide_attention(config, model, device, decisions, run, start)
     tokenise(config, data, model, device, decisions, keep=run is not None)
     decisions.add(*memory_lines(config, estimate_memory(config, data.columns, model), device if reason else None))
     if run and config.training.torch_compile:
