@@ -12,30 +12,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainer.config.checks import find_contradictions, is_commit, is_local
-from trainer.config.errors import ConfigError, did_you_mean, one_line
-from trainer.config.resume import why_refused
-from trainer.config.schema import FROM_SCRATCH, Config, is_revision, section_at
+from trainer.config.checks import find_contradictions
+from trainer.config.errors import ConfigError, did_you_mean
+from trainer.config.schema import Config, section_at
 from trainer.config.tree import MAX_DEPTH, Origin, Origins, Path_, YamlError, is_file, merge, parse_value, read_file
-
-__all__ = [
-    "CONFIG_DIR",
-    "FROM_SCRATCH",
-    "Config",
-    "ConfigError",
-    "LoadedConfig",
-    "config_name",
-    "did_you_mean",
-    "find_config",
-    "is_commit",
-    "is_local",
-    "is_revision",
-    "json_schema",
-    "load_config",
-    "one_line",
-    "render",
-    "why_refused",
-]
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 PREFIX = "training_config_"

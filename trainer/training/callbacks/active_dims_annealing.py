@@ -3,7 +3,7 @@
 from typing import Any
 
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from trainer.config import Config
 
@@ -27,24 +27,15 @@ class ActiveDimsAnnealing(TrainerCallback):
     def __init__(self, autoencoder: SparseAutoEncoder, config: Config) -> None:
         self.autoencoder, self.config = autoencoder, config
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """This step's k."""
         self.autoencoder.k = k_at(state.global_step, state.max_steps, self.config)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """The final k."""
         self.autoencoder.k = self.config.model.csr_k
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """The last step's k."""
         if logs is not None and "loss" in logs:
             logs["csr_k"] = k_at(state.global_step - 1, state.max_steps, self.config)

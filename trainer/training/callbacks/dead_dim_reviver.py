@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from trainer.config import Config
 from trainer.losses.reconstruction import SharedReconstructionLoss
@@ -25,19 +25,12 @@ class DeadDimReviver(TrainerCallback):
         self.autoencoder, self.loss, self.every = autoencoder, loss, config.model.csr_revive_steps
         self.revived = 0
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Revive now and then, but not at the end: a dim that nothing has trained is noise."""
         if self.every and state.global_step % self.every == 0 and state.global_step + self.every <= state.max_steps:
             self.revive(kwargs["optimizer"])
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """The share of dead dims, and how many were revived so far."""
         if logs is not None and "loss" in logs:
             logs["csr_dead_share"] = self.dead().float().mean().item()

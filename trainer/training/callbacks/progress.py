@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ProgressCallback
 
 from trainer.system.progress_bar import ProgressReport, in_columns
@@ -16,12 +16,7 @@ class EvaluationProgress(TrainerCallback):
     progress: ProgressReport | None = None
 
     def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
         """One batch more."""
         if self.progress is None:
@@ -43,14 +38,7 @@ class ProgressBar(ProgressCallback):
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         """An evaluation has a bar of ours, if it takes long."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """Show the loss."""
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
@@ -64,21 +52,12 @@ class ProgressLines(TrainerCallback):
     def __init__(self, echo: Callable[[str], None]) -> None:
         self.echo = echo
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
         self.start = self.last = time.perf_counter()
         self.first_step = state.global_step
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """A line if the last one is long ago, or training is at its end."""
         now = time.perf_counter()
         if not logs or "loss" not in logs or not state.is_world_process_zero:

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import SpladeRegularizerWeightSchedulerCallback
 from sentence_transformers.sparse_encoder.losses import SpladeLoss
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState
 
 from trainer.config import Config, ConfigError
 from trainer.losses.dims_controller import DimsController
@@ -42,7 +42,7 @@ class RegularizerWeights(SpladeRegularizerWeightSchedulerCallback):
         """The regularizer of queries or documents."""
         return getattr(self.loss, f"{route}_regularizer")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take in the step; choose the next weights."""
         ranking_loss = self._mean_ranking_loss() if self.controllers else 0.0
         for route in ROUTES:

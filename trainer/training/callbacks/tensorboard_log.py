@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from sentence_transformers import SparseEncoder
 from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from trainer.encoding.vocabulary import dims_are_words
 from trainer.losses.statistics import BatchStatistics
@@ -42,21 +42,12 @@ class TensorBoardLog(TrainerCallback):
             )
         return self.writer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
         self._open(state)
         self.throughput.restart()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """One line of scalars: losses, learning rates, sparsity, speed, memory."""
         if not logs:
             return
@@ -105,12 +96,7 @@ class TensorBoardLog(TrainerCallback):
                 writer.add_scalar(f"{group}/{key}", value, state.global_step)
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: SparseEncoder | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, model: SparseEncoder | None = None, **kwargs: Any
     ) -> None:
         """Top terms of the probe sentences."""
         writer = self._open(state)
@@ -119,9 +105,7 @@ class TensorBoardLog(TrainerCallback):
             if (text := top_terms(model, self.probes)) is not None:
                 writer.add_text("top terms", text, state.global_step)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Close the file."""
         if self.writer is not None:
             self.writer.close()

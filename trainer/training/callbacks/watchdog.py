@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from trainer.encoding.vocabulary import token_of
 from trainer.losses.statistics import BatchStatistics
@@ -68,14 +68,7 @@ class Watchdog(TrainerCallback):
         self.statistics, self.echo = statistics, echo
         self.warnings: list[dict[str, Any]] = []
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """Look at what was seen since the last log."""
         summary = self.statistics.summary() if logs and "loss" in logs else {}
         warm = state.global_step >= self.WARM_FROM * state.max_steps
