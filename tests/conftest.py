@@ -18,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="nordsparse-tests-")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What `make test` says is for it, not for the make that a test starts.
-for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS"):
     os.environ.pop(name, None)
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 

@@ -51,7 +51,7 @@ def run_export(to, corpus, **settings):
         "output": None,
         "shard": Shard(1, 1),
         "scale": None,
-        "say": lines.append,
+        "echo": lines.append,
     }
     export(to, Request(Run.finished("tiny"), **(known | settings)))
     return lines

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 
 from trainer.data.beir import SearchSet
 from trainer.training.learned_words import added_words, learned_lines, spread
@@ -23,17 +24,17 @@ class Tokenizer:
 class Model:
     """Gives a text the vector written down for it."""
 
-    def __init__(self, vectors, dims=10):
-        self.vectors, self.dims, self.tokenizer = vectors, dims, Tokenizer()
+    def __init__(self, vectors, *modules):
+        self.vectors, self.own, self.tokenizer = vectors, modules, Tokenizer()
 
     def __iter__(self):
         return iter(())
 
     def modules(self):
-        return iter(())
+        return iter(self.own)
 
     def encode_document(self, texts, **options):
-        rows = torch.zeros(len(texts), self.dims)
+        rows = torch.zeros(len(texts), len(PIECES))
         for row, text in zip(rows, texts, strict=True):
             for dim, weight in self.vectors[text].items():
                 row[dim] = weight
@@ -51,7 +52,7 @@ def test_the_words_a_document_gained_are_whole_words_it_does_not_say_heaviest_fi
 
 
 def test_no_words_are_told_where_dimensions_are_none():
-    assert added_words(Model({TEXT: VECTOR}, dims=64), [TEXT], WORDS) == [[]]
+    assert added_words(Model({TEXT: VECTOR}, SparseAutoEncoder(4, 8, 2, 2)), [TEXT], WORDS) == [[]]
 
 
 def test_a_line_is_printed_for_a_passage_that_gained_words():
