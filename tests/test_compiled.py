@@ -109,7 +109,10 @@ def flash_on_cpus(monkeypatch):
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", of_torch)
 
 
-@pytest.mark.parametrize(("family", "kinds"), [("bert", 1), ("modernbert", 3), ("norbert4", 2)])
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [("bert", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("modernbert", 3), ("norbert4", 2)))],
+)
 def test_one_graph_for_each_kind_of_layer_serves_packed_texts_of_any_number_and_length(
     tmp_path, monkeypatch, flash_on_cpus, family, kinds
 ):
@@ -198,6 +201,7 @@ def test_scoring_is_not_compiled_and_a_saved_model_knows_nothing_of_it(tmp_path)
         assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "compiled" / file).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_a_training_compiles_the_lengths_of_its_batches_and_nothing_else(tiny, monkeypatch):
     counter, lines = CompileCounter(), []
     monkeypatch.setattr(trainer.training.prepare, "compile_networks", partial(compile_networks, backend=counter))

@@ -150,6 +150,7 @@ def test_the_launcher_ends_as_the_process_that_failed_by_itself():
     assert exit_status([-signal.SIGTERM, -signal.SIGTERM]) == 143
 
 
+@pytest.mark.slow
 def test_machines_without_a_meeting_point_are_one_line(tiny):
     result = run_trainer(tiny.parent, "train", "tiny.yaml", "--nodes", "2")
     assert result.returncode == 2

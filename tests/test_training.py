@@ -463,6 +463,7 @@ def test_a_device_that_is_not_here_is_named():
         choose_device(config)
 
 
+@pytest.mark.slow
 def test_neither_evaluating_nor_saving_takes_time_of_the_steps(tiny, monkeypatch):
     from trainer.training import evaluators
     from trainer.training import trainer as loop
