@@ -155,9 +155,9 @@ def test_a_mixture_without_a_batch_is_counted_too():
 
 def test_halves_share_a_sets_turns_by_their_size():
     mixture = Mixture([[3, 9]], "round_robin", "smallest", seed=5)
-    halves = [half for _, half, *_ in mixture.draws(0)]
-    assert Counter(halves) == {0: 3, 1: 9}
-    assert halves not in ([0] * 3 + [1] * 9, [1] * 9 + [0] * 3)
+    subsets = [subset for _, subset, *_ in mixture.draws(0)]
+    assert Counter(subsets) == {0: 3, 1: 9}
+    assert subsets not in ([0] * 3 + [1] * 9, [1] * 9 + [0] * 3)
 
 
 def test_mixed_batches_never_mix_halves_and_point_at_the_right_rows():

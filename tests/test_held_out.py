@@ -28,8 +28,8 @@ def load_lines(folder, lines):
 
 
 def texts(sets, name=""):
-    halves = (rows for half, rows in sets.items() if half.startswith(name))
-    return {text for rows in halves for row in rows for text in row.values()}
+    subsets = (rows for subset, rows in sets.items() if subset.startswith(name))
+    return {text for rows in subsets for row in rows for text in row.values()}
 
 
 def shared_among(rows, passages, seed, negatives=True):

@@ -56,14 +56,14 @@ def teacher_of(folder, kind="cross-encoder", **settings):
     return TeacherConfig(model=str(folder), kind=kind, **settings)
 
 
-def taught(teacher, data=None, said=None):
+def with_scores(teacher, data=None, said=None):
     data = data or rows()
     return data, add_teacher_scores(data, teacher, "cpu", (said if said is not None else []).append)
 
 
 # ------------------------------------------------------------------------------------------- scores
 def test_labels_are_the_logits_of_the_cross_encoder(cross_encoder):
-    data, found = taught(teacher_of(cross_encoder))
+    data, found = with_scores(teacher_of(cross_encoder))
     model = CrossEncoder(str(cross_encoder), device="cpu")
     logits = [
         model.predict(list(zip(QUERIES, passages, strict=True)), activation_fn=nn.Identity(), show_progress_bar=False)
@@ -77,7 +77,7 @@ def test_labels_are_the_logits_of_the_cross_encoder(cross_encoder):
 
 def test_labels_are_the_similarities_of_the_dense_model(tmp_path):
     folder = write_dense(tmp_path)
-    data, _ = taught(teacher_of(folder, "dense"))
+    data, _ = with_scores(teacher_of(folder, "dense"))
     model = SentenceTransformer(str(folder), device="cpu")
     query, positive, negative = (
         model.encode(texts, normalize_embeddings=True) for texts in (QUERIES, DOCUMENTS, NEGATIVES)
@@ -88,19 +88,19 @@ def test_labels_are_the_similarities_of_the_dense_model(tmp_path):
 
 def test_a_pair_is_scored_once_and_known_by_its_content_and_teacher(tmp_path, cross_encoder, monkeypatch):
     teacher, said = teacher_of(cross_encoder), []
-    first, _ = taught(teacher)
-    again, found = taught(teacher, said=said)
+    first, _ = with_scores(teacher)
+    again, found = with_scores(teacher, said=said)
     assert (found["pairs_scored"], said) == (0, [])
     assert again["triplets"]["label"] == first["triplets"]["label"]
     # other rows that share pairs with known ones: only the new pair is scored
     more = DatasetDict({"other": Dataset.from_dict(
         {"anchor": QUERIES[1:2], "positive": DOCUMENTS[1:2], "negative": ["noe annet"]})})  # fmt: skip
-    _, found = taught(teacher, more)
+    _, found = with_scores(teacher, more)
     assert found["pairs_scored"] == 1
     # another teacher at the same place has other content, so its scores are its own
     shutil.rmtree(cross_encoder)
     write_cross_encoder(cross_encoder, seed=2)
-    other, found = taught(teacher)
+    other, found = with_scores(teacher)
     assert found["pairs_scored"] == 8
     assert other["triplets"]["label"] != first["triplets"]["label"]
 
@@ -118,18 +118,18 @@ def test_scoring_goes_on_where_it_was_killed(cross_encoder, monkeypatch):
 
     monkeypatch.setattr(CrossEncoder, "predict", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        taught(teacher)
+        with_scores(teacher)
     store = ScoreStore(teacher, fetch_teacher(teacher))
     assert len(store.read()) == 3
     (store.folder / f".half.parquet.{os.getpid() + 1}").write_bytes(b"PAR1")  # a killed writer's
-    data, found = taught(teacher)
+    data, found = with_scores(teacher)
     assert found["pairs_scored"] == 5
     assert calls == [3, 3, 3, 2]
     assert len(data["triplets"]["label"]) == 4
 
 
 def test_scores_are_kept_in_the_folder_the_config_names(tmp_path, cross_encoder):
-    taught(teacher_of(cross_encoder, cache=str(tmp_path / "scores")))
+    with_scores(teacher_of(cross_encoder, cache=str(tmp_path / "scores")))
     assert len(list((tmp_path / "scores").rglob("*.parquet"))) == 1
 
 
@@ -146,19 +146,19 @@ def test_a_teacher_that_cannot_teach_is_one_line(tmp_path, monkeypatch, settings
     write_cross_encoder(tmp_path / "two", labels=2)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=says) as caught:
-        taught(TeacherConfig(**settings))
+        with_scores(TeacherConfig(**settings))
     assert "\n" not in caught.value.format_message()
 
 
 def test_a_teacher_that_cannot_be_downloaded_is_one_line():
     with pytest.raises(HubUnreachable, match=r"cannot download org/teacher \(the teacher\).*loss.teacher.model"):
-        taught(TeacherConfig(model="org/teacher", kind="dense", revision="main"))
+        with_scores(TeacherConfig(model="org/teacher", kind="dense", revision="main"))
 
 
 def test_a_teacher_without_negatives_to_compare_is_one_line(cross_encoder):
     only_pairs = DatasetDict({"pairs": rows()["pairs"]})
     with pytest.raises(ConfigError, match="no data set has negatives"):
-        taught(teacher_of(cross_encoder), only_pairs)
+        with_scores(teacher_of(cross_encoder), only_pairs)
 
 
 @pytest.mark.parametrize(

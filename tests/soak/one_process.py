@@ -61,7 +61,7 @@ def watched(board: Board, name: str) -> None:
 
         return call
 
-    def noted(self, model, inputs, *args, **kwargs):
+    def recorded(self, model, inputs, *args, **kwargs):
         digest = hashlib.sha256()
         for key in sorted(inputs):
             if isinstance(inputs[key], torch.Tensor):
@@ -70,7 +70,7 @@ def watched(board: Board, name: str) -> None:
             notes.write(f"{self.state.global_step} {digest.hexdigest()}\n")
         return step(self, model, inputs, *args, **kwargs)
 
-    SparseTrainer.training_step = shown("step", noted)
+    SparseTrainer.training_step = shown("step", recorded)
     SparseTrainer._save_checkpoint = shown("save", save)
     SparseTrainer.evaluate = shown("evaluation", evaluate)
     trainer.training.train.save_final = shown("final", final)
