@@ -115,7 +115,7 @@ def _read_json_table(file: Path, columns: Columns, language: str | None) -> pa.T
 def rows_from_table(table: pa.Table, columns: Columns, language: str | None, *, where: str) -> Rows:
     """Only the texts of a table, under the names anchor, positive[, negative], and their language.
 
-    Every other column is left out, and the plan says so: sentence-transformers would embed a stray column and train it as a negative.
+    Every other column is left out, and the plan says so: sentence-transformers would train it as a negative.
     Rows without an anchor or a positive are left out and counted; one with several negatives becomes several rows.
     `language` is a language, or the name of a column that says it.
     """
