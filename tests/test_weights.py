@@ -36,7 +36,7 @@ def test_an_encoder_without_its_masked_language_model_head_is_refused(tmp_path, 
     AutoTokenizer.from_pretrained(whole).save_pretrained(tmp_path / "encoder")
     build_from(config_of(tmp_path, whole, architecture))
     lacks = rf"model.base_model: .*encoder lacks weights of \w+ForMaskedLM, .* random numbers: {HEAD[family]}, "
-    with pytest.raises(ConfigError, match=lacks + ".*Name a model that was saved with its masked-language-model head"):
+    with pytest.raises(ConfigError, match=lacks + ".*Name a model that was saved whole, with its head"):
         build_from(config_of(tmp_path, tmp_path / "encoder", architecture))
 
 
@@ -48,7 +48,7 @@ def test_weights_under_names_that_nobody_maps_are_named_on_both_sides(tmp_path):
     message = caught.value.format_message()
     assert "bert.encoder.layer.0.attention.output.LayerNorm.bias" in message
     assert "others that are not read: bert.encoder.layer.0.looking.output.LayerNorm.bias" in message
-    assert message.endswith("Its files are not whole")
+    assert message.endswith("Name a model that was saved whole, with its head")
     assert "\n" not in message
 
 

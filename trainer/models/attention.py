@@ -50,10 +50,10 @@ def attend(
     tokens that are seen on either side. Returns [1, tokens of all texts, heads, size of a head].
     """
     window = None if sliding_window is None else sliding_window - 1
-    half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    query, key, value = (each.squeeze(0).transpose(0, 1).to(half) for each in (query, key, value))
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    query, key, value = (each.squeeze(0).transpose(0, 1).to(dtype) for each in (query, key, value))
     # torch.nn.attention.varlen is this function without dropout, which BERT and RoBERTa train with
-    found = torch.ops.aten._flash_attention_forward(
+    output, *_ = torch.ops.aten._flash_attention_forward(
         query,
         key,
         value,
@@ -68,25 +68,25 @@ def attend(
         window_size_left=window,
         window_size_right=window,
     )
-    return found[0].unsqueeze(0), None
+    return output.unsqueeze(0), None
 
 
 AttentionInterface.register(VARLEN, attend)
 
 
 def plan_attention(model: SparseEncoder, config: Config, device: str) -> tuple[Config, str]:
-    """The config with what its attention comes to, as far as that is known without a try, and a line for the plan.
+    """The config with the attention that will be used, as far as that is known without a try, and a line for the plan.
 
-    auto: varlen on CUDA, in 16 bits, with a base model that can be told which attention to use; otherwise it stays. Raises
-    ConfigError when the device, a missing package or the base model's code rules out what the config asks for.
+    auto: varlen on CUDA, in 16 bits, with a base model that can be told which attention to use; otherwise the base model's
+    own. Raises ConfigError when the device, a missing package or the base model's code rules out what the config asks for.
     """
     name, transformers = config.model.attention, transformers_of(model)
     if name == "auto":
-        reason = _why_padded(transformers, config)
-        if device == "cuda" and reason is None:
-            tried = "if a few texts, tried before training, come out the same"
-            return _with(config, VARLEN), f"attention {VARLEN}, texts packed without padding, {tried}"
-        return config, _own_line(transformers, reason if device == "cuda" else None)
+        if reason := _why_padded(transformers, config, device):
+            return config, _own_line(transformers, reason, device)
+        return _with(
+            config, VARLEN
+        ), f"{_packed_line(VARLEN)}, if a few texts, tried before training, come out the same"
     if config.model.packs_texts and device != "cuda":
         raise ConfigError(f"model.attention: {name} is for CUDA, and training is on {device}. Leave it at auto")
     if name in PACKAGES:
@@ -97,34 +97,28 @@ def plan_attention(model: SparseEncoder, config: Config, device: str) -> tuple[C
         raise ConfigError(
             f"model.attention: {own} ({config.model.base_model}), so {name} cannot be set. Leave it at auto"
         )
-    return config, _line(name) if config.model.packs_texts else f"attention {name} (model.attention says so)"
+    return config, _packed_line(name) if config.model.packs_texts else f"attention {name} (model.attention says so)"
 
 
 def choose_attention(
     model: SparseEncoder, config: Config, device: str, packed: bool | None = None
 ) -> tuple[Config, str]:
-    """Compute attention as the config asks. Returns the config with what that came to, and a line for the plan.
+    """Compute attention as the config asks. Returns the config with the attention that is used, and a line for the plan.
 
-    Where texts are to be packed, the vectors of a few are compared with those of padded ones first. Where that fails, auto
-    leaves texts padded, and the line says why. packed: whether a run that goes on has packed its texts, so that its batches
-    stay what they were; None for a new one. Raises ConfigError where the config's attention is not possible.
+    packed: whether a resumed run has packed its texts, so that its batches stay what they were; None for a new run. Raises
+    ConfigError where the config's attention is not possible.
     """
     transformers, by_auto = transformers_of(model), config.model.attention == "auto"
     if by_auto and packed is False:
-        return config, _own_line(transformers, "this run did so from the start" if device == "cuda" else None)
+        return config, _own_line(transformers, "this run did so from the start", device)
     chosen, line = plan_attention(model, config, device)
     name = chosen.model.attention
-    if chosen.model.packs_texts:
-        precision = torch.autocast(model.device.type, torch.bfloat16 if config.training.bf16 else torch.float16)
-        reason = _try_to_pack(model, name, precision, compare=not packed)
-        if reason is None:
-            return chosen, _line(name)
-    elif by_auto:
-        reason = _why_padded(transformers, config) if device == "cuda" else f"training is on {device}"
+    if name == "auto":
+        reason = _why_padded(transformers, config, device)
     else:
-        reason = _try_to_set(transformers, name)
+        reason = _try(model, chosen, compare=chosen.model.packs_texts and not packed)
         if reason is None:
-            return chosen, line
+            return chosen, _packed_line(name) if chosen.model.packs_texts else line
     if not by_auto:
         raise ConfigError(f"model.attention: {name} cannot be used: {reason}. Leave it at auto")
     if packed:
@@ -132,11 +126,13 @@ def choose_attention(
             f"model.attention: this run packed its texts, and cannot here: {reason}. Go on where it began: on CUDA, in "
             "16 bits"
         )
-    return config, _own_line(transformers, reason) if chosen.model.packs_texts else line
+    return config, _own_line(transformers, reason, device)
 
 
-def _why_padded(transformers: list[Transformer], config: Config) -> str | None:
-    """Why auto does not pack texts on CUDA, if it does not."""
+def _why_padded(transformers: list[Transformer], config: Config, device: str) -> str | None:
+    """Why auto does not pack texts, if it does not."""
+    if device != "cuda":
+        return f"training is on {device}"
     if not (config.training.bf16 or config.training.fp16):
         return "training.bf16 is off"
     if any(transformer.unpad_inputs is False for transformer in transformers):
@@ -152,29 +148,23 @@ def _own_code(transformers: list[Transformer], packed: bool) -> str | None:
     return None
 
 
-def _try_to_set(transformers: list[Transformer], name: str) -> str | None:
-    """Compute with this attention from now on. Returns why not, if not."""
-    try:
-        for transformer in transformers:
-            set_attention(transformer, name)
-    except (ImportError, ValueError, OSError, RuntimeError) as error:
-        return one_line(error) or type(error).__name__
-    return None
+def _try(model: SparseEncoder, config: Config, compare: bool) -> str | None:
+    """Compute with the config's attention from now on, unless that fails. Returns why not.
 
-
-def _try_to_pack(model: SparseEncoder, name: str, precision: torch.autocast, compare: bool) -> str | None:
-    """Pack texts from now on, unless that fails or, if they are compared, changes their vectors. Returns why not."""
+    compare: it also fails if the vectors of a few texts, packed, are not those of padded ones.
+    """
     transformers = transformers_of(model)
     before = [transformer.model.config._attn_implementation for transformer in transformers]
+    precision = torch.autocast(model.device.type, torch.bfloat16 if config.training.bf16 else torch.float16)
     padded = _vectors(model, precision) if compare else None
     try:
         for transformer in transformers:
-            set_attention(transformer, name)
-        packed = _vectors(model, precision)
-        reason = _difference(packed, padded) if compare else None
+            set_attention(transformer, config.model.attention)
+        packed = _vectors(model, precision) if config.model.packs_texts else None
+        reason = None if packed is None or padded is None else _difference(packed, padded)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # code of a base model that was not made for packed texts fails in any way
+    except Exception as error:  # code of a base model that was not made for it fails in any way
         reason = one_line(error) or type(error).__name__
     if reason:
         for transformer, own in zip(transformers, before, strict=True):
@@ -184,25 +174,22 @@ def _try_to_pack(model: SparseEncoder, name: str, precision: torch.autocast, com
 
 @torch.no_grad()
 def _vectors(model: SparseEncoder, precision: torch.autocast) -> Tensor:
-    """Those of a few texts, [texts, dimensions]; of CSR, those that go into the autoencoder.
-
-    Of its codes, the least dims that are kept change with the last bit of what goes in.
-    """
+    """Vectors of a few texts, [texts, dimensions]; of CSR, the dense ones: rounding changes which dims are kept."""
     with precision:
         features = batch_to_device(model.eval().preprocess(TRIED, task="document"), model.device)
-        found = model(features, task="document")
-    return found.get("sentence_embedding_backbone", found["sentence_embedding"]).float()
+        output = model(features, task="document")
+    return output.get("sentence_embedding_backbone", output["sentence_embedding"]).float()
 
 
 def _difference(packed: Tensor, padded: Tensor) -> str | None:
-    """In words, if it is too large."""
+    """The difference of the vectors in words, if it is too large."""
     if not padded.any():
         return "the vectors of a few texts are empty, so nothing can be compared"
     share = (packed - padded).norm() / padded.norm()
     return None if share <= TOLERANCE else f"packed, the vectors of a few texts are {share:.0%} off"
 
 
-def _line(name: str) -> str:
+def _packed_line(name: str) -> str:
     return f"attention {name}, texts packed without padding"
 
 
@@ -210,10 +197,10 @@ def _with(config: Config, attention: str) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"attention": attention})})
 
 
-def _own_line(transformers: list[Transformer], reason: str | None) -> str:
-    """For the plan: attention is the base model's, and texts are padded for this reason, if one needs saying."""
+def _own_line(transformers: list[Transformer], reason: str | None, device: str) -> str:
+    """For the plan: attention is the base model's; and why texts are padded on CUDA, where they need not be."""
     own = ", ".join(sorted({transformer.model.config._attn_implementation for transformer in transformers}))
-    return f"attention {own} (the base model has it)" + (f"; texts are padded: {reason}" if reason else "")
+    return f"attention {own} (the base model has it)" + (f"; texts are padded: {reason}" if device == "cuda" else "")
 
 
 @contextlib.contextmanager

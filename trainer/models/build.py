@@ -19,18 +19,21 @@ from torch import nn
 
 from trainer.config import FROM_SCRATCH, Config, ConfigError, one_line
 from trainer.config.schema import FromScratchConfig
+from trainer.encoding.fuse import transformers_of
 from trainer.hub.download import MODEL_FILES, fetch
 from trainer.models.card import build_card
 from trainer.models.heads import check_not_dense, decoder_of, silence_special_tokens
 from trainer.models.normalizers import compose_first
 from trainer.models.prompts import base_prompts, in_front
 from trainer.models.queries import START_WEIGHTS, query_tokenizer, weights_of_idf
-from trainer.models.remote_code import BaseModel, check_code, check_weights, keep_code, with_own_code
+from trainer.models.remote_code import BaseModel, check_code, keep_code, with_own_code
 from trainer.models.scratch import build_from_scratch
 from trainer.models.weights import whole_weights
 from trainer.system.distributed import is_first, share_files
 
 PROBE_TEXTS = 8
+# transformers 5 loads weights in the precision they were saved in; optimizers need float32 copies of them.
+FLOAT32 = {"dtype": torch.float32}
 
 
 def build_model(
@@ -38,9 +41,8 @@ def build_model(
 ) -> SparseEncoder:
     """The untrained encoder. Raises ConfigError when the base model cannot be loaded or cannot become sparse.
 
-    `base` is what fetch_base_model gave for this config. `queries` and `documents` are the training texts: a model from
-    scratch is built from them, query weights start at the documents' IDF, and a few documents are the probe that a base
-    model which can never be sparse fails.
+    base: from fetch_base_model. queries, documents: the training texts, for the vocabulary of a model from scratch, the
+    IDF of query weights, and the check that the base model can become sparse.
     """
     name = config.model.base_model
     prompts = base_prompts(config.model, base.folder if base else None)
@@ -63,9 +65,8 @@ def build_model(
         prompts=prompts,
         model_card_data=build_card(config),
     )
-    for module in model.modules():
-        if isinstance(module, Transformer):
-            module.model.config._name_or_path = name  # a temporary folder or a cache path says nothing to a reader
+    for transformer in transformers_of(model):
+        transformer.model.config._name_or_path = name  # a temporary folder or a cache path says nothing to a reader
     _require_room_behind_prompts(model, config)
     if config.model.architecture != "csr":
         check_not_dense(model, documents[:PROBE_TEXTS], name)
@@ -74,15 +75,15 @@ def build_model(
 
 
 def load_model(folder: Path, config: Config, device: str) -> SparseEncoder:
-    """The encoder saved in a checkpoint, ready to go on training. Raises ConfigError when its code is missing or edited,
-    or when it cannot do what the config has asked of it since."""
+    """The encoder saved in a checkpoint, to go on training. Raises ConfigError for missing or edited code, and for a config
+    that asks for more than the model can do."""
     check_code(folder)
     trust = config.model.trust_remote_code
     with _loading(config):
         model = SparseEncoder(str(folder), trust_remote_code=trust, device=device, model_card_data=build_card(config))
+    for transformer in transformers_of(model):
+        _require_what_the_config_needs(transformer, config)
     for module in model.modules():
-        if isinstance(module, Transformer):
-            _require_what_the_config_needs(module, config)
         if isinstance(module, (Transformer, SparseStaticEmbedding)):
             module.tokenizer.model_max_length = module.max_seq_length = config.training.max_seq_length
     _require_room_behind_prompts(model, config)
@@ -99,7 +100,7 @@ def save_model(model: SparseEncoder, folder: Path) -> None:
 def fetch_base_model(config: Config) -> BaseModel | None:
     """The base model's files in a local folder, its code converted; None for a model from scratch.
 
-    Raises ConfigError when it cannot be had, or brings code that the config does not trust or that cannot be converted.
+    Raises ConfigError when they cannot be had, or hold code that the config does not trust or that cannot be converted.
     """
     name = config.model.base_model
     if name == FROM_SCRATCH:
@@ -124,8 +125,7 @@ def vocabulary_of(model: SparseEncoder) -> int:
     """Dimensions of the vectors."""
     if (autoencoder := autoencoder_of(model)) is not None:
         return autoencoder.hidden_dim
-    transformer = next(module for module in model.modules() if isinstance(module, Transformer))
-    return transformer.model.get_output_embeddings().out_features
+    return transformers_of(model)[0].model.get_output_embeddings().out_features
 
 
 def document_idf(config: Config, model: SparseEncoder, documents: list[str]) -> torch.Tensor | None:
@@ -171,9 +171,8 @@ def build_csr(config: Config, source: Path, documents: list[str]) -> list[nn.Mod
     """The dense model's own modules, and a sparse autoencoder on top (arXiv 2503.01776)."""
     with _loading(config):
         dense = SentenceTransformer(
-            str(source), trust_remote_code=config.model.trust_remote_code, device="cpu", model_kwargs=_float32()
+            str(source), trust_remote_code=config.model.trust_remote_code, device="cpu", model_kwargs=FLOAT32
         )
-    check_weights(dense[0].model, source)
     _require_what_the_config_needs(dense[0], config)
     compose_first(dense.tokenizer)
     dense.max_seq_length = config.training.max_seq_length
@@ -199,11 +198,10 @@ def load_transformer(config: Config, source: Path) -> Transformer:
             str(source),
             transformer_task="fill-mask",
             max_seq_length=config.training.max_seq_length,
-            model_kwargs=trust | _float32(),
+            model_kwargs=trust | FLOAT32,
             processor_kwargs=trust,
             config_kwargs=trust,
         )
-    check_weights(transformer.model, source)
     _require_what_the_config_needs(transformer, config)
     compose_first(transformer.tokenizer)
     decoder, words = decoder_of(transformer, config.model.base_model), len(transformer.tokenizer)
@@ -223,7 +221,7 @@ def load_transformer(config: Config, source: Path) -> Transformer:
 def _loading(config: Config) -> Iterator[None]:
     """One line for a base model that cannot be loaded, or lacks weights. Its own code may fail in any way."""
     try:
-        with whole_weights("model.base_model", config.model.base_model):
+        with whole_weights("model.base_model", config.model.base_model, own_code=True):
             yield
     except ConfigError:
         raise
@@ -261,11 +259,6 @@ def _require_room_behind_prompts(model: SparseEncoder, config: Config) -> None:
                 f"training.max_seq_length: {config.training.max_seq_length} tokens leave none for the text: the {side} "
                 f"prompt alone has {tokens}. Raise it, or shorten model.prompts.{side}"
             )
-
-
-def _float32() -> dict[str, torch.dtype]:
-    """transformers 5 loads weights in the precision they were saved in; optimizers need float32 copies of them."""
-    return {"dtype": torch.float32}
 
 
 ARCHITECTURES: dict[str, Callable[[Config, Path, list[str]], list[nn.Module]]] = {

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from transformers import PreTrainedModel
+from huggingface_hub.utils.sha import git_hash
 
 from trainer.config import Config, ConfigError
 from trainer.hub.cache import folder_of
@@ -37,12 +35,11 @@ class BaseModel:
 def with_own_code(snapshot: Snapshot, config: Config) -> BaseModel:
     """The base model with its code converted, in a folder of its own under the cache.
 
-    Raises ConfigError when the folder holds no model, when the config does not trust the code, when the code is not what
-    the pinned commit holds, when it cannot be converted, or when the copy cannot be written.
+    Raises ConfigError when the folder holds no model, or code that the config does not trust, that is not the pinned
+    commit's, or that cannot be converted; and when the copy cannot be written.
     """
-    if not any(
-        (snapshot.folder / name).is_file() for name in ("config.json", "modules.json")
-    ):  # before the whole of / is searched for code
+    # first of all, or the whole of / might be searched for code
+    if not any((snapshot.folder / name).is_file() for name in ("config.json", "modules.json")):
         raise ConfigError(f"model.base_model: {snapshot.source} cannot be loaded: no config.json, no modules.json")
     references = code_references(snapshot.folder)
     if not references:
@@ -75,16 +72,16 @@ def _file_of(reference: str) -> str:
 def _require_trust(snapshot: Snapshot, config: Config) -> None:
     if config.model.trust_remote_code:
         return
-    notes = [_download_note(file) for file in snapshot.folder.glob("*.py")]
-    commit = snapshot.commit or next((note[0] for note in notes if note), "<the commit this folder is a copy of>")
+    commits = [found[0] for file in snapshot.folder.glob("*.py") if (found := _commit_and_hash(file))]
+    commit = snapshot.commit or next(iter(commits), "<the commit this folder is a copy of>")
     raise ConfigError(
         f"model.base_model: {config.model.base_model} comes with Python code of its own. Read it in {snapshot.folder}; "
         f'to run it, add SET="model.trust_remote_code=true model.revision={commit}", or write both into the config'
     )
 
 
-def _download_note(file: Path) -> tuple[str, str] | None:
-    """Commit and git hash of a file that `hf download --local-dir` fetched, from the metadata it keeps."""
+def _commit_and_hash(file: Path) -> tuple[str, str] | None:
+    """Commit and git hash of a file that `hf download --local-dir` fetched, from the metadata beside it."""
     metadata = file.parent / ".cache/huggingface/download" / f"{file.name}.metadata"
     if not metadata.is_file():
         return None
@@ -107,17 +104,16 @@ def _require_local_code(snapshot: Snapshot, references: set[str]) -> None:
 def _require_pinned(file: Path, config: Config) -> None:
     """Stop when a file is not what the hub gave for the pinned commit.
 
-    The hub's cache links each file of a commit's folder to one named by its git hash; `hf download` notes both. Of any
-    other folder nothing is known, and the config's word is taken.
+    The hub's cache links each file of a commit's folder to one named by its git hash; `hf download` writes both down. Of
+    any other folder nothing is known.
     """
     revision, in_hub_cache = config.model.revision, file.parent.parent.name == "snapshots"
-    commit, expected = _download_note(file) or (revision, "")
+    commit, expected = _commit_and_hash(file) or (revision, "")
     if in_hub_cache:
         commit, expected = file.parent.name, file.resolve().name
     if commit != revision:
         raise ConfigError(f"model.revision: {revision} is pinned, but {file.parent} is a copy of commit {commit}")
-    data = file.read_bytes()
-    if (in_hub_cache or expected) and expected != hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest():
+    if (in_hub_cache or expected) and expected != git_hash(file.read_bytes()):
         raise ConfigError(
             f"model.base_model: {file} is not what commit {commit} holds: it was edited by hand. "
             "Remove it and download it again"
@@ -172,23 +168,6 @@ def materialise(snapshot: Snapshot, written: dict[str, str]) -> Path:
             if not folder.is_dir():  # else another process was first
                 raise
     return folder
-
-
-def check_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Raise ConfigError when the files of a base model with code of its own lack weights: they would be random numbers.
-
-    Its weights are saved under the names they have in memory. For other models: trainer/models/weights.py.
-    """
-    if not code_references(folder):
-        return
-    saved: set[str] = set()
-    for file in folder.rglob("*.safetensors"):
-        with safe_open(file, "pt") as weights:
-            saved |= set(weights.keys())
-    for file in folder.rglob("pytorch_model*.bin") if not saved else ():
-        saved |= torch.load(file, map_location="meta", weights_only=True).keys()
-    if missing := sorted(model.state_dict().keys() - saved - model.all_tied_weights_keys.keys()):
-        raise ConfigError(f"model.base_model: {folder} lacks weights of its model: {', '.join(missing[:5])}")
 
 
 # ------------------------------------------------------------------------------------------- saved models
