@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.oracles import splade_head
 from trainer.encoding import tiles
-from trainer.encoding.fused_head import pack, reference, splade_max
+from trainer.encoding.fused_head import pack, splade_max
 
 ACTIVATIONS = ["relu", "log1p_relu"]
 MASKS = ["full", "right", "left", "gaps", "some empty", "all empty"]
@@ -57,7 +58,7 @@ def outer_of(texts, words):
 @given(case=cases(), precision=st.sampled_from([torch.float32, torch.float64]))
 def test_values_are_those_of_the_reference(activation, case, precision):
     hidden, weight, bias, mask = case
-    expected = reference(hidden, weight, bias, mask, activation)
+    expected = splade_head(hidden, weight, bias, mask, activation)
     inputs = [None if part is None else part.to(precision) for part in (hidden, weight, bias)]
     found = splade_max(*inputs, mask, activation)
     assert found.dtype == precision
@@ -74,7 +75,7 @@ def test_gradients_are_those_of_autograd_through_the_reference(activation, case)
     if real.shape[1] > 1 and ((real[:, 0] > 0) & (real[:, 0] == real[:, 1])).any():
         hidden = hidden + torch.linspace(0, 0.3, hidden.numel(), dtype=torch.float64).sin().reshape(hidden.shape)
     outer = outer_of(len(hidden), len(weight))
-    expected = run(reference, (hidden, weight, bias), mask, activation, outer)
+    expected = run(splade_head, (hidden, weight, bias), mask, activation, outer)
     found = run(splade_max, (hidden, weight, bias), mask, activation, outer)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
@@ -134,7 +135,7 @@ def test_vocabularies_and_texts_around_the_size_of_a_tile(words, length):
     inputs = [torch.randn(7, length, 16, generator=generator), torch.randn(words, 16, generator=generator) / 4, None]
     outer = outer_of(7, words)
     for ours, theirs in zip(
-        run(splade_max, inputs, mask, "relu", outer), run(reference, inputs, mask, "relu", outer), strict=True
+        run(splade_max, inputs, mask, "relu", outer), run(splade_head, inputs, mask, "relu", outer), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -162,9 +163,9 @@ def test_bf16_is_as_exact_as_bf16_logits_are(activation):
         torch.zeros(500),
     ]
     outer = outer_of(4, 500)
-    exact = run(reference, inputs, mask, activation, outer)
+    exact = run(splade_head, inputs, mask, activation, outer)
     half = [part.bfloat16() for part in inputs]
-    ours, stock = run(splade_max, half, mask, activation, outer), run(reference, half, mask, activation, outer)
+    ours, stock = run(splade_max, half, mask, activation, outer), run(splade_head, half, mask, activation, outer)
     assert ours[0].dtype == torch.float32
     for found, theirs, wanted in zip(ours, stock, exact, strict=True):
         # no further from float32 than what the library gets in bf16, and a little
@@ -226,7 +227,7 @@ def test_no_tensor_of_texts_tokens_and_words_is_made():
             sizes.extend(part.untyped_storage().nbytes() for part in parts if torch.is_tensor(part))
             return found
 
-    for head, most in ((reference, None), (splade_max, tiles.TILE_BYTES + 64 * 4 * words)):
+    for head, most in ((splade_head, None), (splade_max, tiles.TILE_BYTES + 64 * 4 * words)):
         sizes.clear()
         with Sizes():
             run(head, inputs, torch.ones(texts, length), "relu", outer_of(texts, words))

@@ -17,27 +17,17 @@ from torch import Tensor
 from trainer.encoding import tiles
 
 
-def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, activation: str = "relu") -> Tensor:
-    """What a masked-language-model head and SpladePooling compute, logits and all; tests compare with it.
-
-    hidden: [texts, length, width]; weight: [words, width]; bias: [words]; mask: [texts, length]. Returns [texts, words].
-    """
-    logits = F.linear(hidden, weight, bias) * mask.unsqueeze(-1).to(hidden.dtype)
-    values = logits.relu().log1p()
-    return (values.log1p() if activation == "log1p_relu" else values).max(1).values
-
-
 def splade_max(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, activation: str = "relu") -> Tensor:
-    """The numbers of `reference`, to float tolerance, on any device, in any precision and for any mask.
+    """What a masked-language-model head and SpladePooling compute, to float tolerance, on any device and for any mask.
 
-    Values are float32, or float64 for float64 inputs. Under autocast the product is made in autocast's precision. A NaN
-    among the logits of a word gives NaN, an infinite one infinity.
+    hidden: [texts, length, width]; weight: [words, width]; bias: [words]; mask: [texts, length]. Returns [texts, words] in
+    float32, or float64 for float64 inputs. Under autocast the product is made in autocast's precision. A NaN among the
+    logits of a word gives NaN, an infinite one infinity.
     """
     rows, offsets = pack(mask)
-    packed = hidden.reshape(-1, hidden.shape[-1])
-    return splade_max_packed(
-        packed if rows is None else packed.index_select(0, rows), weight, bias, offsets, activation
-    )
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    hidden = hidden if rows is None else hidden.index_select(0, rows)
+    return splade_max_packed(hidden, weight, bias, offsets, activation)
 
 
 def splade_max_packed(

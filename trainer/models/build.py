@@ -164,7 +164,9 @@ def build_splade(config: Config, source: Path, documents: list[str]) -> list[nn.
     """Queries and documents both through masked language model and SpladePooling (arXiv 2109.10086)."""
     transformer = load_transformer(config, source)
     silence_special_tokens(transformer, config.model.base_model)
-    return [transformer, SpladePooling(config.model.pooling_strategy, config.model.activation_function)]
+    dimension = transformer.model.get_output_embeddings().out_features
+    pooling = SpladePooling(config.model.pooling_strategy, config.model.activation_function, dimension)
+    return [transformer, pooling]
 
 
 def build_csr(config: Config, source: Path, documents: list[str]) -> list[nn.Module]:
