@@ -7,7 +7,6 @@ import re
 import shutil
 import sys
 import types
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ from tests.standins import SHAPES, changes_of, code_of, write_norbert
 from tests.test_attention import text_by_text
 from trainer.config import ConfigError
 from trainer.encoding.fuse import fuse
-from trainer.models.norbert import FAMILIES, convert, convert_files
+from trainer.models.norbert import FAMILIES, SETTINGS, convert, convert_files
 
 TRUST = {"trust_remote_code": True}
 FAULTS = [(shape, change.name) for shape in SHAPES for change in changes_of(shape)]
@@ -45,15 +44,15 @@ def copy_of(published, shape, folder, without=None, edit=str):
     """A copy of the checkpoint whose code has every fault mended but `without`; `edit` is applied to the code first."""
     shutil.copytree(published[shape], folder)
     families = {
-        name: replace(family, changes=tuple(change for change in family.changes if change.name != without))
-        for name, family in FAMILIES.items()
+        name: tuple(change for change in changes if change.name != without) for name, changes in FAMILIES.items()
     }
     texts = {name: edit(code) if name in FAMILIES else code for name, code in code_of(shape).items()}
     for name, code in convert_files(texts, folder, families).items():
         (folder / name).write_text(code)
     settings = json.loads((folder / "config.json").read_text())
     if without != "tied weights":
-        settings |= next(family.settings for name, family in FAMILIES.items() if name in code_of(shape))
+        for name in code_of(shape):
+            settings |= SETTINGS.get(name, {})
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
@@ -375,7 +374,7 @@ def test_a_revision_of_norbert4_with_attention_of_another_kind_can_be_exported(t
 
 def converted(shape):
     name, code = next((name, code) for name, code in code_of(shape).items() if name in FAMILIES)
-    return name, convert(code, Path(name), FAMILIES[name].changes)
+    return name, convert(code, Path(name), FAMILIES[name])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -384,7 +383,7 @@ def test_conversion_lists_what_it_changed_and_does_nothing_the_second_time(shape
     first = text.splitlines()[0]
     expected = [change.name for change in changes_of(shape) if (shape, change.name) not in ABSENT]
     assert first.startswith(f"# Converted by nordsparse: {', '.join(expected)}. sha256 of the lines below: ")
-    assert convert(text, Path(name), FAMILIES[name].changes) == text
+    assert convert(text, Path(name), FAMILIES[name]) == text
     assert text.count("def rebuilt_after_load") == (shape != "norbert3")
     assert text.count("_tied_weights_keys = {") == (shape == "norbert3")
 
@@ -411,7 +410,7 @@ def test_a_revision_with_an_unknown_pattern_stops_with_a_line_that_names_it(name
     shape = "norbert3" if name in ("infinite logits", "post_init", "softmax backward", "class") else "norbert4"
     file, code = next((file, code) for file, code in code_of(shape).items() if file in FAMILIES and old in code)
     with pytest.raises(ConfigError) as caught:
-        convert(code.replace(old, new), Path("cache") / file, FAMILIES[file].changes)
+        convert(code.replace(old, new), Path("cache") / file, FAMILIES[file])
     message = caught.value.format_message()
     assert message.startswith(f"model.base_model: cache/{file} is not a revision that can be converted")
     assert "was looked for and not found: " in message
@@ -451,7 +450,7 @@ def test_a_fault_in_a_second_place_stops_the_conversion_instead_of_leaving_it_ha
     code, found = re.subn(re.escape(pattern), new.replace("\\g<0>", pattern), code, count=1)
     assert found
     with pytest.raises(ConfigError, match=rf"to mend its {name} \(.*this is still there: "):
-        convert(code, Path(file), FAMILIES[file].changes)
+        convert(code, Path(file), FAMILIES[file])
 
 
 def test_every_class_with_a_table_that_is_not_saved_is_rebuilt(tmp_path, published):
@@ -471,7 +470,7 @@ def test_what_need_not_be_mended_is_left_whole_where_it_is_written_in_another_wa
     name, code = "modeling_gptbert.py", code_of("norbert4")["modeling_gptbert.py"]
     other = code.replace("gelu_new(x)", "gelu_new(x + 0)", 1).replace("torch.bmm(query", "torch.matmul(query")
     assert other.count("gelu_new(x)") == 1
-    found = convert(other, Path(name), FAMILIES[name].changes)
+    found = convert(other, Path(name), FAMILIES[name])
     first, rest = found.split("\n", 1)
     assert not {"GELU", "attention matrix"} & set(
         first.split(": ")[1].removesuffix(". sha256 of the lines below").split(", ")
@@ -485,7 +484,7 @@ def test_converted_code_that_was_edited_is_refused():
     name, text = converted("norbert4")
     edited = text.replace("bos_logits = torch.zeros_like", "bos_logits = torch.ones_like")
     with pytest.raises(ConfigError, match=r"modeling_gptbert.py was edited by hand after its conversion"):
-        convert(edited, Path(name), FAMILIES[name].changes)
+        convert(edited, Path(name), FAMILIES[name])
 
 
 def test_two_models_with_the_same_configuration_file_each_get_their_own_code_in_one_process(tmp_path, published):

@@ -49,7 +49,7 @@ def code_of(shape: str) -> dict[str, str]:
 
 def changes_of(shape: str) -> tuple[Change, ...]:
     """What the conversion changes in this family."""
-    return next(family.changes for name, family in FAMILIES.items() if name in code_of(shape))
+    return next(changes for name, changes in FAMILIES.items() if name in code_of(shape))
 
 
 def write_norbert(folder: Path, shape: str, bias: float = -6.0) -> Path:

@@ -25,35 +25,21 @@ class Change:
 
     def apply(self, code: str) -> str | None:
         """The code without the fault, or None when this revision does not have it. Raises NotFound with the pattern."""
-        start, end = class_span(code, self.within)
-        part = code[start:end]
+        whole_class = rf"^class {self.within}\b.*\n(?:(?!\S).*(?:\n|\Z))*"
+        place = re.search(whole_class if self.within else r"(?s:.*)", code, re.MULTILINE)
+        if place is None:
+            raise NotFound(f"this was looked for and not found: class {self.within}")
+        part = place[0]
         if re.search(self.unless, part, re.MULTILINE) or not re.search(self.only_if, part, re.MULTILINE):
             return None
         for pattern, replacement in self.edits:
-            part, found = re.subn(pattern, replacement, part, flags=re.MULTILINE)
-            if not found:
-                return self._not_found(f"this was looked for and not found: {pattern}")
+            part, count = re.subn(pattern, replacement, part, flags=re.MULTILINE)
+            if not count:
+                raise NotFound(f"this was looked for and not found: {pattern}")
         if left := re.search(self.gone, part, re.MULTILINE):
-            return self._not_found(f"this is still there: {' '.join(left[0].split())[:100]}")
-        return code[:start] + part + code[end:]
-
-    def _not_found(self, reason: str) -> str | None:
-        if not self.optional:
-            raise NotFound(reason)
-        return None
+            raise NotFound(f"this is still there: {' '.join(left[0].split())[:100]}")
+        return code[: place.start()] + part + code[place.end() :]
 
 
 class NotFound(Exception):
     """What keeps a change from being made: a pattern that is not found, or a fault in another place."""
-
-
-def class_span(code: str, name: str) -> tuple[int, int]:
-    """Where the source of a top-level class starts and ends; the whole file for the empty name. Raises NotFound."""
-    if not name:
-        return 0, len(code)
-    start = re.search(rf"^class {name}\b", code, re.MULTILINE)
-    if start is None:
-        raise NotFound(f"this was looked for and not found: class {name}")
-    end = re.search(r"^\S", code[start.end() :].partition("\n")[2], re.MULTILINE)
-    first_line = code.index("\n", start.end()) + 1
-    return start.start(), first_line + end.start() if end else len(code)

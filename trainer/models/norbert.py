@@ -4,30 +4,18 @@ The code is rewritten in a copy of the base model's folder, before it is loaded.
 save carries the converted code, and the model opens anywhere without nordsparse.
 """
 
-import ast
 import hashlib
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config import ConfigError
 from trainer.models.code_change import Change, NotFound
 from trainer.models.norbert_faults import NORBERT3, NORBERT4
 
-
-@dataclass(frozen=True)
-class Family:
-    """What to change in the code of a family of models, and in its config.json."""
-
-    changes: tuple[Change, ...]
-    settings: dict[str, bool]
-
-
-# By the name of the code file, which is the same in every published model of the family.
-FAMILIES = {
-    "modeling_gptbert.py": Family(NORBERT4, {}),
-    "modeling_norbert.py": Family(NORBERT3, {"tie_word_embeddings": True}),
-}
+# By the name of the code file, which is the same in every published model of the family: what to change in it,
+FAMILIES = {"modeling_gptbert.py": NORBERT4, "modeling_norbert.py": NORBERT3}
+# and in config.json.
+SETTINGS = {"modeling_norbert.py": {"tie_word_embeddings": True}}
 
 # ------------------------------------------------------------------------------------------- conversion
 HEADER = "# Converted by nordsparse: {changes}. sha256 of the lines below: {digest}\n"
@@ -35,15 +23,15 @@ HEADER_PATTERN = re.compile(r"\A# Converted by nordsparse: (.*)\. sha256 of the 
 BESIDE = "beside"  # opens the header of a file that goes with a converted one
 
 
-def convert_files(texts: dict[str, str], folder: Path, families: dict[str, Family] = FAMILIES) -> dict[str, str]:
+def convert_files(
+    texts: dict[str, str], folder: Path, families: dict[str, tuple[Change, ...]] = FAMILIES
+) -> dict[str, str]:
     """A model's code files by name, those of a known family converted; `folder` is where errors say that they are.
 
     The other files then get a first line too. transformers looks a model's class up by its configuration's, so in one
     process two models with different code and the same configuration file would both get the code loaded first.
     """
-    converted = {
-        name: convert(text, folder / name, families[name].changes) for name, text in texts.items() if name in families
-    }
+    converted = {name: convert(text, folder / name, families[name]) for name, text in texts.items() if name in families}
     if not converted:
         return texts
     beside = " and ".join(f"{name} {_digest(text)[:16]}" for name, text in converted.items())
@@ -58,8 +46,8 @@ def convert_files(texts: dict[str, str], folder: Path, families: dict[str, Famil
 def convert(code: str, file: Path, changes: tuple[Change, ...]) -> str:
     """The code with every change that its revision needs, under a first line that lists them.
 
-    Converted code comes back as it is. Raises ConfigError when a fault is neither found nor known to be absent, when
-    the result is not valid Python, or when converted code was edited.
+    Converted code comes back as it is. Raises ConfigError when a fault is neither found nor known to be absent, or when
+    converted code was edited.
     """
     if changes_in(code, file) is not None:
         return code
@@ -68,6 +56,8 @@ def convert(code: str, file: Path, changes: tuple[Change, ...]) -> str:
         try:
             changed = change.apply(code)
         except NotFound as reason:
+            if change.optional:
+                continue
             raise ConfigError(
                 f"model.base_model: {file} is not a revision that can be converted, or was edited by hand: to mend its "
                 f"{change.name} ({change.why}) {reason}. Pin another model.revision"
@@ -75,10 +65,6 @@ def convert(code: str, file: Path, changes: tuple[Change, ...]) -> str:
         if changed is not None:
             code = changed
             names.append(change.name)
-    try:
-        ast.parse(code)
-    except SyntaxError as error:
-        raise ConfigError(f"model.base_model: {file} is not valid Python once converted: {error}") from None
     return _with_header(code, ", ".join(names))
 
 

@@ -15,7 +15,7 @@ from trainer.config import Config, ConfigError
 from trainer.hub.cache import folder_of
 from trainer.hub.download import Snapshot
 from trainer.hub.own_code import code_references, read_settings, references_in, settings_files
-from trainer.models.norbert import FAMILIES, changes_in, convert_files
+from trainer.models.norbert import SETTINGS, changes_in, convert_files
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ def _settings_with_own_code(folder: Path, texts: dict[str, str]) -> dict[str, st
         if not references:
             continue
         if file.name == "config.json":
-            for name in texts.keys() & FAMILIES.keys():
-                settings |= FAMILIES[name].settings
+            for name in texts:
+                settings |= SETTINGS.get(name, {})
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         for reference in references:
             text = text.replace(json.dumps(reference), json.dumps(reference.rpartition("--")[2]))
