@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.config import ConfigError, one_line
 from trainer.config.schema import ModelConfig
+from trainer.hub.own_code import read_settings
 
 SETTINGS = "config_sentence_transformers.json"
 # The names a saved model may have for the prompt of a side. The library looks for them in this order, but takes the empty
@@ -14,19 +14,12 @@ SETTINGS = "config_sentence_transformers.json"
 NAMES = {"query": ("query",), "document": ("document", "passage", "corpus")}
 
 
-def saved_settings(folder: Path) -> dict[str, Any]:
+def saved_settings(folder: Path | None) -> dict[str, Any]:
     """What a saved model says of its prompts; empty where it says nothing, as a masked language model does."""
-    file = folder / SETTINGS
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} cannot be read: {one_line(error)}") from None
-    return found if isinstance(found, dict) else {}
+    return read_settings(folder / SETTINGS) if folder and (folder / SETTINGS).is_file() else {}
 
 
-def own_prompts(folder: Path) -> dict[str, str]:
+def own_prompts(folder: Path | None) -> dict[str, str]:
     """A saved model's prompts for queries and for documents, "" where it has none.
 
     Its default_prompt_name is for `encode` alone: `encode_query` and `encode_document` never use it.
@@ -41,9 +34,8 @@ def by_side(prompts: dict[str, str | None]) -> dict[str, str]:
 
 def prompts_of(source: str, folder: Path | None, config: ModelConfig | None) -> dict[str, str]:
     """The prompts of the model called `source`, in `folder`: its own, but those of model.prompts for the base model."""
-    own = own_prompts(folder) if folder else dict.fromkeys(NAMES, "")
     given = config.prompts if config and source == config.base_model else None
-    return own | (given.model_dump(exclude_none=True) if given else {})
+    return own_prompts(folder) | (given.model_dump(exclude_none=True) if given else {})
 
 
 def base_prompts(config: ModelConfig, folder: Path | None) -> dict[str, str]:
@@ -51,8 +43,8 @@ def base_prompts(config: ModelConfig, folder: Path | None) -> dict[str, str]:
 
     Queries of inference-free SPLADE have none: its words would be words of every query, always with the same weights.
     """
-    found = prompts_of(config.base_model, folder, config)
-    return found | ({"query": ""} if config.has_static_queries else {})
+    prompts = prompts_of(config.base_model, folder, config)
+    return prompts | {"query": ""} if config.has_static_queries else prompts
 
 
 def prompt_lines(config: ModelConfig, folder: Path | None, prompts: dict[str, str]) -> Iterator[str]:
@@ -65,15 +57,14 @@ def prompt_lines(config: ModelConfig, folder: Path | None, prompts: dict[str, st
         "the base model's own": quoted({side: text for side, text in prompts.items() if side not in given}),
         "model.prompts": quoted({side: text for side, text in prompts.items() if side in given}),
     }
-    own = own_prompts(folder) if folder else {}
     words = [f"{texts} ({who})" for who, texts in said.items() if texts]
-    unused = quoted({side: text for side, text in own.items() if text != prompts.get(side)})
+    unused = quoted({side: text for side, text in own_prompts(folder).items() if text != prompts.get(side)})
     if words or unused:
         yield f"prompts   {', '.join(words) or 'none'}"
     if unused:
         looked_up = " (its queries are only looked up)" * config.has_static_queries
         yield f"          not used, though the base model has it: {unused}{looked_up}"
-    saved = saved_settings(folder) if folder else {}
+    saved = saved_settings(folder)
     default = (saved.get("prompts") or {}).get(saved.get("default_prompt_name"))
     if default and default not in prompts.values():
         yield f"          not used, for it is neither a query's nor a document's: {quoted({'default': default})}"
