@@ -62,11 +62,10 @@ class StaticQueries:
         bounds = np.zeros(len(rows) + 1, dtype=np.int32)
         np.cumsum([len(row) for row in rows], out=bounds[1:])
         dimensions = np.array([token for row in rows for token in row], dtype=np.int32)
-        found = sp.csr_matrix((self.weights[dimensions], dimensions, bounds), shape=(len(rows), len(self.weights)))
-        found.has_sorted_indices = found.has_canonical_format = True
-        if not found.data.all():
-            found.eliminate_zeros()
-        return found
+        matrix = sp.csr_matrix((self.weights[dimensions], dimensions, bounds), shape=(len(rows), len(self.weights)))
+        matrix.has_sorted_indices = matrix.has_canonical_format = True
+        matrix.eliminate_zeros()
+        return matrix
 
 
 _STATIC: WeakKeyDictionary[SparseStaticEmbedding, tuple[int, StaticQueries]] = WeakKeyDictionary()
@@ -79,14 +78,16 @@ def static_queries(model: SparseEncoder) -> StaticQueries | None:
             embedding = routes["query"][0]
         case _:
             return None
-    if not isinstance(embedding, SparseStaticEmbedding):
+    if not isinstance(embedding, SparseStaticEmbedding) or not embedding.tokenizer.is_fast:
         return None
-    if model.prompts.get("query") or model.max_active_dims is not None or not embedding.tokenizer.is_fast:
+    if (
+        embedding.tokenizer.truncation_side != "right"
+        or model.prompts.get("query")
+        or model.max_active_dims is not None
+    ):
         return None
-    if embedding.tokenizer.truncation_side != "right":
-        return None
-    version, known = _STATIC.get(embedding, (None, None))
+    version, queries = _STATIC.get(embedding, (None, None))
     if version != embedding.weight._version:  # trained or loaded since
-        version, known = embedding.weight._version, StaticQueries(embedding)
-        _STATIC[embedding] = version, known
-    return known
+        version, queries = embedding.weight._version, StaticQueries(embedding)
+        _STATIC[embedding] = version, queries
+    return queries

@@ -22,6 +22,8 @@ SILENT = -1e4
 PROBE = "Galdhøpiggen er Norges høyeste fjell, og ligger i Lom kommune i Innlandet."
 # Twice the largest relative difference between two orders of summation that was seen, in float32.
 TOLERANCE = 1e-4
+# NorBERT4's linear layer, whose weights are multiplied by a scale for each feature of the input.
+SCALED = "CastedLinearIn"
 
 
 class NotFusable(Exception):
@@ -31,11 +33,9 @@ class NotFusable(Exception):
 def fuse(model: SparseEncoder, device: str | None = None) -> str:
     """Replace every masked-language-model head and the pooling after it by the fused head. Returns what was done, in words.
 
-    On CPUs, the linear layers of every network then compute through oneDNN, too. device: where the model will compute, if
-    not where it is.
-
-    The head is tried on a text first. One that gives other logits than a projection of its input (a new architecture, a
-    soft cap) stays as it is, and the reason is returned.
+    On CPUs, the linear layers of every network then compute through oneDNN, too. A head that gives other logits for a text
+    than a projection of its input (a new architecture, a soft cap) stays as it is, and the reason is returned. device:
+    where the model will compute, if not where it is.
     """
     pairs = list(_pairs(model))
     for transformer in transformers_of(model) if (device or model.device.type) == "cpu" else ():
@@ -86,7 +86,7 @@ class FusedHead:
         if pooling.pooling_strategy != "max":
             raise NotFusable(f"pooling is {pooling.pooling_strategy}, not max")
         self.decoder, self.pooling = transformer.model.get_output_embeddings(), pooling
-        if type(self.decoder).__name__ not in INPUT_SCALES:
+        if type(self.decoder).__name__ not in ("Linear", SCALED):
             raise NotFusable(f"the vocabulary layer is a {type(self.decoder).__name__}")
         if self.decoder.weight.device.type == "cuda" and find_spec("triton") is None:
             raise NotFusable("triton, which GPUs need for it, is not installed")
@@ -95,17 +95,17 @@ class FusedHead:
         self._try_without_logits(transformer)
 
     def install(self) -> None:
-        """From now on."""
+        """Compute with it from now on."""
         self.decoder.forward = self.hand_over
         self.pooling.forward = self.pool
 
     def hand_over(self, hidden: Tensor) -> Tensor:
-        """Takes the place of the decoder's forward. What it returns stands for logits, of one word, that nobody reads."""
+        """The decoder's new forward. What it returns stands for logits, of one word, that nobody reads."""
         self.hidden[get_ident()] = hidden
         return hidden.detach()[..., :1].clone()
 
     def pool(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Takes the place of SpladePooling's forward."""
+        """SpladePooling's new forward."""
         hidden = self.scaled(self.hidden.pop(get_ident()))
         weight, bias, activation = self.decoder.weight, self.decoder.bias, self.pooling.activation_function
         if self.silent is not None:
@@ -128,8 +128,8 @@ class FusedHead:
 
     def scaled(self, hidden: Tensor) -> Tensor:
         """The decoder's input as a plain linear layer would take it."""
-        scale = INPUT_SCALES[type(self.decoder).__name__](self.decoder)
-        return hidden if scale is None else hidden * scale.to(hidden.dtype)
+        scaled = type(self.decoder).__name__ == SCALED
+        return hidden * (self.decoder.scale + 1.0).to(hidden.dtype) if scaled else hidden
 
     @torch.no_grad()
     def _logits(self, transformer: Transformer, hook: Callable) -> Tensor:
@@ -157,19 +157,19 @@ class FusedHead:
     def _try(self, transformer: Transformer) -> tuple[bool, Tensor | None]:
         """Whether the model moves the decoder's logits one token on, and which words it silences."""
         seen: list[Tensor] = []
-        found = self._logits(transformer, lambda _, given, logits: seen.extend([given[0], logits.clone()]))
+        changed = self._logits(transformer, lambda _, given, logits: seen.extend([given[0], logits.clone()]))
         if len(seen) != 2:
             raise NotFusable(f"the vocabulary layer is called {len(seen) // 2} times")
         hidden, direct = seen
         own = nn.functional.linear(self.scaled(hidden), self.decoder.weight, self.decoder.bias)
         if not _same(own, direct):
             raise NotFusable(f"the vocabulary layer, a {type(self.decoder).__name__}, is no plain projection here")
-        silent = ((found == SILENT) & (direct != SILENT)).all(dim=(0, 1)).nonzero().squeeze(1)
+        silent = ((changed == SILENT) & (direct != SILENT)).all(dim=(0, 1)).nonzero().squeeze(1)
         direct[..., silent] = SILENT
-        if found.shape == direct.shape and _same(found, direct):
+        if changed.shape == direct.shape and _same(changed, direct):
             return False, silent if len(silent) else None
         moved = torch.cat([torch.zeros_like(direct[:, :1]), direct[:, :-1]], dim=1)
-        if found.shape == direct.shape and _same(found, moved):
+        if changed.shape == direct.shape and _same(changed, moved):
             return True, None
         raise NotFusable("the model changes its logits after the vocabulary layer in an unknown way")
 
@@ -183,10 +183,3 @@ def without_last(hidden: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
     return bool(((ours - theirs).abs() <= TOLERANCE * theirs.abs().clamp_min(1.0)).all())
-
-
-# How a decoder of this class scales each feature of its input; None where it does not. NorBERT4 multiplies its weights.
-INPUT_SCALES = {
-    "Linear": lambda decoder: None,
-    "CastedLinearIn": lambda decoder: decoder.scale + 1.0,
-}

@@ -21,14 +21,14 @@ ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_availabl
 
 def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """inputs · weightᵀ + bias, as F.linear: [..., in] and [out, in] to [..., out]."""
-    if goes_through_onednn(inputs) and weight.dtype == torch.float32:
+    if _through_onednn(inputs, weight):
         return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
     return F.linear(inputs, weight, bias)
 
 
-def goes_through_onednn(tensor: Tensor) -> bool:
-    """Whether oneDNN is here, and for this tensor an alternative to MKL."""
-    return ONEDNN and tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.numel() > 0
+def _through_onednn(inputs: Tensor, weight: Tensor) -> bool:
+    on_cpu = inputs.device.type == "cpu" and inputs.dtype == weight.dtype == torch.float32
+    return ONEDNN and on_cpu and inputs.numel() > 0
 
 
 class _Linear(torch.autograd.Function):
@@ -57,13 +57,8 @@ class _Linear(torch.autograd.Function):
         return to_inputs, to_weight, to_bias, None, None
 
 
-def _is_plain(inputs: Tensor, weight: Tensor) -> bool:
-    """Whether torch's own way is taken."""
-    return torch.is_autocast_enabled("cpu") or weight.dtype != torch.float32 or not goes_through_onednn(inputs)
-
-
 def _forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
-    if _is_plain(inputs, layer.weight):
+    if torch.is_autocast_enabled("cpu") or not _through_onednn(inputs, layer.weight):
         return F.linear(inputs, layer.weight, layer.bias)
     made_by, made_of, version = getattr(inputs, "made", (None, None, None))
     if made_by is not None and version != inputs._version:  # changed in place since then
@@ -97,9 +92,9 @@ class _ScaledLinear(torch.autograd.Function):
 
 def _forward_scaled(layer: nn.Module, inputs: Tensor) -> Tensor:
     """NorBERT4's layers, which have one weight or several."""
-    if not _is_plain(inputs, layer.scale):
-        return _ScaledLinear.apply(inputs, layer.bias, layer.scale, *_weights_of(layer))
-    return type(layer).forward(layer, inputs)
+    if torch.is_autocast_enabled("cpu") or not _through_onednn(inputs, layer.scale):
+        return type(layer).forward(layer, inputs)
+    return _ScaledLinear.apply(inputs, layer.bias, layer.scale, *_weights_of(layer))
 
 
 def _weights_of(layer: nn.Module) -> list[Tensor]:
@@ -108,10 +103,10 @@ def _weights_of(layer: nn.Module) -> list[Tensor]:
 
 def _activate(activation: nn.Module, inputs: Tensor) -> Tensor:
     """The activation's values, which say what they are made of. What is computed from them (dropout, a gate) does not."""
-    found = type(activation).forward(activation, inputs)
-    if found.requires_grad:
-        found.made = partial(type(activation).forward, activation), inputs.detach(), found._version
-    return found
+    values = type(activation).forward(activation, inputs)
+    if values.requires_grad:
+        values.made = partial(type(activation).forward, activation), inputs.detach(), values._version
+    return values
 
 
 # What takes the place of a layer's forward; of those in a base model's own code, by name.

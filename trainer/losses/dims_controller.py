@@ -12,17 +12,15 @@ class DimsController:
     """Finds the weight at which a route's vectors have `target` active dims: PI control of log weight by log dims.
 
     The error is log(measured / wanted). `measured` is the mean over the rows that the loss saw, the newest steps counting
-    most: data sets take turns, and their texts differ in number and length. `wanted` glides from what the model
-    starts with to the target, so the error stays small and the weight does not overshoot. The weight answers to the error
-    and to its sum:
+    most: data sets take turns, and their texts differ in number and length. `wanted` glides from what the model starts with
+    to the target, so the error stays small and the weight does not overshoot. The weight answers to the error and its sum:
 
         log weight = level + GAIN · error        level += GAIN · error / (INTEGRAL · steps) + FORWARD · change of wanted
 
-    Everything is relative, to the run's steps and to the loss that the penalty works against: no unit of the penalty, the
-    vocabulary or the batch is in here. That loss grows with the in-batch negatives (on tests/benchmarks/target.yaml it is
-    0.8 at a batch of 8, 1.8 at 32), and the penalty that holds the same dims with it: with bounds in absolute numbers the
-    weight stood at the upper one from step 50 to 200 at a batch of 32, and 100 dims were reached after step 250 of 600.
-    The constants were found on that config, where twice the gain oscillates.
+    Everything is relative, to the run's steps and to the loss that the penalty works against. That loss grows with the
+    in-batch negatives (on tests/benchmarks/target.yaml it is 0.8 at a batch of 8, 1.8 at 32), and with it the penalty that
+    holds the same dims: with absolute bounds, the weight stood at the upper one from step 50 to 200 of 600 at a batch of
+    32. The constants were found on that config, where twice the gain oscillates.
     """
 
     GAIN = 1.5  # dims change by 5 %: the weight by 7.5 %
@@ -67,8 +65,7 @@ class DimsController:
         self.rows += newest * (step.rows - self.rows)
         self.ranking_loss += newest * (max(ranking_loss, 1e-9) - self.ranking_loss)
         before, wanted = self._wanted((at - 1) / of), self._wanted(at / of)
-        error = math.log(self.measured / wanted)
-        error = min(error, self.MOST_ERROR)
+        error = min(math.log(self.measured / wanted), self.MOST_ERROR)
         lowest = self.first + math.log(self.LEAST_PENALTY / self.FIRST_PENALTY)
         highest = min(self.first + math.log(self.HIGHEST), math.log(self.MOST_PENALTY * self.ranking_loss / penalty))
         felt = math.log(self.FELT_PENALTY * self.ranking_loss / penalty)

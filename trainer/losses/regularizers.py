@@ -78,20 +78,13 @@ class Regularizer(nn.Module):
         penalised = embeddings if self.cap is None else over_cap(embeddings, self.cap)
         if self.model.training and torch.is_grad_enabled():
             self._add(embeddings.detach(), penalised.detach())
-        value, slope = self._tangent(self.running)
+        slope, value = torch.func.grad_and_value(self.function)(self.running)
         return value + slope @ (penalised.mean(0, dtype=torch.float32) - self.running)
 
     def _add(self, vectors: Tensor, penalised: Tensor) -> None:
         counts = torch.stack([(vectors > 0).sum().float(), vectors.new_full((), len(vectors), dtype=torch.float32)])
         sums = torch.cat([penalised.sum(0, dtype=torch.float32), counts])
         self._sums = sums if self._sums is None else self._sums + sums
-
-    @torch.enable_grad()
-    def _tangent(self, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """F and its gradient at a mean activation."""
-        at = mean.detach().requires_grad_()
-        value = self.function(at)
-        return value.detach(), torch.autograd.grad(value, at)[0]
 
     @torch.no_grad()
     def finish_step(self, *, read: bool = True) -> Step | None:

@@ -11,7 +11,7 @@ class RouteStatistics:
     """Vectors of one route (queries or documents) seen since the last reset."""
 
     active_dims: list[Tensor] = field(default_factory=list)
-    active_in: Tensor = field(default_factory=lambda: torch.zeros(()))
+    active_in: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long))
     """[vocabulary]: number of texts in which each dimension is active."""
     value_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
     """[vocabulary]: sum of values."""
@@ -21,9 +21,8 @@ class RouteStatistics:
         """vectors: [texts, vocabulary]."""
         active = vectors > 0
         self.active_dims.append(active.sum(1))
-        count, total = active.sum(0), vectors.sum(0, dtype=torch.float32)
-        self.active_in = self.active_in + count if self.texts else count
-        self.value_sum = self.value_sum + total if self.texts else total
+        self.active_in = self.active_in + active.sum(0)
+        self.value_sum = self.value_sum + vectors.sum(0, dtype=torch.float32)
         self.texts += len(vectors)
 
     def summary(self) -> dict[str, float]:

@@ -32,7 +32,7 @@ SCORES = pa.schema([("pair", pa.string()), ("score", pa.float32())])
 
 
 def fetch_teacher(teacher: TeacherConfig) -> Snapshot:
-    """The teacher's files. Raises ConfigError, one line, when they cannot be had."""
+    """The teacher's files. Raises ConfigError when they cannot be had."""
     return fetch(teacher.model, teacher.revision, kind="model", why="the teacher", key=KEY, patterns=MODEL_FILES)
 
 
@@ -66,14 +66,14 @@ class ScoreStore:
 
     def read(self) -> dict[str, float]:
         """Every score by its pair's digest. Raises ConfigError when a file is not what was written."""
-        found: dict[str, float] = {}
+        scores: dict[str, float] = {}
         for file in sorted(self.folder.glob("[0-9a-f]*.parquet")):
             try:
                 table = pq.read_table(file, schema=SCORES)
             except (OSError, pa.ArrowException) as error:
                 raise ConfigError(f"{file} cannot be read: {one_line(error)}. Remove it") from None
-            found.update(zip(table["pair"].to_pylist(), table["score"].to_pylist(), strict=True))
-        return found
+            scores.update(zip(table["pair"].to_pylist(), table["score"].to_pylist(), strict=True))
+        return scores
 
     def add(self, pairs: list[Pair], score: Score) -> None:
         """Score these pairs and keep them in a file that appears whole."""
