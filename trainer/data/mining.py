@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from trainer.config import ConfigError, one_line
 from trainer.config.schema import MiningConfig, ModelConfig
 from trainer.data.rows import Rows, fingerprint
 from trainer.hub.cache import cached_table, cached_tables, digest, folder_of, identity
 from trainer.hub.download import MODEL_FILES, Snapshot, fetch
 from trainer.models.prompts import prompts_of, quoted
-from trainer.models.weights import whole_weights
+from trainer.models.weights import loading
 from trainer.system.progress_bar import encoding, going_on, in_columns
 
 if TYPE_CHECKING:
@@ -262,13 +261,8 @@ def load_dense(snapshot: Snapshot, key: str, prompts: dict[str, str], device: st
     """A SentenceTransformer from the files that are here; without `device` the library chooses one. Raises ConfigError."""
     from sentence_transformers import SentenceTransformer
 
-    try:
-        with whole_weights(key, snapshot.source):
-            return SentenceTransformer(str(snapshot.folder), device=device, prompts=prompts)
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever a folder that is no such model raises
-        raise ConfigError(f"{key}: {snapshot.source} cannot be loaded as a dense model: {one_line(error)}") from None
+    with loading(key, snapshot.source, " as a dense model"):
+        return SentenceTransformer(str(snapshot.folder), device=device, prompts=prompts)
 
 
 def _mine_with_model(search: Search, settings: MiningConfig, load: Callable, of_model: str) -> pa.Table:

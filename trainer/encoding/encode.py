@@ -78,13 +78,9 @@ def static_queries(model: SparseEncoder) -> StaticQueries | None:
             embedding = routes["query"][0]
         case _:
             return None
-    if not isinstance(embedding, SparseStaticEmbedding) or not embedding.tokenizer.is_fast:
+    if not isinstance(embedding, SparseStaticEmbedding) or model.prompts.get("query") or model.max_active_dims:
         return None
-    if (
-        embedding.tokenizer.truncation_side != "right"
-        or model.prompts.get("query")
-        or model.max_active_dims is not None
-    ):
+    if not embedding.tokenizer.is_fast or embedding.tokenizer.truncation_side != "right":
         return None
     version, queries = _STATIC.get(embedding, (None, None))
     if version != embedding.weight._version:  # trained or loaded since

@@ -18,7 +18,7 @@ from trainer.data.rows import LABEL
 from trainer.hub.cache import cached_table, digest, folder_of, identity
 from trainer.hub.download import MODEL_FILES, HubUnreachable, Snapshot, fetch
 from trainer.models.prompts import prompts_of, quoted
-from trainer.models.weights import whole_weights
+from trainer.models.weights import loading
 from trainer.system.distributed import processes_here, wait
 from trainer.system.progress_bar import encoding, in_columns
 
@@ -157,13 +157,8 @@ def load_cross_encoder(snapshot: Snapshot, teacher: TeacherConfig, device: str, 
     from sentence_transformers import CrossEncoder
     from torch import nn
 
-    try:
-        with whole_weights(KEY, teacher.model):
-            model = CrossEncoder(str(snapshot.folder), device=device)
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever a folder that is no such model raises
-        raise ConfigError(f"{KEY}: {teacher.model} cannot be loaded as a cross-encoder: {one_line(error)}") from None
+    with loading(KEY, teacher.model, " as a cross-encoder"):
+        model = CrossEncoder(str(snapshot.folder), device=device)
     if model.num_labels != 1:
         raise ConfigError(
             f"{KEY}: {teacher.model} gives {model.num_labels} numbers per pair; a teacher gives one score"

@@ -1,12 +1,10 @@
 """Builds the three architectures from a base model: inference-free SPLADE, SPLADE, and CSR."""
 
-import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.sparse_encoder.modules import (
     Router,
@@ -17,7 +15,7 @@ from sentence_transformers.sparse_encoder.modules import (
 )
 from torch import nn
 
-from trainer.config import FROM_SCRATCH, Config, ConfigError, one_line
+from trainer.config import FROM_SCRATCH, Config, ConfigError
 from trainer.config.schema import FromScratchConfig
 from trainer.encoding.fuse import transformers_of
 from trainer.hub.download import MODEL_FILES, fetch
@@ -28,7 +26,7 @@ from trainer.models.prompts import base_prompts, in_front
 from trainer.models.queries import START_WEIGHTS, query_tokenizer, weights_of_idf
 from trainer.models.remote_code import BaseModel, check_code, keep_code, with_own_code
 from trainer.models.scratch import build_from_scratch
-from trainer.models.weights import whole_weights
+from trainer.models.weights import loading
 from trainer.system.distributed import is_first, share_files
 
 PROBE_TEXTS = 8
@@ -79,7 +77,7 @@ def load_model(folder: Path, config: Config, device: str) -> SparseEncoder:
     that asks for more than the model can do."""
     check_code(folder)
     trust = config.model.trust_remote_code
-    with _loading(config):
+    with loading("model.base_model", config.model.base_model, own_code=True):
         model = SparseEncoder(str(folder), trust_remote_code=trust, device=device, model_card_data=build_card(config))
     for transformer in transformers_of(model):
         _require_what_the_config_needs(transformer, config)
@@ -171,7 +169,7 @@ def build_splade(config: Config, source: Path, documents: list[str]) -> list[nn.
 
 def build_csr(config: Config, source: Path, documents: list[str]) -> list[nn.Module]:
     """The dense model's own modules, and a sparse autoencoder on top (arXiv 2503.01776)."""
-    with _loading(config):
+    with loading("model.base_model", config.model.base_model, own_code=True):
         dense = SentenceTransformer(
             str(source), trust_remote_code=config.model.trust_remote_code, device="cpu", model_kwargs=FLOAT32
         )
@@ -195,7 +193,7 @@ def load_transformer(config: Config, source: Path) -> Transformer:
             "Name the masked language model it was made from"
         )
     trust = {"trust_remote_code": config.model.trust_remote_code}
-    with _loading(config):
+    with loading("model.base_model", config.model.base_model, own_code=True):
         transformer = Transformer(
             str(source),
             transformer_task="fill-mask",
@@ -217,21 +215,6 @@ def load_transformer(config: Config, source: Path) -> Transformer:
         transformer.model.resize_token_embeddings(words)
     transformer.max_seq_length = config.training.max_seq_length
     return transformer
-
-
-@contextlib.contextmanager
-def _loading(config: Config) -> Iterator[None]:
-    """One line for a base model that cannot be loaded, or lacks weights. Its own code may fail in any way."""
-    try:
-        with whole_weights("model.base_model", config.model.base_model, own_code=True):
-            yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        expected = isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError, ImportError))
-        if not expected and not config.model.trust_remote_code:
-            raise
-        raise ConfigError(f"model.base_model: {config.model.base_model} cannot be loaded: {one_line(error)}") from None
 
 
 def _require_what_the_config_needs(transformer: Transformer, config: Config) -> None:

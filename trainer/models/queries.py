@@ -23,16 +23,13 @@ def query_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
     and ` Norge` elsewhere are different dimensions, and the first word of every query would find next to nothing. The copy
     puts a space in front; this is saved with the query module. Other tokenizers come back as they are.
     """
-    if _first_word_like_others(tokenizer):
-        return tokenizer
-    if tokenizer.is_fast:
+    if tokenizer.is_fast and not _first_word_like_others(tokenizer):
         tokenizer = copy.deepcopy(tokenizer)
         set_normalizer(tokenizer, [*steps_of(tokenizer), Strip(), Prepend(" ")])
     if not _first_word_like_others(tokenizer):
-        with_space = ", even with a space in front" if tokenizer.is_fast else ""
         raise ConfigError(
-            "model.base_model: its tokenizer gives the first word of a text another token than the same word later"
-            f"{with_space}, so queries cannot be matched without a neural network. Use architecture: splade"
+            "model.base_model: its tokenizer gives the first word of a text another token than the same word later, "
+            "so queries cannot be matched without a neural network. Use architecture: splade"
         )
     return tokenizer
 

@@ -49,10 +49,7 @@ def with_own_code(snapshot: Snapshot, config: Config) -> BaseModel:
     texts = {}
     for file in sorted(snapshot.folder.glob("*.py")):
         _require_pinned(file, config)
-        try:
-            texts[file.name] = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"model.base_model: {file} cannot be read: {error}") from None
+        texts[file.name] = file.read_text(encoding="utf-8")
     texts = convert_files(texts, snapshot.folder)
     try:
         folder = materialise(snapshot, texts | _settings_with_own_code(snapshot.folder, texts))

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, modeling_utils
 
-from trainer.config import ConfigError
+from trainer.config import ConfigError, one_line
 
 # Tensors named in a message; the others are counted.
 SHOWN = 4
@@ -32,6 +32,18 @@ def whole_weights(where: str, name: str, *, own_code: bool = False) -> Iterator[
         yield
     finally:
         modeling_utils.log_state_dict_report = log
+
+
+@contextmanager
+def loading(where: str, name: str, as_what: str = "", *, own_code: bool = False) -> Iterator[None]:
+    """Raises ConfigError for whatever a model that is loaded inside raises, and where its files lack weights of it."""
+    try:
+        with whole_weights(where, name, own_code=own_code):
+            yield
+    except ConfigError:
+        raise
+    except Exception as error:  # a folder that is no such model, or a model's own code, fails in any way
+        raise ConfigError(f"{where}: {name} cannot be loaded{as_what}: {one_line(error)}") from None
 
 
 def _require_all(missing: Collection[str], unread: Collection[str], kind: str, where: str, name: str) -> None:
