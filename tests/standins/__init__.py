@@ -11,8 +11,8 @@ from tokenizers import normalizers, processors
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from tests.checkpoints import DOCUMENTS, QUERIES, SIZE, byte_level_tokenizer
-from trainer.models.code_change import Change
 from trainer.models.norbert import FAMILIES, convert_files
+from trainer.models.norbert_faults import Change
 from trainer.models.scratch import train_tokenizer
 
 FOLDER = Path(__file__).parent

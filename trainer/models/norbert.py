@@ -9,8 +9,7 @@ import re
 from pathlib import Path
 
 from trainer.config import ConfigError
-from trainer.models.code_change import Change, NotFound
-from trainer.models.norbert_faults import NORBERT3, NORBERT4
+from trainer.models.norbert_faults import NORBERT3, NORBERT4, Change, NotFound
 
 # By the name of the code file, which is the same in every published model of the family: what to change in it,
 FAMILIES = {"modeling_gptbert.py": NORBERT4, "modeling_norbert.py": NORBERT3}

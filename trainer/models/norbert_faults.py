@@ -1,17 +1,56 @@
 """The faults of NorBERT3's and NorBERT4's published code, which keep it from being a sparse encoder or make it a slow one.
 
-Each has a name, a reason, and edits: patterns with what takes their place. Patterns, not a diff for each file's SHA-256:
-several revisions and copies are in use, and the same patterns convert all that were tried. A revision that they
-do not fit stops with the name of the fault.
+They are mended by patterns, not by a diff for each file's SHA-256: several revisions and copies are in use, and the same
+patterns convert all that were tried. A revision that they do not fit stops with the name of the fault.
 """
 
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from trainer.encoding.fuse import SILENT
-from trainer.models.code_change import Change
 from trainer.models.norbert_inserts import packed, places_of, rebuilt_after_load
+
+
+@dataclass(frozen=True)
+class Change:
+    """One fault of the published code, and what takes its place.
+
+    `edits` are (pattern, replacement) pairs; each must match at least once inside class `within` (anywhere when empty),
+    and `gone` must not match there afterwards. A revision has the fault if `only_if` matches, unless `unless` does too.
+    An `optional` one is left in where it cannot be mended: the model can be trained as it is.
+    """
+
+    name: str
+    why: str
+    edits: tuple[tuple[str, str | Callable[[re.Match], str]], ...]
+    gone: str = r"(?!)"
+    within: str = ""
+    only_if: str = ""
+    unless: str = r"(?!)"
+    optional: bool = False
+
+    def apply(self, code: str) -> str | None:
+        """The code without the fault, or None when this revision does not have it. Raises NotFound with the pattern."""
+        whole_class = rf"^class {self.within}\b.*\n(?:(?!\S).*(?:\n|\Z))*"
+        place = re.search(whole_class if self.within else r"(?s:.*)", code, re.MULTILINE)
+        if place is None:
+            raise NotFound(f"this was looked for and not found: class {self.within}")
+        part = place[0]
+        if re.search(self.unless, part, re.MULTILINE) or not re.search(self.only_if, part, re.MULTILINE):
+            return None
+        for pattern, replacement in self.edits:
+            part, count = re.subn(pattern, replacement, part, flags=re.MULTILINE)
+            if not count:
+                raise NotFound(f"this was looked for and not found: {pattern}")
+        if left := re.search(self.gone, part, re.MULTILINE):
+            raise NotFound(f"this is still there: {' '.join(left[0].split())[:100]}")
+        return code[: place.start()] + part + code[place.end() :]
+
+
+class NotFound(Exception):
+    """What keeps a change from being made: a pattern that is not found, or a fault in another place."""
 
 
 def before_the_classes(*functions: Callable) -> tuple[str, Callable[[re.Match], str]]:
