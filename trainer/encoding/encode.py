@@ -18,7 +18,7 @@ def encode(
 ) -> sp.csr_matrix:
     """The vectors that `model.encode_query` or `model.encode_document` gives, [texts, dimensions], float32.
 
-    progress: moves on with every batch. Raises ConfigError for a vector that is not finite.
+    Raises ConfigError for a vector that is not finite.
     """
     if route == "query" and (static := static_queries(model)) is not None:
         return static(texts)

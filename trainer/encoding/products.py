@@ -1,10 +1,8 @@
 """Matrix products on CPUs through oneDNN instead of MKL.
 
 torch sends float32 products to MKL, which on AMD's processors keeps to AVX2: on one core of a Zen 5, 107 GFLOP/s against
-oneDNN's 240. On Intel's the two are alike.
-
-A GELU whose values go into such a product is computed again for the backward pass. Kept, its values would be a quarter of
-what a BERT layer keeps: four of its 17 times the width. A step takes no longer for it.
+oneDNN's 240. A GELU whose values go into such a product is computed again for the backward pass: kept, they would be a
+quarter of what a BERT layer keeps. A step takes no longer for it.
 """
 
 from collections.abc import Callable

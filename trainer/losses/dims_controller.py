@@ -27,7 +27,7 @@ class DimsController:
     FORWARD = 1.0  # `wanted` changes by 5 %: the weight by 5 %, before any error shows
     SMOOTHING = 0.02  # share of the run that `measured` looks back on, at least ten steps
     # An error of 5 % changes the weight by another 7.5 % in this share of the run, at least 20 steps. At 0.03, dims of a
-    # batch of 32 swung from 252 to 13 and 177 on the way to 100, and by a quarter still at a third of the run.
+    # batch of 32 swung from 252 to 13 and 177 on the way to 100.
     INTEGRAL = 0.045
     WARM_UP = 0.1  # share of the run; the quadratic warm-up that fixed weights have over a third
     GLIDE = (0.02, 0.15)  # shares of the run between which `wanted` goes from the start to the target

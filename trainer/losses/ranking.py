@@ -38,8 +38,16 @@ class RankingLoss(SparseMultipleNegativesRankingLoss):
         """similarities: of all queries with all passages, and of each with its own."""
         similarity, pairwise = similarities
         super().__init__(model, scale=scale, similarity_fct=similarity, gather_across_devices=processes() > 1)
-        self.statistics = statistics
-        self.distillation = build_distillation(model, teacher, lambda a, b: scale * pairwise(a, b)) if teacher else None
+        self.statistics, self.teacher = statistics, teacher
+
+        def scaled(queries: Tensor, passages: Tensor) -> Tensor:
+            return scale * pairwise(queries, passages)
+
+        # means over rows, so the mean over processes is that of all their rows
+        if teacher and teacher.objective == "kl":
+            self.distillation = SparseDistillKLDivLoss(model, scaled, temperature=teacher.temperature)
+        elif teacher:
+            self.distillation = SparseMarginMSELoss(model, scaled)
 
     def compute_loss_from_embeddings(
         self, embeddings: Iterable[Tensor], labels: Tensor | None = None
@@ -53,26 +61,9 @@ class RankingLoss(SparseMultipleNegativesRankingLoss):
             self.statistics.add(embeddings)
         contrastive = super().compute_loss_from_embeddings(embeddings, None)
         losses = {"base_loss": contrastive}
-        if self.distillation is not None and labels is not None:
-            losses["distillation_loss"] = self.distillation(embeddings, labels)
+        if self.teacher and labels is not None:
+            distillation = self.distillation.compute_loss_from_embeddings(embeddings, self.teacher.score_scale * labels)
+            losses["distillation_loss"] = self.teacher.weight * distillation
         if self.recorded_losses is not None and self.model.training and torch.is_grad_enabled():
             self.recorded_losses.append(sum(loss.detach() for loss in losses.values()))
         return losses if len(losses) > 1 else contrastive
-
-
-def build_distillation(
-    model: SparseEncoder, teacher: TeacherConfig, similarity: Similarity
-) -> Callable[[list[Tensor], Tensor], Tensor]:
-    """(embeddings, labels) -> the weighted loss. labels: [rows, 2], the teacher's scores of positive and negative.
-
-    The loss is a mean over rows, so the mean over processes is that of all their rows.
-    """
-    if teacher.objective == "kl":
-        loss = SparseDistillKLDivLoss(model, similarity_fct=similarity, temperature=teacher.temperature)
-    else:
-        loss = SparseMarginMSELoss(model, similarity_fct=similarity)
-
-    def distillation(embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        return teacher.weight * loss.compute_loss_from_embeddings(embeddings, teacher.score_scale * labels)
-
-    return distillation

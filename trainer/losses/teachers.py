@@ -100,9 +100,9 @@ def add_teacher_scores(
 ) -> dict[str, Any]:
     """Give every row that has a negative the teacher's scores of positive and negative, as its label.
 
-    Only pairs that were never scored go through the teacher, each process of a machine taking its share of them; the
-    rest is read. A teacher that is the base model has the prompts of `base`, the config's model.
-    Returns what the manifest keeps. Raises ConfigError when no row has a negative.
+    Only pairs that were never scored go through the teacher, each process of a machine taking its share. A teacher that is
+    the base model has the prompts of `base`, the config's model. Returns what run.json records. Raises ConfigError when no
+    row has a negative.
     """
     if not with_negatives(train):
         raise ConfigError(

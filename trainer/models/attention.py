@@ -84,9 +84,8 @@ def plan_attention(model: SparseEncoder, config: Config, device: str) -> tuple[C
     if name == "auto":
         if reason := _why_padded(transformers, config, device):
             return config, _own_line(transformers, reason, device)
-        return _with(
-            config, VARLEN
-        ), f"{_packed_line(VARLEN)}, if a few texts, tried before training, come out the same"
+        packed = config.model_copy(update={"model": config.model.model_copy(update={"attention": VARLEN})})
+        return packed, f"{_packed_line(VARLEN)}, if a few texts, tried before training, come out the same"
     if config.model.packs_texts and device != "cuda":
         raise ConfigError(f"model.attention: {name} is for CUDA, and training is on {device}. Leave it at auto")
     if name in PACKAGES:
@@ -193,10 +192,6 @@ def _packed_line(name: str) -> str:
     return f"attention {name}, texts packed without padding"
 
 
-def _with(config: Config, attention: str) -> Config:
-    return config.model_copy(update={"model": config.model.model_copy(update={"attention": attention})})
-
-
 def _own_line(transformers: list[Transformer], reason: str | None, device: str) -> str:
     """For the plan: attention is the base model's; and why texts are padded on CUDA, where they need not be."""
     own = ", ".join(sorted({transformer.model.config._attn_implementation for transformer in transformers}))
@@ -221,24 +216,13 @@ def set_attention(transformer: Transformer, name: str) -> None:
     """Compute with this attention. Raises ValueError where its name stands for packed texts, which cannot be read then."""
     transformer.model.set_attn_implementation(name)
     transformer.unpad_inputs = transformer.unpad_inputs  # the library decides anew whether to pack
-    if name == VARLEN:
-        _pack(transformer)
+    if name == VARLEN:  # what the library does for the flash attention it knows
+        transformer.data_collator = DataCollatorWithFlattening(
+            return_seq_idx=True, return_flash_attn_kwargs=True, return_position_ids=True
+        )
+        if (handed_on := transformer.model_forward_params) is not None:  # to the network's layers
+            handed_on |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+        transformer._flatten_position_offset = transformer._infer_flatten_position_offset()
+        transformer.can_flatten_inputs = True
     if name in PACKED_ATTENTION and not transformer.can_flatten_inputs:
         raise ValueError(f"{type(transformer.model).__name__} has no function for packed texts here")
-
-
-def _pack(transformer: Transformer) -> None:
-    """What the library does for the flash attention it knows."""
-    transformer.data_collator = DataCollatorWithFlattening(
-        return_seq_idx=True, return_flash_attn_kwargs=True, return_position_ids=True
-    )
-    if transformer.model_forward_params is not None:  # the network hands these on to its layers
-        transformer.model_forward_params |= {
-            "cu_seq_lens_q",
-            "cu_seq_lens_k",
-            "max_length_q",
-            "max_length_k",
-            "seq_idx",
-        }
-    transformer._flatten_position_offset = transformer._infer_flatten_position_offset()
-    transformer.can_flatten_inputs = True

@@ -22,16 +22,16 @@ def compile_networks(
 ) -> str:
     """Compile what the networks' layers compute in training. Returns what is compiled, in words.
 
-    lengths: those that texts are padded to, each of which is compiled for; None for packed texts, for which one graph
-    serves every number of tokens. The number of texts may vary without a compilation. Scoring, whose texts have any length,
-    is not compiled; on a CPU, it loses oneDNN's products with the rest. What is saved stays as it is, but the model cannot
-    be pickled. Call it last: what it compiles is what the layers compute at that moment.
+    lengths: those that texts are padded to, one graph for each; None for packed texts, of which one graph serves every
+    number of tokens. The number of texts may vary. Scoring, whose texts have any length, is not compiled, and loses
+    oneDNN's products on a CPU. Call it last: what the layers compute at that moment is compiled. The model cannot be
+    pickled then.
     """
     layers = [layer for transformer in transformers_of(model) for layer in layers_of(transformer.model)]
     for layer in layers:
         use_torch(layer)  # oneDNN's forwards differ from layer to layer, and with them what is compiled
-    # one graph per length and kind of layer; twice that for a single text, whose number is no variable; and twice that with
-    # GradCache, whose first pass is without gradients
+    # one graph per length and kind of layer; twice that for a single text; and twice that for GradCache's pass without
+    # gradients
     most = 4 * len(lengths or [0]) * len(layers)
     for limit in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), most))
@@ -50,12 +50,12 @@ def layers_of(network: nn.Module) -> list[nn.Module]:
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList) and len(module)]
     lists = [outer for outer in lists if not any(isinstance(layer, nn.ModuleList) for layer in outer)]
     inside = {inner for outer in lists for layer in outer for inner in layer.modules()}
-    found = [layer for outer in lists if outer not in inside for layer in outer]
-    if not found:
+    layers = [layer for outer in lists if outer not in inside for layer in outer]
+    if not layers:
         raise ConfigError(
             f"training.torch_compile: {type(network).__name__} has no list of layers to compile. Set it to false"
         )
-    return found
+    return layers
 
 
 class _Compiled:

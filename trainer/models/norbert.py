@@ -27,8 +27,8 @@ def convert_files(
 ) -> dict[str, str]:
     """A model's code files by name, those of a known family converted; `folder` is where errors say that they are.
 
-    The other files then get a first line too. transformers looks a model's class up by its configuration's, so in one
-    process two models with different code and the same configuration file would both get the code loaded first.
+    The other files then get a first line too: transformers looks a model's class up by its configuration's, so of two
+    models in one process with the same configuration file, both would get the code loaded first.
     """
     converted = {name: convert(text, folder / name, families[name]) for name, text in texts.items() if name in families}
     if not converted:
@@ -68,10 +68,7 @@ def convert(code: str, file: Path, changes: tuple[Change, ...]) -> str:
 
 
 def changes_in(code: str, file: Path) -> list[str] | None:
-    """The names of the changes that were made to this code; None when it was not converted.
-
-    Raises ConfigError when it was edited since.
-    """
+    """The changes that were made to this code; None if it was not converted. Raises ConfigError if it was edited since."""
     header = HEADER_PATTERN.match(code)
     if header is None:
         return None

@@ -7,8 +7,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 def compose_first(tokenizer: PreTrainedTokenizerBase) -> None:
     """Put NFC in front of a tokenizer's own normaliser: macOS writes `å` as a letter and a mark, which match nothing.
 
-    Texts in NFC keep their ids. One that composes first already stays as it is, and so does one in Python, which has no
-    normaliser to add to.
+    Texts in NFC keep their ids. A tokenizer in Python has no normaliser to add to, and stays as it is.
     """
     if tokenizer.is_fast and not composes_first(tokenizer):
         set_normalizer(tokenizer, [NFC(), *steps_of(tokenizer)])
@@ -28,10 +27,10 @@ def steps_of(tokenizer: PreTrainedTokenizerBase) -> list[Normalizer]:
 
 
 def set_normalizer(tokenizer: PreTrainedTokenizerBase, steps: list[Normalizer]) -> None:
-    """Give a tokenizer other normalisers, for good.
+    """Give a tokenizer other normalisers, which are saved with it.
 
-    transformers' classes for single families (BertTokenizer, RobertaTokenizer, XLMRobertaTokenizer) read the vocabulary of
-    a saved tokenizer.json and build the rest anew, without what was added. Its general class takes the file as it is.
+    transformers' classes for single families (BertTokenizer, RobertaTokenizer, XLMRobertaTokenizer) read only the
+    vocabulary of a saved tokenizer.json. Its general class takes the file as it is.
     """
     tokenizer.backend_tokenizer.normalizer = Sequence(steps)
     if type(tokenizer).__module__.startswith("transformers."):  # code that comes with a model reads the whole file

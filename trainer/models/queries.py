@@ -19,9 +19,8 @@ MAX_IDF_DOCUMENTS = 100_000
 def query_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A tokenizer that gives the first word of a query the same dimension as the same word within a document.
 
-    Byte-level tokenizers (RoBERTa, ModernBERT, NorBERT4) keep the space before a word in its token, so `Norge` at the start
-    and ` Norge` elsewhere are different dimensions, and the first word of every query would find next to nothing. The copy
-    puts a space in front; this is saved with the query module. Other tokenizers come back as they are.
+    Byte-level tokenizers (RoBERTa, ModernBERT, NorBERT4) keep the space before a word in its token, so the first word of
+    every query would find next to nothing. Of these a copy is returned that puts a space in front.
     """
     if tokenizer.is_fast and not _first_word_like_others(tokenizer):
         tokenizer = copy.deepcopy(tokenizer)
