@@ -1,4 +1,4 @@
-"""The map of the house: which room may import from which, lowest first."""
+"""Which room (a folder of trainer/, a module of evaluate/) may import from which, lowest first."""
 
 import ast
 import re

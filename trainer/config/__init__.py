@@ -1,4 +1,4 @@
-"""The config: YAML files laid over each other, their schema, and one line with its place for every mistake."""
+"""The config: YAML files that extend each other, their schema, and one line with its place for every mistake."""
 
 from trainer.config.checks import is_commit, is_local
 from trainer.config.errors import ConfigError, did_you_mean, one_line

@@ -1,1 +1,1 @@
-"""Rows, search sets and token ids: sources, held-out rows, hard negatives, batches."""
+"""What training reads: sources of rows, held-out rows, search sets, BM25, hard negatives, token ids, batches."""

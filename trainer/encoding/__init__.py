@@ -1,1 +1,1 @@
-"""Vectors without logits: the fused SPLADE head, encoding into sparse rows, and a check with the library alone."""
+"""Texts to sparse vectors: the fused SPLADE head, sparse rows, exact search, and a check with the library alone."""

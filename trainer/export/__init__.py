@@ -1,1 +1,1 @@
-"""A trained model, and the documents it encodes, for search engines, ONNX and columns."""
+"""A trained model, and the documents it encodes, as files: for search engines, ONNX and Parquet."""

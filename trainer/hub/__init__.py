@@ -1,1 +1,1 @@
-"""The Hugging Face hub: downloads, uploads, what is kept in its cache, and which code of its own a model names."""
+"""The Hugging Face hub: downloads, uploads, this project's files in its cache, and the Python code that a model names."""

@@ -1,1 +1,1 @@
-"""What training minimises: contrastive loss, regularizers, the control of active dims, teacher scores."""
+"""What training minimises: contrastive loss, regularizers, the dims controller, teacher scores."""

@@ -1,1 +1,1 @@
-"""The three architectures built from a base model: its code converted, its prompts, its attention, its query weights."""
+"""The three architectures, built from a base model or from scratch: converted code, prompts, attention, query weights."""

@@ -1,1 +1,1 @@
-"""A trained model on the hub: its card, the check in a fresh process, the upload."""
+"""A trained model goes to the hub: the model card, the check in a fresh process, the upload."""

@@ -1,1 +1,1 @@
-"""The folder of a run: its manifest, its lock, its checkpoints, its results, and which queries chose its checkpoint."""
+"""The run folder: manifest, lock, checkpoints, stored scores, and the queries that chose the checkpoint."""

@@ -1,1 +1,1 @@
-"""The machine: its device and memory, processes that work together, files that appear whole, progress on the terminal."""
+"""The machine: device and memory, processes that work together, files that appear complete, progress on the terminal."""

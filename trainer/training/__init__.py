@@ -1,1 +1,1 @@
-"""One run from config to final model: prepared, trained, resumed, evaluated."""
+"""One run, from config to final model: prepare, describe, train, resume, score."""

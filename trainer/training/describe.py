@@ -1,4 +1,4 @@
-"""What was decided for a run, and why: one line for each decision."""
+"""The words of the plan: one line for each decision, with its reason."""
 
 from collections.abc import Iterator
 
@@ -22,7 +22,7 @@ NOTHING_TO_COMPARE = "a pair that is alone in its batch is told from nothing, an
 
 
 def data_lines(config: Config, data: TrainingData) -> Iterator[str]:
-    """Rows per set and language, what was left out, and the share of each set that will be seen."""
+    """Per set: rows, languages, the share that will be seen, and what is left out. Per search set: its queries."""
     for summary in data.summaries.values():
         kinds = [
             f"{count:,} {kind}" for kind, count in (("triplets", summary.triplets), ("pairs", summary.pairs)) if count
@@ -54,7 +54,7 @@ def data_lines(config: Config, data: TrainingData) -> Iterator[str]:
 
 
 def steps_line(config: Config, progress: Progress) -> str:
-    """Steps of the whole run, rows per step, and how the sets take turns."""
+    """Steps of the whole run, rows per step, epochs, and how the sets take turns."""
     datasets = config.datasets
     how = datasets.sampling_strategy.replace("_", " ")
     if datasets.sampling_strategy == "round_robin":
@@ -69,7 +69,7 @@ def steps_line(config: Config, progress: Progress) -> str:
 
 
 def lonely_pairs_lines(config: Config, data: TrainingData) -> Iterator[str]:
-    """Warnings of pairs that are alone in their batch: their contrastive loss is 0, whatever the model."""
+    """Warnings about pairs that are alone in their batch. Their contrastive loss is 0, whatever the model does."""
     if not config.loss.is_contrastive:
         return
     for name in data.train:
@@ -88,7 +88,7 @@ def lonely_pairs_lines(config: Config, data: TrainingData) -> Iterator[str]:
 
 
 def more_rows(config: Config) -> str:
-    """What to do about pairs that are compared with nothing."""
+    """Advice for pairs that are alone in their batch."""
     if config.training.per_device_train_batch_size * processes() == 1:
         return (
             "Set training.per_device_train_batch_size to 2 or more (rows of accumulated batches are not compared; "
@@ -98,7 +98,7 @@ def more_rows(config: Config) -> str:
 
 
 def token_line(tokeniser: Tokeniser) -> str:
-    """How many tokens there are, and where their ids are kept."""
+    """Number of tokens and texts, how long it took to make the ids, and where they are stored."""
     made = tokeniser.texts - tokeniser.texts_found
     how = f"tokenised in {tokeniser.seconds:.0f} s" if made else "found"
     if made and tokeniser.texts_found:
@@ -108,7 +108,7 @@ def token_line(tokeniser: Tokeniser) -> str:
 
 
 def sitting_out_lines(config: Config, data: TrainingData) -> Iterator[str]:
-    """Rows for which there is no batch."""
+    """Rows for which no batch was found, because too many rows share a text."""
     for name in data.summaries:
         if alone := data.rows_without_a_batch(config, name):
             advice = "too many share a text; lower per_device_train_batch_size"
@@ -116,7 +116,7 @@ def sitting_out_lines(config: Config, data: TrainingData) -> Iterator[str]:
 
 
 def padding_line(config: Config, data: TrainingData, device: str) -> str:
-    """How much of what the network computes will be padding. The data has its token ids."""
+    """The expected share of padding. `data` must be tokenised."""
     if config.model.packs_texts:
         return "padding   none: texts are packed (model.attention), so datasets.length_window has no effect"
     share, at_random = data.padding(config, device)
@@ -126,7 +126,7 @@ def padding_line(config: Config, data: TrainingData, device: str) -> str:
 
 
 def rate_lines(config: Config, model: SparseEncoder, loss: nn.Module) -> Iterator[str]:
-    """Parameters per learning rate."""
+    """The learning rates, and the number of parameters that each one trains."""
     rates = query_rate_mapping(config, loss)
     query_weights = {name.removeprefix("^").removesuffix("$").replace("\\", "") for name in rates}
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"query": [], "rest": [], "frozen": []}
@@ -146,7 +146,7 @@ def rate_lines(config: Config, model: SparseEncoder, loss: nn.Module) -> Iterato
 
 
 def sparsity_lines(config: Config) -> Iterator[str]:
-    """The targets that weights are found for, and the regularizer where it is not FLOPS."""
+    """The targets of active dims, and the regularizer if it is not plain FLOPS."""
     loss = config.loss
     for route, target in (("documents", loss.target_document_dims), ("queries", loss.target_query_dims)):
         if target:
@@ -157,7 +157,7 @@ def sparsity_lines(config: Config) -> Iterator[str]:
 
 
 def base_model_lines(config: Config, base: BaseModel | None) -> Iterator[str]:
-    """Architecture, base model, and the Python code that it brings."""
+    """Architecture, base model, and the changes to the Python code that it brings. base: None if it is not at hand."""
     name, revision = config.model.base_model, config.model.revision
     origin = "built from scratch" if name == FROM_SCRATCH else f"from {name}" + (f" at {revision}" if revision else "")
     yield f"model     {config.model.architecture} {origin}"
@@ -167,7 +167,7 @@ def base_model_lines(config: Config, base: BaseModel | None) -> Iterator[str]:
 
 
 def tokenizer_lines(model: SparseEncoder) -> Iterator[str]:
-    """A warning where texts come in one form of Unicode here, and users of the model may encode another."""
+    """A warning if the tokenizer does not convert texts to Unicode's form NFC. Training texts are in NFC already."""
     if composes_first(model.tokenizer):
         return
     fast = model.tokenizer.is_fast
@@ -179,7 +179,7 @@ def tokenizer_lines(model: SparseEncoder) -> Iterator[str]:
 
 
 def model_lines(config: Config, base: BaseModel | None, model: SparseEncoder) -> Iterator[str]:
-    """Architecture, size, tokenizer and prompts."""
+    """Architecture, base model, size, tokenizer and prompts."""
     yield from base_model_lines(config, base)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     yield f"          {vocabulary_of(model):,} dimensions, {parameters:,} parameters"

@@ -1,4 +1,4 @@
-"""Makes everything a run needs, once. `make check` prints the decisions; `make train` prints them and goes on."""
+"""Makes everything that a run needs. `make check` prints the decisions; `make train` prints them and goes on."""
 
 import contextlib
 from collections.abc import Callable
@@ -35,24 +35,24 @@ from trainer.training.memory import estimate_memory, memory_lines
 from trainer.training.progress import Progress
 from trainer.training.resume import START, Start, check_same_data, check_steps_left
 
-# Rows of each set that `make check` tokenises to say how much padding there will be; training looks at all of them.
+# Rows of each set that `make check` tokenises to estimate the share of padding. Training tokenises all rows.
 CHECKED_ROWS = 5_000
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of, as far as `make check` makes it too."""
+    """The parts of a run that `make check` makes too."""
 
     config: Config
-    """The config, with the attention that was chosen."""
+    """The config. Its model.attention is the one that was chosen."""
     device: str
     device_reason: str
     base: BaseModel | None
-    """The base model's files; None from scratch, or when a run is resumed."""
+    """The base model's files; None for a model from scratch, and for a run that is resumed."""
     data: TrainingData
     progress: Progress
     teacher: dict[str, Any] | None
-    """What the manifest keeps of the teacher and its scores."""
+    """What run.json holds of the teacher and its scores; None without a teacher, and for `make check`."""
     model: SparseEncoder
     statistics: BatchStatistics
     loss: nn.Module
@@ -60,22 +60,22 @@ class Parts:
 
 @dataclass(frozen=True)
 class Prepared(Parts):
-    """Everything a run needs."""
+    """Everything that training needs."""
 
     evaluator: SearchEvaluator | None
     best: BestCheckpoint
     arguments: SparseEncoderTrainingArguments
     decisions: tuple[str, ...]
-    """What was decided, and why, line by line."""
+    """The printed lines: each decision with its reason."""
 
     @property
     def continues_scores(self) -> bool:
-        """Whether scores before a resume can be compared with those to come."""
+        """Whether scores of before the resume can be compared with later ones."""
         return self.progress.is_comparable(self.best.depends_on)
 
 
 class Decisions:
-    """Prints every decision when it is made, and keeps it. Of several processes the first prints."""
+    """Prints each decision as soon as it is made, and keeps the line. Of several processes only the first prints."""
 
     def __init__(self, echo: Callable[[str], None]) -> None:
         self.lines: list[str] = []
@@ -89,7 +89,7 @@ class Decisions:
 
 
 def prepare(loaded: LoadedConfig, run: Run, start: Start, decisions: Decisions) -> Prepared:
-    """Everything that training needs. Raises ConfigError for what the user can mend."""
+    """Make everything that training needs. Raises ConfigError for a mistake that the user can fix."""
     parts = make_parts(loaded, decisions, run, start)
     config = parts.config
     evaluator = share_evaluator(config, parts.data, decisions)
@@ -103,9 +103,9 @@ def prepare(loaded: LoadedConfig, run: Run, start: Start, decisions: Decisions) 
 
 
 def check(loaded: LoadedConfig, decisions: Decisions) -> None:
-    """The decisions of `prepare`, on a machine that need not be the one to train on. Nothing is written or uploaded.
+    """Print the decisions of `make_parts`. No run folder is written, and nothing is uploaded.
 
-    What needs the hub, when it cannot be reached, is said to need it.
+    The machine may be another than the one that will train. When the hub cannot be reached, a line names what needs it.
     """
     pushed = f", pushed to {loaded.config.hub.repo}" if loaded.config.hub.push else ""
     decisions.add(f"config    {loaded.file} is valid", f"output    {MODELS / loaded.name}{pushed}")
@@ -114,9 +114,9 @@ def check(loaded: LoadedConfig, decisions: Decisions) -> None:
 
 
 def make_parts(loaded: LoadedConfig, decisions: Decisions, run: Run | None = None, start: Start = START) -> Parts:
-    """Data, model and loss, each with the decisions that it took. run: None for `make check`.
+    """Make data, model and loss, and add a line for each decision. run: None for `make check`.
 
-    `make check` makes the model on the CPU, tokenises few rows, and has no pairs scored by a teacher.
+    `make check` makes the model on the CPU, tokenises at most CHECKED_ROWS rows of each set, and lets no teacher score.
     """
     config = loaded.config
     device, reason = decide_device(config, decisions, must_exist=run is not None)
@@ -125,7 +125,7 @@ def make_parts(loaded: LoadedConfig, decisions: Decisions, run: Run | None = Non
     model = make_model(config, base, data, start, device if run else "cpu")
     decisions.add(*describe.model_lines(config, base, model))
     decisions.add(*fuse_head(config, model, device))
-    # from here on, its networks may compute in 16 bits only
+    # from here on, the model may have an attention that computes in 16 bits only
     config = decide_attention(config, model, device, decisions, run, start)
     tokenise(config, data, model, device, decisions, keep=run is not None)
     decisions.add(*memory_lines(config, estimate_memory(config, data.columns, model), device if reason else None))
@@ -137,9 +137,12 @@ def make_parts(loaded: LoadedConfig, decisions: Decisions, run: Run | None = Non
     return Parts(config, device, reason, base, data, progress, teacher, model, statistics, loss)
 
 
-# ------------------------------------------------------------------------------------------- one part each
+# ------------------------------------------------------------------------------------------- the parts, one by one
 def decide_device(config: Config, decisions: Decisions, *, must_exist: bool) -> tuple[str, str]:
-    """The device and the reason for it; without a reason where it need not exist, and does not."""
+    """The device and the reason for it.
+
+    must_exist: raise ConfigError when this machine lacks the device. Otherwise the reason is then "".
+    """
     try:
         device, reason = choose_device(config)
     except ConfigError as error:
@@ -154,15 +157,15 @@ def decide_device(config: Config, decisions: Decisions, *, must_exist: bool) -> 
 def load(
     loaded: LoadedConfig, decisions: Decisions, run: Run | None, start: Start
 ) -> tuple[BaseModel | None, TrainingData, Progress]:
-    """The base model's files, the data, and the steps that are to be trained on it.
+    """The base model's files, the data, and the run's progress, which knows the number of steps.
 
-    Raises ConfigError where there is nothing to learn from, or a resumed run has other rows. `make check` (no run) goes on
-    without data that needs the hub, and raises HubUnreachable where no model can be made.
+    Raises ConfigError when there is nothing to learn from, or when a resumed run would have other rows. `make check` (run
+    is None) leaves out data that needs the hub. It raises HubUnreachable when no model can be made.
     """
     config, needs = loaded.config, ""
     base: BaseModel | None = None
     with first_on_each_machine_first():
-        try:  # the base model first: it may not be trusted, and data is larger
+        try:  # the base model before the larger data: its code may not be trusted, and then the run stops at once
             base = None if start.checkpoint else fetch_base_model(config)
         except HubUnreachable:
             if run:
@@ -192,7 +195,7 @@ def load(
 
 
 def check_something_to_learn(config: Config, data: TrainingData) -> None:
-    """Raise ConfigError where every training batch is one pair, so that the only loss is 0."""
+    """Raise ConfigError when every training batch is a single pair, so that the contrastive loss is always 0."""
     counts = [data.batches_of_one(name, config) for name in data.train]
     alone, batches = (sum(column) for column in zip(*counts, strict=True))
     if alone == batches and config.loss.has_regularizers:
@@ -205,7 +208,10 @@ def check_something_to_learn(config: Config, data: TrainingData) -> None:
 def decide_teacher(
     config: Config, data: TrainingData, device: str, decisions: Decisions, *, score: bool
 ) -> dict[str, Any] | None:
-    """Give the rows their teacher scores, or say how many pairs the teacher would have to score."""
+    """Give the rows their teacher scores, and return what run.json holds of them.
+
+    score: False for `make check`, which only adds a line with the number of pairs that the teacher has to score.
+    """
     teacher = config.loss.teacher
     if teacher is None:
         return None
@@ -216,7 +222,7 @@ def decide_teacher(
 
 
 def make_model(config: Config, base: BaseModel | None, data: TrainingData, start: Start, device: str) -> SparseEncoder:
-    """The untrained model, its query weights from the training texts; or the model of a checkpoint."""
+    """The untrained model, or the model of the checkpoint that a run is resumed from."""
     transformers.set_seed(config.training.seed)
     if start.checkpoint:
         return load_model(start.checkpoint, config, device)
@@ -225,9 +231,9 @@ def make_model(config: Config, base: BaseModel | None, data: TrainingData, start
 
 
 def fuse_head(config: Config, model: SparseEncoder, device: str) -> list[str]:
-    """Put the fused head into the model where config and model allow it. Returns the line that says so."""
+    """Put the fused head into the model if config and model allow it. Returns the line that says so, or why not."""
     if not config.loss.has_regularizers:
-        return []  # CSR has no such head
+        return []  # CSR has no head over a vocabulary
     if not config.hardware.fused_head:
         return ["head      as the library computes it: hardware.fused_head is false"]
     return [f"head      {fuse(model, device)}"]
@@ -236,7 +242,11 @@ def fuse_head(config: Config, model: SparseEncoder, device: str) -> list[str]:
 def decide_attention(
     config: Config, model: SparseEncoder, device: str, decisions: Decisions, run: Run | None, start: Start
 ) -> Config:
-    """The config with the attention that the model computes with from now on; for `make check`, what it would be."""
+    """Set the model's attention, and return the config with the attention that was chosen.
+
+    `make check` (run is None) sets nothing; it decides as far as that is possible without trying. Raises ConfigError when
+    the GPUs of one training would choose differently.
+    """
     if run:
         config, line = choose_attention(model, config, device, start.packed_texts)
     else:
@@ -253,7 +263,10 @@ def decide_attention(
 def tokenise(
     config: Config, data: TrainingData, model: SparseEncoder, device: str, decisions: Decisions, *, keep: bool
 ) -> None:
-    """Make the token ids of all rows, of every text once; where they are not kept, of some rows."""
+    """Make the token ids of all rows. Each different text is tokenised once.
+
+    keep: False for `make check`, which tokenises CHECKED_ROWS rows of each set and keeps no ids.
+    """
     rows = data if keep else data.sample(CHECKED_ROWS, config.training.seed)
     tokeniser = Tokeniser(model, routes_of(config), decisions.add, keep=keep)
     with first_on_each_machine_first():
@@ -265,7 +278,7 @@ def tokenise(
 
 
 def share_evaluator(config: Config, data: TrainingData, decisions: Decisions) -> SearchEvaluator | None:
-    """The evaluator. The first process runs it and the others encode for it, so theirs has no searches of its own."""
+    """The evaluator; None without searches. The first process runs it. The evaluators of the others are empty."""
     evaluator = build_evaluator(config, data.search, decisions.add) if is_first() else None
     exists = from_first(evaluator is not None)
     return evaluator if is_first() else SearchEvaluator({}) if exists else None

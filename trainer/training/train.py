@@ -1,4 +1,4 @@
-"""Trains one run: everything prepared, scored, trained, saved, scored again, and one verdict line."""
+"""Trains one run: prepares it, scores the model, trains, saves, scores again, and prints one verdict line."""
 
 import shutil
 import sys
@@ -43,7 +43,7 @@ def train(
 ) -> dict[str, float]:
     """Train the config's model in the run's folder. Returns the search scores after training.
 
-    Raises ConfigError for what the user can mend, NonFiniteLoss, and Stopped after Ctrl-C or SIGTERM.
+    Raises ConfigError for a mistake that the user can fix, NonFiniteLoss, and Stopped after Ctrl-C or SIGTERM.
     """
     began, decisions = time.perf_counter(), Decisions(echo)
     with StopOnSignal() as stop:
@@ -64,9 +64,9 @@ def train(
         if stop.received is not None and trainer.state.global_step < prepared.progress.steps:
             raise Stopped(trainer.state.global_step, stop.received)
 
-        # 4. Save, score: in the precision in which users will open the model, not under training's autocast
+        # 4. Save and score, in the precision in which users will open the model, without training's autocast
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        take_weights_of_first(model)  # another process may not have seen the best checkpoint when it was written
+        take_weights_of_first(model)  # only the first process loads the best checkpoint
         if is_first():
             save_final(model, run)
         after = measure_scores(model, prepared.evaluator, run, "after", decisions.echo)
@@ -119,7 +119,7 @@ def build_trainer(
 
 
 def scores_before(prepared: Prepared, run: Run, start: Start, echo: Callable[[str], None]) -> dict[str, float]:
-    """Search scores before training; of a resumed run the recorded ones, where they are comparable."""
+    """Search scores before training. A resumed run takes them from run.json; empty if they are not comparable."""
     if not start.checkpoint:
         return measure_scores(prepared.model, prepared.evaluator, run, "before", echo)
     before = run.manifest.get("before", {}) if prepared.continues_scores else {}  # all processes hold the same manifest
@@ -130,7 +130,7 @@ def scores_before(prepared: Prepared, run: Run, start: Start, echo: Callable[[st
 def measure_scores(
     model: SparseEncoder, evaluator: SearchEvaluator | None, run: Run, when: str, echo: Callable[[str], None]
 ) -> dict[str, float]:
-    """Search scores, also into the manifest under `when`; empty without searches."""
+    """Measure the search scores, print them, and write them into run.json under `when`. Empty without searches."""
     if evaluator is None:
         return {}
     with with_padded_attention(model), distributed_evaluation(model) as is_evaluating:
@@ -147,7 +147,7 @@ def measure_scores(
 
 
 def save_final(model: SparseEncoder, run: Run) -> None:
-    """Write final/ aside and put it in place in one move, so that it is there whole or not at all."""
+    """Write final/ under a temporary name and rename it when complete, so that no half-written model has that name."""
     aside = run.folder / ".final"
     shutil.rmtree(aside, ignore_errors=True)
     save_model(model, aside)
@@ -155,7 +155,7 @@ def save_final(model: SparseEncoder, run: Run) -> None:
 
 
 def record_start(prepared: Prepared, run: Run, start: Start) -> None:
-    """Write into the run's folder how it was prepared, and the texts it trains on."""
+    """Write into the run folder how the run was prepared, and the texts that it trains on."""
     config, base = prepared.config, prepared.base
     run.update(
         status="running",
@@ -178,7 +178,7 @@ def record_start(prepared: Prepared, run: Run, start: Start) -> None:
 
 
 def record_end(trainer: SparseTrainer, prepared: Prepared, run: Run, totals: RunTotals) -> None:
-    """Write into the manifest how the run ended."""
+    """Write into run.json how the run ended."""
     weights = trainer.regularizer_weights
     run.update(
         status="finished",
@@ -190,10 +190,10 @@ def record_end(trainer: SparseTrainer, prepared: Prepared, run: Run, totals: Run
 
 
 def verdict(before: dict, after: dict, evaluator: SearchEvaluator | None, manifest: dict[str, Any]) -> str:
-    """The one line a user waits for. Of several processes, the first has an evaluator with parts."""
+    """The line that sums up the run. Of several processes, only the first has an evaluator with searches."""
     parts = []
     if evaluator is not None and evaluator.parts:
-        start = f"{before[REPORTED]:.3f} → " if before else ""  # not where a resume changed the searches
+        start = f"{before[REPORTED]:.3f} → " if before else ""  # empty when a resume changed the searches
         parts.append(f"nDCG@10 {start}{after[REPORTED]:.3f}")
         queries = fmean(after[f"{name}_query_active_dims"] for name in evaluator.parts)
         documents = fmean(after[f"{name}_document_active_dims"] for name in evaluator.parts)
