@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import FrozenInstanceError
 
 import pytest
 
@@ -10,8 +11,9 @@ from trainer.config import load_config
 from trainer.data.training_data import load_data
 from trainer.runs.run import Run
 from trainer.training.describe import data_lines, steps_line
-from trainer.training.prepare import Decisions, check
+from trainer.training.prepare import Decisions, check, prepare
 from trainer.training.progress import Progress
+from trainer.training.resume import Start
 from trainer.training.train import train
 
 
@@ -152,3 +154,15 @@ def test_the_plan_for_a_gpu_is_that_of_a_gpu_on_a_machine_without_one_too(tiny):
     lines = lines_of(tiny, "hardware.device=cuda", "training.bf16=true")
     assert any(line.startswith("attention varlen, texts packed without padding, if") for line in lines)
     assert "padding   none: texts are packed (model.attention), so datasets.length_window has no effect" in lines
+
+
+def test_what_a_run_is_prepared_with_cannot_be_changed_and_holds_the_lines_that_were_printed(tiny):
+    loaded, printed = load_config(tiny), []
+    prepared = prepare(loaded, Run.create(loaded), Start(), Decisions(printed.append))
+    assert list(prepared.decisions) == printed
+    assert printed[-1].startswith("result    the checkpoint with the highest mean nDCG@10")
+    with pytest.raises(FrozenInstanceError):
+        prepared.loss = None
+    # `make check` says the same of what it makes too
+    shared = set(printed) & set(lines_of(tiny))
+    assert {line.split()[0] for line in shared} >= {"data", "search", "steps", "model", "head", "attention", "rates"}
