@@ -1,14 +1,15 @@
 """Contradictions between keys that are each valid alone."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.config.schema import FROM_SCRATCH, Config, FromScratchConfig, HubSource, LocalSource, MiningConfig
+from trainer.config.schema import FROM_SCRATCH, Config, FromScratchConfig, LocalSource, MiningConfig
 from trainer.config.tree import Path_
 
-Finding = tuple[Path_, str]
+Contradiction = tuple[Path_, str]  # the key to change, and what is wrong with it: the text that follows its name
 
 # Keys of the loss that csr has no use for; `regularizer` has a default, so it is not among them.
 SPLADE_KEYS = (
@@ -36,20 +37,8 @@ def is_local(source: str) -> bool:
 
 
 def exists(name: str) -> bool:
-    """Whether there is such a file or folder; a name that none can have (too long, with a null byte) is none."""
-    try:
-        return Path(name).exists()
-    except (OSError, ValueError):
-        return False
-
-
-def why_unreadable(name: str) -> str | None:
-    """Why the system cannot say whether there is such a file: no file can have the name, or its folder may not be read."""
-    try:
-        Path(name).expanduser().exists()
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of a user that there is not
-        return getattr(error, "strerror", None) or str(error)
-    return None
+    """Whether there is such a file or folder."""
+    return os.path.exists(name)  # noqa: PTH110 Path.exists raises for a name that is too long
 
 
 def is_commit(revision: str | None) -> bool:
@@ -57,99 +46,88 @@ def is_commit(revision: str | None) -> bool:
     return bool(revision and re.fullmatch(r"[0-9a-f]{40}", revision))
 
 
-def find_contradictions(config: Config) -> Iterator[Finding]:
-    """Every contradiction, as the path of the key to change and what to do."""
-    yield from _names(config)
+def find_contradictions(config: Config) -> Iterator[Contradiction]:
+    """Every contradiction, as the path of the key to change and the text that follows its name."""
     yield from _model(config)
     yield from _training(config)
     yield from _loss(config)
     yield from _datasets(config)
 
 
-def _names(config: Config) -> Iterator[Finding]:
-    """Files and folders that a config names and that the system will not even look for."""
-    datasets = config.datasets
-    families: dict[tuple[str, ...], Any] = {("nli",): datasets.nli, ("ddsc",): datasets.ddsc}
-    families |= {
-        ("scandi_qa", name): source for name, source in datasets.scandi_qa or () if isinstance(source, HubSource)
-    }
-    families |= {(name,): source for name, source in datasets.local.items()}
-    named: list[Finding] = [(("model", "base_model"), config.model.base_model)]
-    named += [(("datasets", *path, "source"), source.source) for path, source in families.items() if source]
-    named += [(("evaluation", "search", number), name) for number, name in enumerate(config.evaluation.search)]
-    for path, name in named:
-        if reason := why_unreadable(name):
-            yield (
-                path,
-                f"'{'.'.join(map(str, path))}' names no file or folder that can be looked for: {reason}: {name[:60]}",
-            )
+def _revision(path: Path_, source: str, revision: str | None) -> Iterator[Contradiction]:
+    """A repository is named with its revision. path: of the key that names it."""
+    if not is_local(source) and revision is None:
+        yield path, f"is the repository {source}, which needs '{dotted((*path[:-1], 'revision'))}' (a commit is best)"
 
 
-def _model(config: Config) -> Iterator[Finding]:
+def dotted(path: Path_) -> str:
+    """A key as messages write it."""
+    return ".".join(map(str, path))
+
+
+def _model(config: Config) -> Iterator[Contradiction]:
     model = config.model
     inference_free = model.architecture == "inference-free-splade"
     if model.use_router is not None and model.use_router != inference_free:
         yield (
             ("model", "use_router"),
-            f"'model.use_router' is {str(model.use_router).lower()}, but architecture {model.architecture} "
+            f"is {str(model.use_router).lower()}, but architecture {model.architecture} "
             f"{'needs' if inference_free else 'has no'} router. Remove the key or change the architecture.",
         )
     if model.trust_remote_code and not is_commit(model.revision):
         which = ", the commit the folder is a copy of" if is_local(model.base_model) else ""
         yield (
             ("model", "trust_remote_code"),
-            "'model.trust_remote_code' runs code that comes with the base model, so 'model.revision' must be a full commit "
-            f"hash (40 hex digits{which}), not {model.revision!r}",
+            "runs code that comes with the base model, so 'model.revision' must be a full commit hash "
+            f"(40 hex digits{which}), not {model.revision!r}",
         )
-    if model.base_model != FROM_SCRATCH and not is_local(model.base_model) and model.revision is None:
-        yield ("model", "base_model"), f"the repository {model.base_model} needs 'model.revision' (a commit is best)"
-    if model.from_scratch and model.base_model != FROM_SCRATCH:
-        yield (
-            ("model", "from_scratch"),
-            f"'model.from_scratch' has no effect on base_model {model.base_model}. "
-            f"Remove it, or set base_model: {FROM_SCRATCH}.",
-        )
-    if model.from_scratch and model.from_scratch.hidden_size % model.from_scratch.num_attention_heads:
-        yield (
-            ("model", "from_scratch", "num_attention_heads"),
-            f"'model.from_scratch.hidden_size' ({model.from_scratch.hidden_size}) must be a multiple of "
-            f"num_attention_heads ({model.from_scratch.num_attention_heads})",
-        )
-    scratch = model.from_scratch or FromScratchConfig()
-    if model.base_model == FROM_SCRATCH and (parameters := most_parameters(scratch)) > LARGEST_FROM_SCRATCH:
-        yield (
-            ("model", "from_scratch"),
-            f"'model.from_scratch' would have {parameters:,} parameters; at most {LARGEST_FROM_SCRATCH:,} are built",
-        )
-    positions = scratch.max_position_embeddings
-    if model.base_model == FROM_SCRATCH and config.training.max_seq_length > positions:
-        yield (
-            ("training", "max_seq_length"),
-            f"'training.max_seq_length' ({config.training.max_seq_length}) is more than "
-            f"model.from_scratch.max_position_embeddings ({positions})",
-        )
+    if model.base_model != FROM_SCRATCH:
+        yield from _revision(("model", "base_model"), model.base_model, model.revision)
+        if model.from_scratch:
+            yield (
+                ("model", "from_scratch"),
+                f"has no effect on base_model {model.base_model}. Remove it, or set base_model: {FROM_SCRATCH}.",
+            )
+    else:
+        yield from _from_scratch(model.from_scratch or FromScratchConfig(), config.training.max_seq_length)
     yield from _attention(config)
     yield from _prompts(config)
     if model.architecture == "csr":
+        quarter = f"a quarter of csr_hidden_dim ({model.csr_hidden_dim})"
         if 4 * model.csr_k > model.csr_hidden_dim:
             yield (
                 ("model", "csr_k"),
-                f"'model.csr_k' ({model.csr_k}) may be at most a quarter of csr_hidden_dim ({model.csr_hidden_dim}): "
-                "the loss reconstructs from 4 × csr_k dimensions",
+                f"({model.csr_k}) may be at most {quarter}: the loss reconstructs from 4 × csr_k dimensions",
             )
         if model.csr_k_start and not model.csr_k <= model.csr_k_start <= model.csr_hidden_dim // 4:
             yield (
                 ("model", "csr_k_start"),
-                f"'model.csr_k_start' ({model.csr_k_start}) must lie between csr_k ({model.csr_k}) and a quarter of "
-                f"csr_hidden_dim ({model.csr_hidden_dim})",
+                f"({model.csr_k_start}) must lie between csr_k ({model.csr_k}) and {quarter}",
             )
         if model.csr_k_aux > model.csr_hidden_dim:
-            yield ("model", "csr_k_aux"), "'model.csr_k_aux' is more than csr_hidden_dim"
+            yield ("model", "csr_k_aux"), "is more than csr_hidden_dim"
     if model.freeze_static_embedding and not inference_free:
         yield (
             ("model", "freeze_static_embedding"),
-            f"'model.freeze_static_embedding' is for inference-free-splade; {model.architecture} has no static "
-            "embedding. Remove it.",
+            f"is for inference-free-splade; {model.architecture} has no static embedding. Remove it.",
+        )
+
+
+def _from_scratch(shape: FromScratchConfig, max_seq_length: int) -> Iterator[Contradiction]:
+    if shape.hidden_size % shape.num_attention_heads:
+        yield (
+            ("model", "from_scratch", "hidden_size"),
+            f"({shape.hidden_size}) must be a multiple of num_attention_heads ({shape.num_attention_heads})",
+        )
+    if (parameters := most_parameters(shape)) > LARGEST_FROM_SCRATCH:
+        yield (
+            ("model", "from_scratch"),
+            f"would have {parameters:,} parameters; at most {LARGEST_FROM_SCRATCH:,} are built",
+        )
+    if max_seq_length > shape.max_position_embeddings:
+        yield (
+            ("training", "max_seq_length"),
+            f"({max_seq_length}) is more than model.from_scratch.max_position_embeddings ({shape.max_position_embeddings})",
         )
 
 
@@ -160,109 +138,92 @@ def most_parameters(shape: FromScratchConfig) -> int:
     return (shape.vocab_size + shape.max_position_embeddings) * width + shape.num_hidden_layers * layer
 
 
-def _prompts(config: Config) -> Iterator[Finding]:
+def _prompts(config: Config) -> Iterator[Contradiction]:
     prompts = config.model.prompts
     for side, text in prompts or ():
         if text and not text.strip():
-            yield ("model", "prompts", side), f"'model.prompts.{side}' is blank. For nothing in front, write \"\""
+            yield ("model", "prompts", side), 'is blank. For nothing in front, write ""'
     if prompts and prompts.query and config.model.architecture == "inference-free-splade":
         yield (
             ("model", "prompts", "query"),
-            "'model.prompts.query' would put the same words, with the same weights, into every query of "
-            "inference-free-splade, whose queries are only looked up. Remove it",
+            "would put the same words, with the same weights, into every query of inference-free-splade, "
+            "whose queries are only looked up. Remove it",
         )
 
 
-def _attention(config: Config) -> Iterator[Finding]:
+def _attention(config: Config) -> Iterator[Contradiction]:
     training, attention = config.training, config.model.attention
     if not config.model.packs_texts:
         return
     if config.hardware.device in ("cpu", "mps"):
-        yield ("model", "attention"), f"'model.attention' {attention} is for CUDA; device is {config.hardware.device}"
+        yield ("model", "attention"), f"{attention} is for CUDA; device is {config.hardware.device}"
     if not (training.bf16 or training.fp16):
-        yield ("model", "attention"), f"'model.attention' {attention} computes in 16 bits: set training.bf16 to true"
+        yield ("model", "attention"), f"{attention} computes in 16 bits: set training.bf16 to true"
 
 
-def _training(config: Config) -> Iterator[Finding]:
+def _training(config: Config) -> Iterator[Contradiction]:
     training = config.training
     if training.load_best_model_at_end and training.save_steps % training.eval_steps:
         yield (
             ("training", "save_steps"),
-            f"'training.save_steps' ({training.save_steps}) must be a multiple of eval_steps ({training.eval_steps}) "
-            "with load_best_model_at_end, or the best step has no checkpoint",
+            f"({training.save_steps}) must be a multiple of eval_steps ({training.eval_steps}) with "
+            "load_best_model_at_end, or the best step has no checkpoint",
         )
     if training.query_learning_rate is not None:
         if config.model.architecture != "inference-free-splade":
             yield (
                 ("training", "query_learning_rate"),
-                "'training.query_learning_rate' is the rate of the static query weights of inference-free-splade; "
-                f"{config.model.architecture} has none. Remove it.",
+                f"is the rate of the static query weights of inference-free-splade; {config.model.architecture} has none. "
+                "Remove it.",
             )
         elif config.model.freeze_static_embedding:
             yield (
                 ("training", "query_learning_rate"),
-                "'training.query_learning_rate' has no effect with model.freeze_static_embedding. Remove one of them.",
+                "has no effect with model.freeze_static_embedding. Remove one of them.",
             )
     if training.bf16 and training.fp16:
-        yield ("training", "fp16"), "'training.bf16' and 'training.fp16' exclude each other"
+        yield ("training", "fp16"), "and 'training.bf16' exclude each other"
     if training.dataloader_prefetch_factor and not training.dataloader_num_workers:
-        yield (
-            ("training", "dataloader_prefetch_factor"),
-            "'training.dataloader_prefetch_factor' needs training.dataloader_num_workers of at least 1",
-        )
+        yield ("training", "dataloader_prefetch_factor"), "needs training.dataloader_num_workers of at least 1"
     if training.max_steps == 0 or training.max_steps < -1:
-        yield ("training", "max_steps"), "'training.max_steps' is a number of steps, or -1 for num_train_epochs"
-    if config.hardware.tf32 and config.hardware.device in ("cpu", "mps"):
-        yield ("hardware", "tf32"), f"'hardware.tf32' is for CUDA; device is {config.hardware.device}"
-    if training.fp16 and config.hardware.device in ("cpu", "mps"):
-        yield ("training", "fp16"), f"'training.fp16' is for CUDA; hardware.device is {config.hardware.device}"
+        yield ("training", "max_steps"), "is a number of steps, or -1 for num_train_epochs"
     if config.hub.push and not config.hub.repo:
-        yield ("hub", "push"), "'hub.push' needs 'hub.repo'"
+        yield ("hub", "push"), "needs 'hub.repo'"
 
 
-def _loss(config: Config) -> Iterator[Finding]:
+def _loss(config: Config) -> Iterator[Contradiction]:
     loss, architecture = config.loss, config.model.architecture
     teacher = loss.teacher
-    if teacher and not is_local(teacher.model) and teacher.revision is None:
-        yield (
-            ("loss", "teacher", "model"),
-            f"the repository {teacher.model} needs 'loss.teacher.revision' (a commit is best)",
-        )
-    if teacher and teacher.temperature != 1 and teacher.objective != "kl":
-        yield (
-            ("loss", "teacher", "temperature"),
-            "'loss.teacher.temperature' has no effect on margin-mse. Remove it, or set objective: kl",
-        )
+    if teacher:
+        yield from _revision(("loss", "teacher", "model"), teacher.model, teacher.revision)
+        if teacher.temperature != 1 and teacher.objective != "kl":
+            yield ("loss", "teacher", "temperature"), "has no effect on margin-mse. Remove it, or set objective: kl"
     expected = "csr" if architecture == "csr" else "splade"
     if loss.type != expected:
-        yield ("loss", "type"), f"'loss.type' is {loss.type}, but architecture {architecture} needs {expected}"
+        yield ("loss", "type"), f"is {loss.type}, but architecture {architecture} needs {expected}"
         return
     if expected == "csr":
         for key in (*SPLADE_KEYS, "cached"):
             if getattr(loss, key):
-                yield (
-                    ("loss", key),
-                    f"'loss.{key}' is for SPLADE; a csr model is sparse by model.csr_k. Remove it.",
-                )
+                yield ("loss", key), "is for SPLADE; a csr model is sparse by model.csr_k. Remove it."
         return
     for route in ("document", "query"):
         yield from _weight_or_target(config, route)
     if loss.regularizer == "idf-flops" and architecture != "inference-free-splade":
         yield (
             ("loss", "regularizer"),
-            "'loss.regularizer' idf-flops is for inference-free-splade, where queries weigh words by IDF, "
-            f"not {architecture}",
+            f"idf-flops is for inference-free-splade, where queries weigh words by IDF, not {architecture}",
         )
     cap, target = loss.document_dims_cap, loss.target_document_dims
     if cap and target and cap >= target:
         yield (
             ("loss", "document_dims_cap"),
-            f"'loss.document_dims_cap' ({cap}) must be less than target_document_dims ({target}): documents up to the cap "
-            "are not penalised, so no weight brings their mean below it",
+            f"({cap}) must be less than target_document_dims ({target}): documents up to the cap are not penalised, "
+            "so no weight brings their mean below it",
         )
 
 
-def _weight_or_target(config: Config, route: str) -> Iterator[Finding]:
+def _weight_or_target(config: Config, route: str) -> Iterator[Contradiction]:
     """Each route's sparsity is said once: by a weight, or by the dims that the weight is found for."""
     weight_key, target_key = f"{route}_regularizer_weight", f"target_{route}_dims"
     weight, target = getattr(config.loss, weight_key), getattr(config.loss, target_key)
@@ -270,38 +231,34 @@ def _weight_or_target(config: Config, route: str) -> Iterator[Finding]:
     if target and weight:
         yield (
             ("loss", target_key),
-            f"'loss.{target_key}' ({target}) finds the weight during training, 'loss.{weight_key}' ({weight:g}) gives it: "
-            "remove one of them (null unsets a parent's). A target holds for every vocabulary, batch size and data set",
+            f"({target}) finds the weight during training, 'loss.{weight_key}' ({weight:g}) gives it: remove one of them "
+            "(null unsets a parent's). A target holds for every vocabulary, batch size and data set",
         )
     elif route == "query" and target and inference_free:
-        yield (
-            ("loss", target_key),
-            f"'loss.{target_key}' is for splade: queries of inference-free-splade are their own words. Remove it.",
-        )
+        yield ("loss", target_key), "is for splade: queries of inference-free-splade are their own words. Remove it."
     elif route == "document" and not target and not weight:
         yield (
             ("loss", weight_key),
-            f"'loss.{weight_key}' must be more than 0, or documents stay dense. Or say how many dims documents shall have: "
-            f"loss.{target_key}",
+            f"must be more than 0, or documents stay dense. Or say how many dims documents shall have: loss.{target_key}",
         )
     elif route == "query" and not target and not weight and not inference_free:
         yield (
             ("loss", weight_key),
-            f"'loss.{weight_key}' must be more than 0 for splade, or queries stay dense (0 is for inference-free-splade). "
+            "must be more than 0 for splade, or queries stay dense (0 is for inference-free-splade). "
             f"Or say how many dims queries shall have: loss.{target_key}",
         )
 
 
-def _datasets(config: Config) -> Iterator[Finding]:
+def _datasets(config: Config) -> Iterator[Contradiction]:
     datasets = config.datasets
     families = (datasets.nli, datasets.scandi_qa, datasets.ddsc, datasets.quickstart)
     if not any(source and source.enabled for source in (*families, *datasets.local.values())):
-        yield ("datasets",), "no data set is enabled under 'datasets'"
+        yield ("datasets",), "has no set that is enabled"
     for name, source in datasets.local.items():
         if not re.fullmatch(r"[A-Za-z0-9_]+", name):
-            yield ("datasets", name), f"the data set's name '{name}' may hold letters, digits and _ only"
+            yield ("datasets", name), "is a name of more than letters, digits and _. Choose another"
         if name in RESERVED_NAMES:
-            yield ("datasets", name), f"'{name}' is the name of an embedded set. Choose another"
+            yield ("datasets", name), "is the name of an embedded set. Choose another"
         if source.enabled:
             yield from _local(("datasets", name), source)
     for name, source in (*datasets.local.items(), *((name, getattr(datasets, name)) for name in FAMILIES)):
@@ -309,43 +266,38 @@ def _datasets(config: Config) -> Iterator[Finding]:
             yield from _mining(("datasets", name, "mine"), source.mine)
 
 
-def _mining(path: Path_, mining: MiningConfig) -> Iterator[Finding]:
-    dotted = ".".join(map(str, path))
+def _mining(path: Path_, mining: MiningConfig) -> Iterator[Contradiction]:
     lowest, highest = mining.range
     if highest - lowest < mining.per_query:
-        yield (
-            (*path, "range"),
-            f"'{dotted}.range' [{lowest}, {highest}] has fewer ranks than per_query ({mining.per_query}) asks for",
-        )
+        yield (*path, "range"), f"[{lowest}, {highest}] has fewer ranks than per_query ({mining.per_query}) asks for"
     if mining.method == "bm25":
         for key in ("model", "revision"):
             if getattr(mining, key):
-                yield (*path, key), f"'{dotted}.{key}' has no effect with method bm25. Remove it, or set method: model"
+                yield (*path, key), "has no effect with method bm25. Remove it, or set method: model"
     elif not mining.model:
-        yield (*path, "method"), f"'{dotted}.method' model needs '{dotted}.model'"
-    elif not is_local(mining.model) and mining.revision is None:
-        yield (*path, "model"), f"the repository {mining.model} needs '{dotted}.revision' (a commit is best)"
+        yield (*path, "method"), f"model needs '{dotted((*path, 'model'))}'"
+    else:
+        yield from _revision((*path, "model"), mining.model, mining.revision)
 
 
-def _local(path: Path_, source: LocalSource) -> Iterator[Finding]:
-    dotted = ".".join(map(str, path))
+def _local(path: Path_, source: LocalSource) -> Iterator[Contradiction]:
     columns = source.columns
     if columns and len({columns.anchor, columns.positive, columns.negative}) < 3:
-        yield (*path, "columns"), f"'{dotted}.columns' names one column twice"
+        yield (*path, "columns"), "names one column twice"
     if not is_local(source.source):
-        if source.revision is None:
-            yield (*path, "source"), f"the repository {source.source} needs '{dotted}.revision' (a commit is best)"
+        yield from _revision((*path, "source"), source.source, source.revision)
         if columns is None:
             yield (
                 (*path, "source"),
-                f"the repository {source.source} needs '{dotted}.columns' ({{anchor: …, positive: …, negative: …}})",
+                f"is the repository {source.source}, which needs '{dotted((*path, 'columns'))}' "
+                "({anchor: …, positive: …, negative: …})",
             )
         return
     without_effect: dict[str, Any] = {"revision": source.revision}
-    if not (exists(source.source) and Path(source.source).is_dir()):
+    if not Path(source.source).is_dir():
         without_effect |= {"subset": source.subset, "eval_split": source.eval_split}
     elif exists(f"{source.source}/corpus.jsonl") or exists(f"{source.source}/corpus.jsonl.gz"):
         without_effect |= {"subset": source.subset, "columns": columns}
     for key, value in without_effect.items():
         if value is not None:
-            yield (*path, key), f"'{dotted}.{key}' has no effect on the source {source.source}. Remove it."
+            yield (*path, key), f"has no effect on the source {source.source}. Remove it."

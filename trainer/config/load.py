@@ -12,15 +12,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainer.config.checks import find_contradictions
+from trainer.config.checks import dotted, find_contradictions
 from trainer.config.errors import ConfigError, did_you_mean
 from trainer.config.schema import Config, section_at
 from trainer.config.tree import MAX_DEPTH, Origin, Origins, Path_, YamlError, is_file, merge, parse_value, read_file
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 PREFIX = "training_config_"
-# Keys that had another name before: the config.yaml of an older run is still read.
-RENAMED = {("loss", "penalty"): ("loss", "regularizer")}
 
 
 @dataclass(frozen=True)
@@ -81,24 +79,24 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
             nested = {part: nested}
         leaf = Origin(f"--set {override}", 0)
         values = merge(values, nested, origins, dict.fromkeys((path[: i + 1] for i in range(len(path))), leaf))
-    _rename(values, origins)
+    _rename_keys_of_older_runs(values, origins)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
         where, message = _explain(error, values)
         raise ConfigError(f"{_origin(where, origins, file)}: {message}") from None
     for where, message in find_contradictions(config):
-        raise ConfigError(f"{_origin(where, origins, file)}: {message}")
+        raise ConfigError(f"{_origin(where, origins, file)}: '{dotted(where)}' {message}")
     loaded = LoadedConfig(config_name(file), file, config, origins)
     _check_siblings(loaded)
     return loaded
 
 
-def _rename(values: dict[str, Any], origins: Origins) -> None:
-    for (section, old), (_, new) in RENAMED.items():
-        keys = values.get(section)
-        if isinstance(keys, dict) and old in keys and new not in keys:  # with both, the old one is unknown
-            keys[new], origins[section, new] = keys.pop(old), origins.pop((section, old))
+def _rename_keys_of_older_runs(values: dict[str, Any], origins: Origins) -> None:
+    """loss.regularizer was called loss.penalty. With both, the old one is unknown."""
+    loss = values.get("loss")
+    if isinstance(loss, dict) and "penalty" in loss and "regularizer" not in loss:
+        loss["regularizer"], origins["loss", "regularizer"] = loss.pop("penalty"), origins.pop(("loss", "penalty"))
 
 
 def _origin(path: Path_, origins: Origins, file: Path) -> Origin:
@@ -152,32 +150,21 @@ def _explain(error: ValidationError, values: dict[str, Any]) -> tuple[Path_, str
     errors = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     first = errors[0]
     path: Path_ = first["loc"]
-    dotted = ".".join(map(str, path))
-    kind, given = first["type"], first["input"]
-    if _is_unknown_dataset(path, kind):
-        hint = did_you_mean(str(path[1]), _keys_at(("datasets",)))
-        return path[:2], (f"'datasets.{path[1]}' has no 'source', and is not a data set this project knows.{hint}")
+    key, kind, given = f"'{dotted(path)}'", first["type"], first["input"]
+    if kind == "missing" and path[0] == "datasets" and path[2:] == ("source",) and path[1] not in _keys_at(path[:1]):
+        hint = did_you_mean(str(path[1]), _keys_at(path[:1]))
+        return path[:2], f"'{dotted(path[:2])}' has no 'source', and is not a data set this project knows.{hint}"
     if kind == "extra_forbidden":
-        return path, f"unknown key '{dotted}'.{did_you_mean(str(path[-1]), _keys_at(path[:-1]))}"
+        return path, f"unknown key {key}.{did_you_mean(str(path[-1]), _keys_at(path[:-1]))}"
     if kind == "missing":
-        return path, f"missing key '{dotted}': {_describe(path)}"
+        return path, f"missing key {key}: {_describe(path)}"
     if kind == "literal_error":
         choices = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         hint = did_you_mean(given, choices) if isinstance(given, str) else ""
-        return path, f"'{dotted}' is {_quote(given)}, but must be one of {', '.join(choices)}.{hint.split(' Known')[0]}"
+        return path, f"{key} is {_quote(given)}, but must be one of {', '.join(choices)}.{hint.split(' Known')[0]}"
     if kind in TYPE_WORDS:
-        return path, f"'{dotted}' must be {TYPE_WORDS[kind]}, not {_quote(given)}"
-    message = first["msg"].replace("Input should be", "must be")
-    return path, f"'{dotted}' {message}, not {_quote(given)}"
-
-
-def _is_unknown_dataset(path: Path_, kind: str) -> bool:
-    return (
-        len(path) == 3
-        and path[0] == "datasets"
-        and path[1] not in _keys_at(("datasets",))
-        and (kind == "missing" and path[2] == "source")
-    )
+        return path, f"{key} must be {TYPE_WORDS[kind]}, not {_quote(given)}"
+    return path, f"{key} {first['msg'].replace('Input should be', 'must be')}, not {_quote(given)}"
 
 
 def _quote(value: Any) -> str:
@@ -244,18 +231,8 @@ def _is_plain(text: str) -> bool:
 
 def json_schema() -> dict[str, Any]:
     """JSON schema of a config file for editors: every key optional, since a file may extend another."""
-    schema = Config.model_json_schema()
-
-    def relax(node: Any) -> None:
-        if isinstance(node, dict):
-            node.pop("required", None)
-            for child in node.values():
-                relax(child)
-        elif isinstance(node, list):
-            for child in node:
-                relax(child)
-
-    relax(schema)
+    text = json.dumps(Config.model_json_schema())
+    schema = json.loads(text, object_hook=lambda node: {k: v for k, v in node.items() if k != "required"})
     schema["properties"]["extends"] = {
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
         "description": "Config files this one is laid over, relative to it; later ones win.",

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -18,13 +19,26 @@ def is_revision(text: str) -> bool:
     return re.fullmatch(r"(?!/)(?!.*(\.\.|//|@\{))[^\x00-\x20\x7f~^:?*\[\\]+(?<![/.])", text) is not None
 
 
-def _checked(revision: str) -> str:
+def _valid_revision(revision: str) -> str:
     if not is_revision(revision):
         raise PydanticCustomError("revision", "must be a commit, tag or branch")
     return revision
 
 
-Revision = Annotated[str, AfterValidator(_checked)]
+def _findable(name: str) -> str:
+    """Too long, with a null byte, the home of nobody, in a folder that may not be read: the system raises for these."""
+    try:
+        Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise PydanticCustomError(
+            "source", "must be a file, folder or repository ({reason})", {"reason": reason}
+        ) from None
+    return name
+
+
+Revision = Annotated[str, AfterValidator(_valid_revision)]
+Source = Annotated[str, AfterValidator(_findable)]
 
 NanoBeirTask = Literal[
     "climatefever",
@@ -93,7 +107,7 @@ class PromptsConfig(Section):
 class ModelConfig(Section):
     """What is trained, and from which base model."""
 
-    base_model: str
+    base_model: Source
     """A Hugging Face repository, a local folder, or `from-scratch`."""
     revision: Revision | None = None
     """Commit, tag or branch of the repository. The commit it stands for is recorded in run.json."""
@@ -206,7 +220,7 @@ class TrainingConfig(Section):
 class TeacherConfig(Section):
     """A stronger model whose scores are imitated, for the rows that have a negative."""
 
-    model: str
+    model: Source
     """A hub repository, or a local folder."""
     revision: Revision | None = None
     """Commit, tag or branch of the repository. Scores are kept for the commit it stands for."""
@@ -276,7 +290,7 @@ class MiningConfig(Section):
 
     method: Literal["bm25", "model"] = "bm25"
     """bm25: passages with the query's words, in its language; model: passages that a dense model finds similar."""
-    model: str | None = None
+    model: Source | None = None
     """model: a hub repository, or a local folder."""
     revision: Revision | None = None
     """model: commit, tag or branch of the repository."""
@@ -293,7 +307,7 @@ class HubSource(Section):
 
     enabled: bool = True
     """Use this source."""
-    source: str
+    source: Source
     """Hub repository, or a local folder with a copy of it."""
     revision: Revision
     """Commit, tag, branch or ref. The commit it stands for is recorded in run.json."""
@@ -348,7 +362,7 @@ class LocalSource(Section):
 
     enabled: bool = True
     """Use this set."""
-    source: str
+    source: Source
     """Folder in BEIR layout, a file, a glob (*.jsonl, *.jsonl.gz, *.parquet), or a hub repository."""
     revision: Revision | None = None
     """Commit, tag, branch or ref; needed when the source is a hub repository."""
@@ -417,7 +431,7 @@ class EvaluationConfig(Section):
     """NanoBEIR tasks (null: all 13; []: none), used when the hub is reachable."""
     nanobeir_languages: list[Literal["no", "sv"]] = ["no", "sv"]
     """Languages of NanoBEIR; there is no Danish one."""
-    search: list[str] = []
+    search: list[Source] = []
     """Folders in BEIR layout with a dev split to search in, besides those among the data sets."""
     mteb_tasks: list[str] = ["scandinavian"]
     """What `make eval` scores by default: groups, mteb names, folders in BEIR layout (`folder:no` says its language)."""
