@@ -19,8 +19,8 @@ from trainer.runs.choice import hash_of
 from trainer.runs.results import EvalFolder, TaskScore, read_system, write_json
 
 
-def score(task, ndcg, languages=("nob-Latn",), per_query=None):
-    return TaskScore(task, tuple(languages), ndcg, per_query or {})
+def score(task, ndcg, languages=("nob-Latn",), per_query=None, part="test/default"):
+    return TaskScore(task, {part: (ndcg, tuple(languages))}, per_query or {})
 
 
 def system(**ndcg):
@@ -430,7 +430,7 @@ def test_a_baseline_that_has_no_scores_per_query_is_not_compared_with_a_half(tmp
     write_half(tmp_path, "bm25", True, chose=1.0, others=0.25)
     systems = EvalFolder(tmp_path, chosen_by("half")).systems()
     with pytest.raises(ConfigError, match="published has no scores per query, and some queries chose the checkpoint"):
-        compare("main", systems | {"published": {"s": score("s", 0.9)}})
+        compare("main", systems | {"published": {"s": score("s", 0.9, part="dev/default")}})
 
 
 @pytest.mark.parametrize(

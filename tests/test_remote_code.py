@@ -474,8 +474,8 @@ def test_resume_stops_at_a_checkpoint_without_its_code_or_with_edited_code(tmp_p
     code = tmp_path / "models/config/checkpoints/checkpoint-4/modeling_gptbert.py"
     text = code.read_text()
     for spoil, line in (
-        (lambda: code.write_text(text.replace("tril", "triu")), "was edited by hand. Put it back"),
-        (code.unlink, "lacks the code of its model, modeling_gptbert.py. Put it back"),
+        (lambda: code.write_text(text.replace("tril", "triu")), "modeling_gptbert.py was changed since it was written"),
+        (code.unlink, "modeling_gptbert.py is missing. Put it back"),
     ):
         spoil()
         stopped = run_trainer(tmp_path, "train", "config.yaml", "--resume")

@@ -9,6 +9,7 @@ import click
 
 from trainer.config import ConfigError, find_config, json_schema, load_config, render
 from trainer.config.words import split_pairs
+from trainer.system.distributed import has_launcher
 from trainer.system.libraries import set_up_libraries
 
 
@@ -57,34 +58,15 @@ def train(
     loaded = load_config(find_config(config), overrides)
     if nodes > 1 and rendezvous is None:
         raise ConfigError("--nodes needs --rendezvous HOST:PORT, the same on every machine, where HOST is one of them")
-    if nodes * processes > 1:
-        os.environ.setdefault(
-            "TORCH_CPP_LOG_LEVEL", "ERROR"
-        )  # read when torch is imported: no stack per closed connection
+    if nodes * processes > 1 and not has_launcher():
+        # read when torch is imported: no stack per closed connection
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from trainer.system.launch import launch
 
-        arguments = arguments_of(click.get_current_context(), without=("processes", "nodes", "rendezvous"))
-        sys.exit(launch(loaded, arguments, name or loaded.name, processes, nodes, rendezvous))
+        sys.exit(launch(loaded, name or loaded.name, processes, nodes, rendezvous))
     from trainer.training.command import run_training
 
     run_training(config, loaded, overrides, name, resume, verbose)
-
-
-def arguments_of(context: click.Context, without: tuple[str, ...]) -> list[str]:
-    """The arguments that a command was called with, for another process, but for some of its options."""
-    arguments = [context.command.name or ""]
-    for parameter in context.command.params:
-        value = context.params[parameter.name or ""]
-        if parameter.name in without or value in (None, False, ()):
-            continue
-        if isinstance(parameter, click.Argument):
-            arguments.append(str(value))
-        elif value is True:
-            arguments.append(parameter.opts[0])
-        else:
-            for each in value if isinstance(value, tuple) else [value]:
-                arguments += [parameter.opts[0], str(each)]
-    return arguments
 
 
 @main.command()

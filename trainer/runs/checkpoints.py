@@ -37,36 +37,35 @@ def _hash(file: Path) -> str:
 
 
 def _sealed(folder: Path) -> dict[str, Any] | None:
-    """What the seal says; None when it says nothing sensible."""
+    """What the seal says; None when there is none, or it says nothing sensible."""
     try:
-        found = json.loads((folder / SEAL).read_text())
-        is_whole = all(isinstance(entry["bytes"], int) and entry["sha256"] for entry in found["files"].values())
-        return found if is_whole and "run" in found else None
-    except FileNotFoundError:
-        raise
+        sealed = json.loads((folder / SEAL).read_text())
+        is_whole = all(isinstance(entry["bytes"], int) and entry["sha256"] for entry in sealed["files"].values())
+        return sealed if is_whole and "run" in sealed else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
 def fault_of(folder: Path, run_id: str) -> str | None:
     """Why a checkpoint cannot be continued from, or None when every byte is as it was written."""
-    try:
-        found = _sealed(folder)
-    except FileNotFoundError:
-        return "it was not written to its end"
-    if found is None:
-        return f"its {SEAL} cannot be read"
-    if found["run"] != run_id:
+    sealed = _sealed(folder)
+    if sealed is None:
+        return f"its {SEAL} cannot be read" if (folder / SEAL).exists() else "it was not written to its end"
+    if sealed["run"] != run_id:
         return "it belongs to another run"
-    for name, expected in found["files"].items():
+    return _first_change(folder, sealed["files"])
+
+
+def _first_change(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
+    """The first file that is not as the seal says, and how it differs."""
+    for name, expected in files.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != expected["bytes"]:
             return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-    for name, expected in found["files"].items():  # after the sizes, which cost nothing
         try:
-            if _hash(folder / name) != expected["sha256"]:
+            if _hash(file) != expected["sha256"]:
                 return f"{name} was changed since it was written (its SHA-256 differs)"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
@@ -89,18 +88,9 @@ def require_own_code(folder: Path) -> None:
 
     Going on from an older checkpoint would not mend it, and nobody's code but the converted may run.
     """
-    try:
-        found = _sealed(folder) or {"files": {}}
-    except FileNotFoundError:
-        return
-    for name, expected in found["files"].items():
-        file = folder / name
-        if not name.endswith(".py"):
-            continue
-        if not file.is_file():
-            raise ConfigError(f"{folder} lacks the code of its model, {name}. Put it back, or remove the checkpoint")
-        if _hash(file) != expected["sha256"]:
-            raise ConfigError(f"{file} was edited by hand. Put it back as it was, or remove the checkpoint")
+    files = (_sealed(folder) or {"files": {}})["files"]
+    if fault := _first_change(folder, {name: entry for name, entry in files.items() if name.endswith(".py")}):
+        raise ConfigError(f"{folder}: of its model's code, {fault}. Put it back as it was, or remove the checkpoint")
 
 
 def newest_complete(folder: Path, run_id: str, echo: Callable[[str], None]) -> Path | None:
@@ -174,13 +164,9 @@ def remove_oldest(folder: Path, keep: int, newest: Path, best: str | None) -> No
 
 def remove_leftovers(run_folder: Path, checkpoints: Path) -> None:
     """Remove what a killed run was writing or removing."""
-    asides = [
-        *run_folder.glob(".run.json.*"),
-        *run_folder.glob(".config.yaml.*"),
-        *run_folder.glob(".training_texts.*"),
-    ]
     removed = [path for folder in (run_folder, checkpoints) for path in folder.glob(f"{REMOVED}-*")]
     for path in (checkpoints / ASIDE, run_folder / ".final", *removed):
         shutil.rmtree(path, ignore_errors=True)
-    for path in asides:
-        path.unlink(missing_ok=True)
+    for name in ("run.json", "config.yaml", "training_texts"):
+        for path in run_folder.glob(f".{name}.*"):
+            path.unlink(missing_ok=True)

@@ -20,35 +20,37 @@ MAIN_METRIC = "ndcg_at_10"
 class TaskScore:
     """How well one system does on one task.
 
-    `main` is nDCG@10, from 0 to 1, the mean over the task's splits and languages. `per_query` holds nDCG@10 under
-    `split/subset/query id`; it is empty for results that do not carry it, such as mteb's own. `parts` holds nDCG@10 and the
-    languages by `split/subset`, `hashes` those of the queries' texts, `note` how the system searched.
-    `left_out` queries chose the checkpoint, and are not in the other values.
+    `parts` holds nDCG@10, from 0 to 1, and the languages by `split/subset`. `per_query` holds nDCG@10 under
+    `split/subset/query id`; it is empty for results that do not carry it, such as mteb's own. `hashes` are those of the
+    queries' texts, `note` says how the system searched. `left_out` queries chose the checkpoint, and are not in the other
+    values.
     """
 
     task: str
-    languages: tuple[str, ...]
-    main: float
+    parts: dict[str, tuple[float, tuple[str, ...]]]
     per_query: dict[str, float] = field(default_factory=dict)
-    parts: dict[str, tuple[float, tuple[str, ...]]] = field(default_factory=dict)
     revision: str | None = None
     mteb_version: str | None = None
     note: str = ""
     hashes: dict[str, str] = field(default_factory=dict)
     left_out: int = 0
 
+    @property
+    def main(self) -> float:
+        """The mean nDCG@10 over the task's splits and subsets."""
+        return fmean(value for value, _ in self.parts.values())
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The languages of all parts."""
+        return tuple(dict.fromkeys(language for _, languages in self.parts.values() for language in languages))
+
     def on_parts_of(self, other: "TaskScore") -> "TaskScore":
         """The score on the splits and subsets of another score alone, where this one is of these and more."""
-        if not other.parts or not other.parts.keys() < self.parts.keys():
+        if not other.parts.keys() < self.parts.keys():
             return self
-        parts = {part: self.parts[part] for part in other.parts}
-        return replace(
-            self,
-            languages=tuple(dict.fromkeys(language for _, languages in parts.values() for language in languages)),
-            main=fmean(value for value, _ in parts.values()),
-            per_query={q: value for q, value in self.per_query.items() if part_of(q) in parts},
-            parts=parts,
-        )
+        per_query = {query: value for query, value in self.per_query.items() if part_of(query) in other.parts}
+        return replace(self, per_query=per_query, parts={part: self.parts[part] for part in other.parts})
 
     def without_choosers(self, manifest: dict[str, Any], hashes: dict[str, str]) -> "TaskScore":
         """The score on the queries that did not choose a run's checkpoint; `note` names their number."""
@@ -59,7 +61,6 @@ class TaskScore:
         means = means_of_parts(others)
         return replace(
             self,
-            main=fmean(means.values()),
             per_query=others,
             parts={part: (means[part], languages) for part, (_, languages) in self.parts.items()},
             note=note,
@@ -181,7 +182,7 @@ def read_system(path: Path) -> System:
     system: System = {}
     for file in files:
         score = read_score(file)
-        if score.task in system and (system[score.task].main, system[score.task].parts) != (score.main, score.parts):
+        if score.task in system and system[score.task].parts != score.parts:
             raise ConfigError(
                 f"{path} holds two different results of {score.task}. Name one file, or one model's folder"
             )
@@ -197,30 +198,29 @@ def read_score(file: Path) -> TaskScore:
     """One task's scores. Raises ConfigError when the file is in no format that is known here."""
     values = read_json(file)
     try:
-        rows = [row for rows in values["scores"].values() for row in rows]
         parts = {
             f"{split}/{row.get('hf_subset', 'default')}": (
                 float(row[MAIN_METRIC] if MAIN_METRIC in row else row["main_score"]),
                 tuple(row["languages"]),
             )
-            for split, rows_of_split in values["scores"].items()
-            for row in rows_of_split
+            for split, rows in values["scores"].items()
+            for row in rows
         }
-        languages = tuple(dict.fromkeys(language for row in rows for language in row["languages"]))
-        main = fmean(value for value, _ in parts.values())
-        if not math.isfinite(main):
+        score = TaskScore(
+            str(values["task_name"]),
+            parts,
+            revision=values.get("dataset_revision"),
+            mteb_version=values.get("mteb_version"),
+        )
+        if not math.isfinite(score.main):
             raise ValueError("a score is not a number")
-        task, version = str(values["task_name"]), values.get("mteb_version")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         version = values.get("mteb_version") if isinstance(values, dict) else None
         by = f" (written by mteb {version})" if version else ""
         raise ConfigError(
             f"{file}{by} is not a result of mteb 2 or of this project: {type(error).__name__} {error}"
         ) from None
-    twin = _per_query(file)
-    return TaskScore(
-        task, languages, main, parts=parts, revision=values.get("dataset_revision"), mteb_version=version, **twin
-    )
+    return replace(score, **_per_query(file))
 
 
 def _per_query(file: Path) -> dict[str, Any]:

@@ -43,38 +43,14 @@ class Run:
 
     def __init__(self, folder: Path, is_mine: bool = True) -> None:
         self.folder, self.is_mine = folder, is_mine
-        self._before: dict[Path, str] = {}  # files of a run that is resumed, as they were
+        self.name = folder.name
+        self.manifest_file = folder / "run.json"
+        self.checkpoints = folder / "checkpoints"  # training state, one folder per saved step
+        self.logs = folder / "logs"  # TensorBoard's event files
+        self.final = folder / "final"  # the trained model
+        self.training_texts = folder / "training_texts.parquet"  # every different text, by data set
         self.manifest: dict[str, Any] = {}
-
-    @property
-    def name(self) -> str:
-        """The run's name, and the folder's."""
-        return self.folder.name
-
-    @property
-    def manifest_file(self) -> Path:
-        """run.json."""
-        return self.folder / "run.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Training state, one folder per saved step."""
-        return self.folder / "checkpoints"
-
-    @property
-    def logs(self) -> Path:
-        """TensorBoard's event files."""
-        return self.folder / "logs"
-
-    @property
-    def final(self) -> Path:
-        """The trained model."""
-        return self.folder / "final"
-
-    @property
-    def training_texts(self) -> Path:
-        """Every different text that was trained on, by data set."""
-        return self.folder / "training_texts.parquet"
+        self._before: dict[Path, str] = {}  # files of a run that is resumed, as they were
 
     @property
     def id(self) -> str:
@@ -85,8 +61,8 @@ class Run:
     def create(cls, loaded: LoadedConfig, name: str | None = None, overrides: Sequence[str] = ()) -> "Run":
         """A new run folder. Raises ConfigError when there is one already: nothing trained is overwritten."""
         run = cls(MODELS / (name or loaded.name))
-        again = f"{loaded.file}" if loaded.file.parent.name != "configs" else loaded.name
         if run.manifest_file.exists() and not cls.open(loaded, name).is_empty():
+            again = loaded.name if loaded.file.parent.name == "configs" else loaded.file
             raise ConfigError(
                 f"{run.folder} exists. To continue it: make resume CONFIG={again}. "
                 f"To train anew: remove the folder, or copy the config under a new name."
@@ -98,8 +74,7 @@ class Run:
                 "name": run.name,
                 "status": "starting",
                 "started": _now(),
-                # of several processes, the launcher's
-                "command": f"python -m trainer {os.environ.get('NORDSPARSE_COMMAND') or shlex.join(sys.argv[1:])}",
+                "command": f"python -m trainer {shlex.join(sys.argv[1:])}",
                 "config_file": str(loaded.file),
                 "overrides": list(overrides),
                 "git_commit": git_commit(),
@@ -230,7 +205,14 @@ class Run:
 
 def cannot_be_written(folder: Path, error: OSError) -> ConfigError:
     """The one line for a run folder that cannot be written, with the remedy where it belongs to somebody else."""
-    return ConfigError(f"{folder} cannot be written: {error.strerror}{_remedy(error)}")
+    remedy = ""
+    if isinstance(error, PermissionError):
+        owner, user = MODELS.stat(), f"{os.getuid()}:{os.getgid()}"
+        remedy = f": sudo chown -R {user} {MODELS}"
+        if "NORDSPARSE_COMMIT" in os.environ:  # in a container
+            owners = f"{owner.st_uid}:{owner.st_gid}"
+            remedy = f". {MODELS} belongs to {owners}: set CONTAINER_USER={owners}"
+    return ConfigError(f"{folder} cannot be written: {error.strerror}{remedy}")
 
 
 def differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
@@ -240,16 +222,6 @@ def differences(old: Any, new: Any, path: tuple[str, ...] = ()) -> Iterator[tupl
             yield from differences(old.get(key), new.get(key), (*path, key))
     elif old != new:
         yield path, old, new
-
-
-def _remedy(error: OSError) -> str:
-    """What to do about a folder of someone else: in a container, to be that one."""
-    if not isinstance(error, PermissionError):
-        return ""
-    owner = MODELS.stat()
-    if "NORDSPARSE_COMMIT" in os.environ:
-        return f". {MODELS} belongs to {owner.st_uid}:{owner.st_gid}: set CONTAINER_USER={owner.st_uid}:{owner.st_gid}"
-    return f": sudo chown -R {os.getuid()}:{os.getgid()} {MODELS}"
 
 
 def git_commit() -> str | None:

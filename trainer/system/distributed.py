@@ -41,7 +41,7 @@ def end_with_launcher() -> None:
     It would train on otherwise, seen by nobody, and hold the run's lock against whoever resumes. What it has not saved is
     trained again then, as after any kill.
     """
-    if not os.environ.get("NORDSPARSE_LAUNCHER") or processes() == 1:
+    if not has_launcher():
         return
 
     def watch() -> None:
@@ -52,6 +52,11 @@ def end_with_launcher() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def has_launcher() -> bool:
+    """Whether trainer/system/launch.py started this process, as one of several."""
+    return "NORDSPARSE_LAUNCHER" in os.environ
 
 
 def launcher_has_ended() -> bool:
@@ -91,24 +96,22 @@ def ending_together() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if processes() == 1 or not _is_connected():
+        if processes() == 1:
             raise
-        status = 1
+        from torch import distributed
+
+        if not distributed.is_initialized():
+            raise
         if isinstance(error, SystemExit):
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
-        if not isinstance(error, SystemExit):
+        else:
+            status = 1
             sys.excepthook(type(error), error, error.__traceback__)
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
                 stream.flush()
         os._exit(status)
-
-
-def _is_connected() -> bool:
-    from torch import distributed
-
-    return distributed.is_initialized()
 
 
 def from_first(value: Any) -> Any:

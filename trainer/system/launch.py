@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shlex
 import signal
 import sys
 
@@ -22,17 +21,14 @@ SHUTDOWN_SECONDS = 100
 KILLED = ": by hand, or because memory ran out (then lower training.per_device_train_batch_size)"
 
 
-def launch(
-    loaded: LoadedConfig, arguments: list[str], name: str, processes: int, machines: int, rendezvous: str | None
-) -> int:
-    """Run `python -m trainer <arguments>` in `processes` processes here, together with those on other machines.
+def launch(loaded: LoadedConfig, name: str, processes: int, machines: int, rendezvous: str | None) -> int:
+    """Run this command in `processes` processes here, together with those on other machines.
 
     `rendezvous` is HOST:PORT of the first machine, where all of them meet under `name`; None on a single one. Returns
     the exit status: 0, 128 plus the signal after one, or that of the process that failed.
     """
     os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"] = str(processes * machines), str(processes)
     os.environ["NORDSPARSE_LAUNCHER"] = str(os.getpid())
-    os.environ["NORDSPARSE_COMMAND"] = shlex.join(sys.argv[1:])
     os.environ["NORDSPARSE_RENDEZVOUS"] = rendezvous or ""
     choose_device(loaded.config)  # what this machine cannot do is said once, not by every process
     logging.disable(logging.ERROR)  # this process only waits: a table per ended process helps nobody
@@ -52,7 +48,7 @@ def launch(
     if machines > 1:
         print(f"waiting   for {machines} machines at {rendezvous}", flush=True)
     try:
-        elastic_launch(config, sys.executable)("-m", "trainer", *arguments)
+        elastic_launch(config, sys.executable)("-m", "trainer", *sys.argv[1:])
     except (RendezvousError, DistError) as error:
         raise ConfigError(
             f"--rendezvous {rendezvous}: the machines do not meet: {one_line(error)}. HOST has to be one of them, with "
