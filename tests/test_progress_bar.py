@@ -9,7 +9,7 @@ import torch
 
 from trainer.hub.download import bytes_of
 from trainer.system import progress_bar as module
-from trainer.system.progress_bar import ProgressReport, counting_texts, going_on, in_columns
+from trainer.system.progress_bar import ProgressReport, encoding, going_on, in_columns
 
 
 class Terminal(io.StringIO):
@@ -85,7 +85,7 @@ def test_what_cannot_be_counted_is_said_to_go_on(capfd, monkeypatch):
 
 def test_texts_are_counted_as_they_go_through_a_network():
     network = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity())
-    with counting_texts(network[0], progress := ProgressReport(), share=2):
+    with encoding(network[0], "a model", total=10, share=2) as progress:
         network({"input_ids": torch.zeros(3, 5)})
         network({"input_ids": torch.zeros(1, 9), "cu_seq_lens_q": torch.tensor([0, 4, 9])})
     network({"input_ids": torch.zeros(3, 5)})

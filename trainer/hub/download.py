@@ -1,6 +1,5 @@
 """Downloads from the Hugging Face hub, with one clear line when it cannot be reached."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,9 +57,8 @@ def fetch(
     from huggingface_hub import errors, snapshot_download
 
     try:
-        bars = bytes_of(source)
         downloaded = snapshot_download(
-            source, repo_type=kind, revision=revision, allow_patterns=patterns, tqdm_class=bars
+            source, repo_type=kind, revision=revision, allow_patterns=patterns, tqdm_class=bytes_of(source)
         )
         folder = Path(downloaded)
     except errors.RevisionNotFoundError:
@@ -76,11 +74,11 @@ def fetch(
     except errors.HFValidationError as error:
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from None
     except _connection_errors() as error:
-        reason = re.sub(r"\s+", " ", str(error).splitlines()[0])[:120]
+        reason = one_line(error, 120).rstrip(".")
         at = f" --revision {revision}" if revision else ""
         repo_type = " --repo-type dataset" if kind == "dataset" else ""
         raise HubUnreachable(
-            f"cannot download {source} ({why}): {reason.rstrip('.')}. "
+            f"cannot download {source} ({why}): {reason}. "
             f"Fetch it where the hub is reachable (hf download {source}{repo_type}{at} --local-dir DIR) "
             f"and set {key}=DIR"
         ) from None

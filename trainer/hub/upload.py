@@ -9,16 +9,13 @@ from pathlib import Path
 from trainer.config import ConfigError, one_line
 from trainer.system.progress_bar import going_on, in_columns
 
-# A commit whose files somebody else's commit came before.
-OVERTAKEN = (409, 412)
-
 
 def access_tokens() -> list[str]:
     """The values that must be in no file: of the environment, and of a login."""
     from huggingface_hub import get_token
 
-    named = [os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
-    return sorted({token for token in (*named, get_token()) if token})
+    tokens = {get_token(), *map(os.environ.get, ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))}
+    return sorted(token for token in tokens if token)
 
 
 def require_repo_name(repo: str) -> None:
@@ -114,17 +111,16 @@ def _cause_of(error: BaseException | None) -> BaseException | None:
 
 
 def _refusal(status: int, repo: str) -> str:
-    owner = repo.partition("/")[0]
+    overtaken = f"somebody else changed {repo} in the meantime ({status})"
     known = {
         401: "the hub does not know the access token (401). Set HF_TOKEN to a valid one, or run: hf auth login --force",
-        403: f"the access token may not write to {repo} (403). Use one with write access to {owner}",
+        403: f"the access token may not write to {repo} (403). Use one with write access to {repo.partition('/')[0]}",
         404: f"there is no model repository {repo} that the access token may see (404): the name may be taken by "
         "something else. Choose another, or use a token of its owner",
-        413: "the hub finds the upload too large (413)",
+        409: overtaken,
+        412: overtaken,
         429: "the hub asks to wait, there were too many requests (429)",
     }
-    if status in OVERTAKEN:
-        return f"somebody else changed {repo} in the meantime ({status})"
     return known.get(status, f"the hub answered {status} for {repo}")
 
 

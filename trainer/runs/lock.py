@@ -15,7 +15,6 @@ from trainer.runs.run import cannot_be_written
 from trainer.system.durations import duration
 
 NAME = ".lock"
-HELD = (errno.EACCES, errno.EAGAIN)
 NOT_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -54,9 +53,9 @@ def _lock(handle: int, folder: Path, echo: Callable[[str], None]) -> bool:
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
+    except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: another process has it
+        raise ConfigError(f"{folder} is being trained by {_owner(handle)}. Stop it first, or wait") from None
     except OSError as error:
-        if error.errno in HELD:
-            raise ConfigError(f"{folder} is being trained by {_owner(handle)}. Stop it first, or wait") from None
         if error.errno not in NOT_HERE:
             raise
     echo(f"Warning: {folder} is on a file system without locks: a second training of it would not be noticed")

@@ -92,22 +92,15 @@ def going_on(what: str, total: int | None = None, unit: str = "it") -> Iterator[
 @contextmanager
 def encoding(module: Any, what: str, total: int, unit: str = "texts", share: float = 1) -> Iterator[ProgressReport]:
     """ProgressReport that moves on by `share` with each text that goes through a network's first module."""
-    with ProgressReport(desc=what, total=total, unit=unit) as progress, counting_texts(module, progress, share):
-        yield progress
+    with ProgressReport(desc=what, total=total, unit=unit) as progress:
 
+        def count(_: Any, inputs: tuple[dict[str, Any], ...]) -> None:
+            packed = inputs[0].get("cu_seq_lens_q")
+            texts = len(inputs[0]["input_ids"]) if packed is None else len(packed) - 1
+            progress.update(texts * share)
 
-@contextmanager
-def counting_texts(module: Any, progress: ProgressReport, share: float = 1) -> Iterator[None]:
-    """Move on by `share` with each text that goes through a network's first module."""
-
-    def count(_: Any, inputs: tuple[dict[str, Any], ...]) -> None:
-        features = inputs[0]
-        packed = features.get("cu_seq_lens_q")
-        texts = len(features["input_ids"]) if packed is None else len(packed) - 1
-        progress.update(texts * share)
-
-    handle = module.register_forward_pre_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
+        handle = module.register_forward_pre_hook(count)
+        try:
+            yield progress
+        finally:
+            handle.remove()
