@@ -13,7 +13,8 @@ from evaluate.search import SearchSystem
 from evaluate.tasks import load, reading_of
 from trainer.config import ConfigError, one_line
 from trainer.runs.choice import hash_of
-from trainer.runs.results import MAIN_METRIC, EvalFolder, Ranking, TaskScore, read_score, write_json
+from trainer.runs.results import MAIN_METRIC, EvalFolder, Ranking, TaskScore, read_score
+from trainer.system.files import write_json
 from trainer.system.progress_bar import going_on, in_columns
 
 # Passages stored per query, for fusion with other systems.

@@ -13,8 +13,9 @@ from evaluate.trust import require_pinned_code
 from trainer.config import Config, ConfigError, find_config, is_commit, is_local, is_revision, load_config, one_line
 from trainer.encoding.fuse import fuse
 from trainer.models.weights import whole_weights
-from trainer.runs.results import EvalFolder, read_json
+from trainer.runs.results import EvalFolder
 from trainer.runs.run import MODELS, hash_of_model
+from trainer.system.files import read_json
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from evaluate.compare import baseline_name, compare, compare_lines, paired_inter
 from trainer.config import ConfigError
 from trainer.data.choosing import half_of
 from trainer.runs.choice import hash_of
-from trainer.runs.results import EvalFolder, TaskScore, read_system, write_json
+from trainer.runs.results import EvalFolder, TaskScore, read_system
+from trainer.system.files import write_json
 
 
 def score(task, ndcg, languages=("nob-Latn",), per_query=None, part="test/default"):

@@ -20,7 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 from evaluate.report import FILTERS, read_curves, training_plots, write_report
 from evaluate.report.plots import Axis, bars, histogram, intervals, line_chart, linear, pareto
 from evaluate.subject import Subject
-from trainer.runs.results import EvalFolder, write_json
+from trainer.runs.results import EvalFolder
+from trainer.system.files import write_json
 
 HOSTILE = """<script>alert('x')</script> "quoted" & 'single' | bar 🐟 ]]> \x07"""
 MODEL = "splade_large"

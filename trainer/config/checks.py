@@ -251,8 +251,8 @@ def _weight_or_target(config: Config, route: str) -> Iterator[Contradiction]:
 
 def _datasets(config: Config) -> Iterator[Contradiction]:
     datasets = config.datasets
-    families = (datasets.nli, datasets.scandi_qa, datasets.ddsc, datasets.quickstart)
-    if not any(source and source.enabled for source in (*families, *datasets.local.values())):
+    sets = {name: getattr(datasets, name) for name in FAMILIES} | datasets.local
+    if not any(source and source.enabled for source in sets.values()):
         yield ("datasets",), "has no set that is enabled"
     for name, source in datasets.local.items():
         if not re.fullmatch(r"[A-Za-z0-9_]+", name):
@@ -261,7 +261,7 @@ def _datasets(config: Config) -> Iterator[Contradiction]:
             yield ("datasets", name), "is the name of an embedded set. Choose another"
         if source.enabled:
             yield from _local(("datasets", name), source)
-    for name, source in (*datasets.local.items(), *((name, getattr(datasets, name)) for name in FAMILIES)):
+    for name, source in sets.items():
         if source and source.enabled and source.mine:
             yield from _mining(("datasets", name, "mine"), source.mine)
 

@@ -1,11 +1,10 @@
 """Which Python code of its own a model's settings name, beside the classes of the libraries."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.config import ConfigError
+from trainer.system.files import read_json
 
 SETTINGS = (
     "config.json",
@@ -19,20 +18,12 @@ SETTINGS = (
 
 def code_references(folder: Path) -> set[str]:
     """The classes that a model's settings name outside its libraries: `module.Class`, or `owner/repo--module.Class`."""
-    return {reference for file in settings_files(folder) for reference in references_in(read_settings(file))}
+    return {reference for file in settings_files(folder) for reference in references_in(read_json(file))}
 
 
 def settings_files(folder: Path) -> list[Path]:
     """The files of a model in which code can be named."""
     return [file for name in SETTINGS for file in sorted(folder.rglob(name))]
-
-
-def read_settings(file: Path) -> Any:
-    """The content of a settings file. Raises ConfigError when it is no JSON."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} is not valid JSON: {error}") from None
 
 
 def references_in(settings: Any) -> Iterator[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.schema import ModelConfig
-from trainer.hub.own_code import read_settings
+from trainer.system.files import read_json
 
 SETTINGS = "config_sentence_transformers.json"
 # The names a saved model may have for the prompt of a side. The library looks for them in this order, but takes the empty
@@ -16,7 +16,10 @@ NAMES = {"query": ("query",), "document": ("document", "passage", "corpus")}
 
 def saved_settings(folder: Path | None) -> dict[str, Any]:
     """What a saved model says of its prompts; empty where it says nothing, as a masked language model does."""
-    return read_settings(folder / SETTINGS) if folder and (folder / SETTINGS).is_file() else {}
+    if folder is None or not (folder / SETTINGS).is_file():
+        return {}
+    settings = read_json(folder / SETTINGS)
+    return settings if isinstance(settings, dict) else {}
 
 
 def own_prompts(folder: Path | None) -> dict[str, str]:

@@ -14,8 +14,9 @@ from huggingface_hub.utils.sha import git_hash
 from trainer.config import Config, ConfigError
 from trainer.hub.cache import folder_of
 from trainer.hub.download import Snapshot
-from trainer.hub.own_code import code_references, read_settings, references_in, settings_files
+from trainer.hub.own_code import code_references, references_in, settings_files
 from trainer.models.norbert import SETTINGS, changes_in, convert_files
+from trainer.system.files import read_json
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _settings_with_own_code(folder: Path, texts: dict[str, str]) -> dict[str, st
     """The settings files that name code, by path: with the code beside them, not that of the repository it came from."""
     changed = {}
     for file in settings_files(folder):
-        settings = read_settings(file)
+        settings = read_json(file)
         references = set(references_in(settings))
         if not references:
             continue

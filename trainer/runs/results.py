@@ -11,7 +11,7 @@ from typing import Any
 from trainer.config import ConfigError
 from trainer.runs.choice import means_of_parts, part_of, reported
 from trainer.runs.run import Run, hash_of_model
-from trainer.system.files import write_atomically
+from trainer.system.files import read_json, write_json
 
 MAIN_METRIC = "ndcg_at_10"
 
@@ -236,23 +236,6 @@ def _per_query(file: Path) -> dict[str, Any]:
         "note": values.get("note", ""),
         "hashes": values.get("queries", {}),
     }
-
-
-def read_json(file: Path) -> Any:
-    """Raises ConfigError when a file cannot be read."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from None
-
-
-def write_json(file: Path, values: Any) -> None:
-    """Write a file, whole or not at all. Raises ConfigError when it cannot be written."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be written: {error.strerror}") from None
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
 """Files that are on the disk when they are said to be, whole or not at all."""
 
 import contextlib
+import json
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from trainer.config import ConfigError, one_line
 
 
 @contextlib.contextmanager
@@ -21,6 +25,23 @@ def write_atomically(file: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with written_whole(file) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file. Raises ConfigError when it cannot be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {one_line(error)}") from None
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Write a file, whole or not at all. Raises ConfigError when it cannot be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}") from None
 
 
 def write_once(file: Path, text: str) -> None:
