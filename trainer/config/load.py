@@ -83,7 +83,7 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        where, message = _explain(error, values)
+        where, message = _explain(error)
         raise ConfigError(f"{_origin(where, origins, file)}: {message}") from None
     for where, message in find_contradictions(config):
         raise ConfigError(f"{_origin(where, origins, file)}: '{dotted(where)}' {message}")
@@ -145,19 +145,20 @@ TYPE_WORDS = {
 }
 
 
-def _explain(error: ValidationError, values: dict[str, Any]) -> tuple[Path_, str]:
+def _explain(error: ValidationError) -> tuple[Path_, str]:
     """The first error of a validation, as the key's path and one line."""
     errors = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     first = errors[0]
     path: Path_ = first["loc"]
     key, kind, given = f"'{dotted(path)}'", first["type"], first["input"]
+    known = _keys_at(path[:-1])
     if kind == "missing" and path[0] == "datasets" and path[2:] == ("source",) and path[1] not in _keys_at(path[:1]):
         hint = did_you_mean(str(path[1]), _keys_at(path[:1]))
         return path[:2], f"'{dotted(path[:2])}' has no 'source', and is not a data set this project knows.{hint}"
     if kind == "extra_forbidden":
-        return path, f"unknown key {key}.{did_you_mean(str(path[-1]), _keys_at(path[:-1]))}"
+        return path, f"unknown key {key}.{did_you_mean(str(path[-1]), known)}"
     if kind == "missing":
-        return path, f"missing key {key}: {_describe(path)}"
+        return path, f"missing key {key}: {known[str(path[-1])]}"
     if kind == "literal_error":
         choices = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         hint = did_you_mean(given, choices) if isinstance(given, str) else ""
@@ -178,15 +179,11 @@ def _quote(value: Any) -> str:
     return f"the text {text[:60]}" if isinstance(value, str) else text[:60]
 
 
-def _keys_at(path: Path_) -> list[str]:
+def _keys_at(path: Path_) -> dict[str, str]:
+    """The keys of a section, and what each means."""
     section = section_at(path)
-    return list(section.model_fields) if section else []
-
-
-def _describe(path: Path_) -> str:
-    section = section_at(path[:-1])
-    field = section.model_fields.get(str(path[-1])) if section else None
-    return " ".join((field.description or "a required section").split()) if field else "required"
+    fields = section.model_fields.items() if section else ()
+    return {key: " ".join((field.description or "a required section").split()) for key, field in fields}
 
 
 # ------------------------------------------------------------------------------------------- show

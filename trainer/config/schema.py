@@ -498,8 +498,8 @@ def section_at(path: Sequence[str | int]) -> type[BaseModel] | None:
     for key in path:
         field = section.model_fields.get(str(key))
         options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        found = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
-        if not found and (field or section is not DatasetsConfig):
+        sections = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        if not sections and (field or section is not DatasetsConfig):
             return None
-        section = found[0] if found else LocalSource  # a data set of the user's own
+        section = sections[0] if sections else LocalSource  # a data set of the user's own
     return section

@@ -43,8 +43,8 @@ def split_names(text: str, exists: Callable[[str], bool]) -> list[str]:
 
 def split_paths(texts: tuple[str, ...]) -> tuple[Path, ...]:
     """The paths in these texts; one that is neither a path nor several stays as it is, to be refused by its whole name."""
-    found: list[str] = []
+    paths: list[str] = []
     for text in texts:
         names = split_names(text, lambda name: Path(name).exists())
-        found += names if all(Path(name).exists() for name in names) else [text]
-    return tuple(Path(name) for name in found)
+        paths += names if all(Path(name).exists() for name in names) else [text]
+    return tuple(map(Path, paths))

@@ -10,30 +10,25 @@ import pyarrow.parquet as pq
 
 from trainer.config import ConfigError
 from trainer.hub.download import Snapshot
-from trainer.system.files import written_whole
+from trainer.system.files import sha256_of, written_whole
 from trainer.system.progress_bar import ProgressReport
 
 
 def digest(*parts: str | None) -> str:
     """A hash of texts, each apart from the next."""
-    found = hashlib.blake2b(digest_size=16)
+    hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
-        found.update(b"\x1f" if part is None else f"\x1e{part}".encode())
-    return found.hexdigest()
+        hasher.update(b"\x1f" if part is None else f"\x1e{part}".encode())
+    return hasher.hexdigest()
 
 
 def identity(snapshot: Snapshot) -> str:
     """What a model is told by: its commit, or the content of a local folder's weights and settings."""
     if snapshot.commit:
         return f"{snapshot.source}@{snapshot.commit}"
-    files = sorted(
-        file for file in snapshot.folder.rglob("*") if file.suffix in (".json", ".safetensors", ".bin", ".txt")
-    )
-    hashes = []
-    for file in files:
-        with file.open("rb") as data:
-            hashes.append(f"{file.relative_to(snapshot.folder)} {hashlib.file_digest(data, 'sha256').hexdigest()}")
-    return digest(*hashes)
+    kinds = (".json", ".safetensors", ".bin", ".txt")
+    files = sorted(file for file in snapshot.folder.rglob("*") if file.suffix in kinds)
+    return digest(*(f"{file.relative_to(snapshot.folder)} {sha256_of(file)}" for file in files))
 
 
 def folder_of(kind: str, key: str = "") -> Path:

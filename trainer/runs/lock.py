@@ -68,9 +68,9 @@ def _owner(handle: int) -> str | None:
     if not text:
         return None
     try:
-        found = json.loads(text)
-        age = duration(max(time.time() - found["since"], 0.0))  # a clock may have been set back
-        return f"process {found['pid']} on {found['host']}, for {age}"
+        owner = json.loads(text)
+        age = duration(max(time.time() - owner["since"], 0.0))  # a clock may have been set back
+        return f"process {owner['pid']} on {owner['host']}, for {age}"
     except (ValueError, KeyError, TypeError):
         return "a process that did not say which"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import Config, ConfigError, LoadedConfig, load_config, render, why_refused
-from trainer.system.files import write_atomically
+from trainer.system.files import sha256_of, write_atomically
 
 MODELS = Path("models")
 REQUIREMENTS = Path(__file__).parents[2] / "docker" / "requirements"
@@ -251,9 +251,7 @@ def hash_of_model(folder: Path) -> str:
     for file in sorted(folder.rglob("*")):
         inside = file.relative_to(folder)
         if inside.parts[0] not in ("eval", "report") and file.suffix in MODEL_FILES and file.is_file():
-            digest.update(str(inside).encode())
-            with file.open("rb") as data:
-                digest.update(hashlib.file_digest(data, "sha256").digest())
+            digest.update(str(inside).encode() + bytes.fromhex(sha256_of(file)))
     return digest.hexdigest()
 
 

@@ -131,9 +131,9 @@ def from_all(value: Any) -> list[Any]:
         return [value]
     from torch import distributed
 
-    found: list[Any] | None = [None] * processes() if is_first() else None
-    distributed.gather_object(value, found)
-    return found or []
+    values: list[Any] | None = [None] * processes() if is_first() else None
+    distributed.gather_object(value, values)
+    return values or []
 
 
 def total(*values: float) -> list[float]:
@@ -159,8 +159,8 @@ def _reduced(values: Sequence[float], operation: str) -> list[float]:
 
 def share_files(folder: Path) -> None:
     """Write the files that the first process has in this folder into the folder of every other."""
-    found = {file.name: file.read_bytes() for file in folder.iterdir()} if processes() > 1 and is_first() else {}
-    for name, content in from_first(found).items():
+    files = {file.name: file.read_bytes() for file in folder.iterdir()} if processes() > 1 and is_first() else {}
+    for name, content in from_first(files).items():
         if not is_first():
             (folder / name).write_bytes(content)
 

@@ -1,6 +1,7 @@
 """Files that are on the disk when they are said to be, whole or not at all."""
 
 import contextlib
+import hashlib
 import json
 import os
 import uuid
@@ -67,6 +68,12 @@ def _aside(file: Path) -> Iterator[Path]:
         yield aside
     finally:
         aside.unlink(missing_ok=True)
+
+
+def sha256_of(file: Path) -> str:
+    """The hash of a file's content, in hexadecimal."""
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:
