@@ -1,7 +1,7 @@
 """Loads the data sets of a config: clean rows, triplets apart from pairs, held-out rows, and the batch order."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -67,10 +67,7 @@ class TrainingData:
     _batches: dict[str, NoDuplicateBatches] = field(default_factory=dict)
 
     def add_search(self, found: SearchSet, validation: SearchSet | None, config: Config) -> None:
-        """One more search set, with the queries that choose the checkpoint, if one is chosen, apart from those reported.
-
-        The names of search sets keep their scores apart.
-        """
+        """Add a search set; where a checkpoint is chosen, with the queries that choose it apart from those reported."""
         if any(found.name == other.name for other in self.search):
             raise ConfigError(
                 f"evaluation.search: two search sets are called '{found.name}'. Rename one of the folders"
@@ -133,37 +130,32 @@ class TrainingData:
         samplers = [self.batches(subset, config) for subset in self.subsets[name]]
         return sum(int(sampler.sizes.sum()) - sum(map(len, sampler.batches(0))) for sampler in samplers)
 
-    def batches_of_one(self, subset: str, config: Config) -> tuple[int, int]:
-        """Of a subset's first pass: batches whose one row is compared with no other passage, and all batches."""
-        return _batches_of_one(self.train[subset], self.batches(subset, config))
+    def batches_of_one(self, subset: str, config: Config, *, held_out: bool = False) -> tuple[int, int]:
+        """Of a first pass: batches whose one query has no other passage to choose from, and all batches."""
+        training, rows = config.training, (self.eval if held_out else self.train)[subset]
+        if held_out:
+            batches = NoDuplicateBatches(rows, training.per_device_eval_batch_size, training.seed, processes())
+        else:
+            batches = self.batches(subset, config)
+        sizes = [len(batch) for batch in batches.batches(0)]
+        return 0 if "negative" in rows.column_names else sizes.count(1), len(sizes)
 
-    def eval_batches_of_one(self, subset: str, config: Config) -> tuple[int, int]:
-        """The same of held-out rows."""
-        training, rows = config.training, self.eval[subset]
-        batches = NoDuplicateBatches(rows, training.per_device_eval_batch_size, training.seed, processes())
-        return _batches_of_one(rows, batches)
-
-    def padding(self, config: Config, device: str) -> tuple[float, float]:
-        """The share of padding in what the network will compute: in our batches, and in batches of any lengths.
+    def padding(self, config: Config, device: str) -> float:
+        """The share of padding in what the network will compute.
 
         Counted on the first pass of each subset, which counts as often as its set is drawn.
         """
-        passes, rng = forward_passes_of(config, device), np.random.default_rng(config.training.seed)
-        tokens, ours, at_random = 0.0, 0.0, 0.0
+        passes = forward_passes_of(config, device)
+        tokens, positions = 0.0, 0.0
         for name, subsets in self.subsets.items():
             times = self.summaries[name].rows_drawn / self.summaries[name].rows
             for subset in subsets:
                 every, rows = self.batches(subset, config).batches(0), self.tokens[subset]
-                lengths = rows.lengths()
                 batches = every[:: -(-len(every) // COUNTED_BATCHES)]
-                shuffled = np.split(rng.permutation(np.concatenate(batches)), np.cumsum([*map(len, batches)])[:-1])
-                (found, positions), (_, positions_at_random) = (
-                    padding(each, lengths, rows.passages, passes, processes()) for each in (batches, shuffled)
-                )
+                counts = padding(batches, rows.lengths(), rows.passages, passes, processes())
                 share = times * len(every) / len(batches)
-                tokens, ours = tokens + share * found, ours + share * positions
-                at_random += share * positions_at_random
-        return 1 - tokens / max(ours, 1), 1 - tokens / max(at_random, 1)
+                tokens, positions = tokens + share * counts[0], positions + share * counts[1]
+        return 1 - tokens / max(positions, 1)
 
     def sample(self, rows: int, seed: int) -> "TrainingData":
         """The same with at most so many rows of each subset to train on, and none held out."""
@@ -202,33 +194,19 @@ class TrainingData:
         schema = pa.schema([("dataset", pa.string()), ("text", pa.string())])
         with written_whole(file) as aside, pq.ParquetWriter(aside, schema, compression="zstd") as writer:
             for name, subsets in self.subsets.items():
-                columns = [
-                    column.cast(pa.string()) for subset in subsets for column in self._texts_of(subset).itercolumns()
-                ]
-                texts = pc.unique(
-                    pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
-                )
+                texts = self._texts(subsets, ROLES)
                 writer.write_table(pa.table({"dataset": pa.repeat(name, len(texts)), "text": texts}, schema))
-
-    def _texts_of(self, subset: str) -> pa.Table:
-        """The columns that are read as texts; a teacher's labels are none."""
-        table = self.train[subset].with_format("arrow")[:]
-        return table.select([role for role in ROLES if role in table.column_names])
 
     def texts(self, *roles: str) -> list[str]:
         """Every different training text in the given columns, in a fixed order."""
-        found: dict[str, None] = {}
-        for dataset in self.train.values():
-            for role in roles:
-                if role in dataset.column_names:
-                    found.update(dict.fromkeys(dataset.with_format("arrow")[:][role].to_pylist()))
-        return list(found)
+        return self._texts(self.train, roles).to_pylist()
 
-
-def _batches_of_one(rows: Dataset, batches: NoDuplicateBatches) -> tuple[int, int]:
-    """Those in which a query has one passage alone to choose from. A row's own negative is one more."""
-    sizes = [len(batch) for batch in batches.batches(0)]
-    return 0 if "negative" in rows.column_names else sizes.count(1), len(sizes)
+    def _texts(self, subsets: Iterable[str], roles: Iterable[str]) -> pa.Array:
+        chunks: list[pa.Array] = []
+        for subset in subsets:
+            table = self.train[subset].with_format("arrow")[:]
+            chunks += (chunk for role in roles if role in table.column_names for chunk in table[role].chunks)
+        return pc.unique(pa.chunked_array(chunks, pa.string()))
 
 
 def load_data(config: Config, *, without_hub: bool = False) -> TrainingData:

@@ -78,7 +78,7 @@ def lonely_pairs_lines(config: Config, data: TrainingData) -> Iterator[str]:
             share = f"{alone:,} of {batches:,} batches ({alone / batches:.1%})"
             yield f"Warning: {name}: {NOTHING_TO_COMPARE}, as in {share}. {more_rows(config)}"
     for name in data.eval:
-        alone, batches = data.eval_batches_of_one(name, config)
+        alone, batches = data.batches_of_one(name, config, held_out=True)
         if alone:
             yield (
                 f"Warning: {name}: the evaluation loss is 0 in {alone:,} of {batches:,} batches ({alone / batches:.1%}), "
@@ -119,10 +119,7 @@ def padding_line(config: Config, data: TrainingData, device: str) -> str:
     """The expected share of padding. `data` must be tokenised."""
     if config.model.packs_texts:
         return "padding   none: texts are packed (model.attention), so datasets.length_window has no effect"
-    share, at_random = data.padding(config, device)
-    window = config.datasets.length_window
-    how = f"; {at_random:.0%} if rows of any length were batched (length_window: {window})" if window > 1 else ""
-    return f"padding   {share:.0%} of the positions that go through the network{how}"
+    return f"padding   {data.padding(config, device):.0%} of the positions that go through the network"
 
 
 def rate_lines(config: Config, model: SparseEncoder, loss: nn.Module) -> Iterator[str]:
