@@ -124,11 +124,11 @@ def test_a_row_that_is_no_text_is_refused_by_name(tiny, line, says):
     assert message.isprintable()
 
 
-def test_bytes_in_a_parquet_file_that_are_no_text_are_counted(tiny):
+def test_bytes_in_a_parquet_file_that_are_no_text_are_refused(tiny):
     wrong = pa.array([b"caf\xe9", b"\xed\xa0\x80", *[b"svar"] * 28], pa.binary()).view(pa.string())
     table = pa.table({"anchor": [row["anchor"] for row in GOOD], "positive": wrong})
     message = refusal(tiny.parent, table, suffix="parquet")
-    assert message == "rows.parquet: column 'positive' holds bytes that are no text in UTF-8, in 2 of 30 rows"
+    assert message.startswith("rows.parquet: column 'positive' holds bytes that are no text in UTF-8: ")
 
 
 def test_a_language_column_that_lies_changes_nothing_but_the_counts(tiny):

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -18,20 +18,10 @@ ADD_OR_REMOVE = "Add it there, or remove this line"
 
 
 @dataclass(frozen=True)
-class Chooser:
-    """Queries of a search set that choose the checkpoint of a training: a half of a split's, or all of them."""
-
-    split: str
-    rule: Literal["half", "all"]
-    queries: dict[str, str]
-    relevant: dict[str, dict[str, int]]
-
-
-@dataclass(frozen=True)
 class SearchSet:
     """Queries to search a corpus with, and how well passages answer them: grades of 1 or more, by query and passage.
 
-    `chooser` holds the queries that choose the checkpoint in training, which may be the same ones; None: nothing chooses.
+    `chooser` holds the queries that choose the checkpoint of a training, which may be the same ones; None: nothing chooses.
     """
 
     name: str
@@ -40,11 +30,11 @@ class SearchSet:
     relevant: dict[str, dict[str, int]]
     reading: Reading = field(default_factory=Reading, compare=False)
     split: str = ""
-    chooser: Chooser | None = None
+    chooser: "SearchSet | None" = None
 
     @property
     def also_chooses(self) -> bool:
-        """Whether the queries that are reported choose the checkpoint too."""
+        """Whether the queries that are reported also choose the checkpoint."""
         return self.chooser is not None and self.chooser.queries == self.queries
 
 
@@ -58,7 +48,7 @@ class Record(NamedTuple):
 
     @property
     def passage(self) -> str:
-        """What is read of it."""
+        """The text that is encoded, behind its title."""
         return passage_text(self.title, self.text)
 
 
@@ -141,14 +131,13 @@ def read_records(file: Path, reading: Reading) -> Iterator[Record]:
 
 def unique(records: Iterable[Record], file: Path) -> Iterator[Record]:
     """The records; ConfigError at the first whose id another has."""
-    seen = set()
+    numbers: dict[str, int] = {}
     for record in records:
-        if record.id in seen:
-            first = next(other.number for other in read_records(file, Reading()) if other.id == record.id)
+        first = numbers.setdefault(record.id, record.number)
+        if first != record.number:
             raise ConfigError(
                 f"{file}:{record.number}: the id '{record.id}' is also that of {file}:{first}. Give each an id of its own"
             )
-        seen.add(record.id)
         yield record
 
 
@@ -166,7 +155,7 @@ def read_corpus(folder: Path, reading: Reading | None = None) -> dict[str, str]:
 def read_search_set(folder: Path, split: str, name: str, corpus: dict[str, str] | None = None) -> SearchSet:
     """Queries, passages and relevance of one split. A relevance of 0 or less counts as not relevant.
 
-    A query belongs to a split when a passage is relevant for it there. corpus: the folder's, when it has been read.
+    A query belongs to a split when a passage is relevant for it there. corpus: the folder's, when it was read before.
     """
     reading = Reading()
     _, queries_file, judgements_file = files_of(folder, split)

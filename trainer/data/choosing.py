@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.config import ConfigError
-from trainer.data.beir import Chooser, SearchSet, has_split, read_search_set
+from trainer.data.beir import SearchSet, has_split, read_search_set
 from trainer.runs.choice import hash_of
 
 # Queries that each half must have: what is chosen on fewer says nothing.
@@ -24,9 +24,7 @@ def half_of(query: str) -> Literal["dev", "test"]:
 def search_splits(folder: Path, reported: str | None = None) -> list[str]:
     """The split of a folder that is searched in training, dev unless another is wanted, and `validation` beside it, which
     chooses the checkpoint; empty when the folder has neither."""
-    if reported is None:
-        return [split for split in ("dev", "validation") if has_split(folder, split)]
-    return [reported, *(["validation"] if reported != "validation" and has_split(folder, "validation") else [])]
+    return [split for split in dict.fromkeys((reported or "dev", "validation")) if has_split(folder, split)]
 
 
 def read_search_splits(
@@ -53,28 +51,26 @@ def divide(found: SearchSet, validation: SearchSet | None = None) -> SearchSet:
                 f"{found.name}: the queries of the split validation are those of {found.split}. Give it others, which "
                 "choose the checkpoint, or remove it"
             )
-        reading = found.reading + validation.reading
-        return replace(found, reading=reading, chooser=_chooser(validation, own, "all"))
-    halves: dict[str, list[str]] = {"dev": [], "test": []}
-    for query in found.queries:
-        halves[half_of(query)].append(query)
-    if min(map(len, halves.values())) < MIN_QUERIES:
-        return replace(found, chooser=_chooser(found, list(found.queries), "all"))
+        return replace(found, reading=found.reading + validation.reading, chooser=_with_queries(validation, own))
+    choosing = [query for query in found.queries if half_of(query) == "dev"]
+    reported_half = [query for query in found.queries if half_of(query) == "test"]
+    if min(len(choosing), len(reported_half)) < MIN_QUERIES:
+        return replace(found, chooser=found)
+    return replace(_with_queries(found, reported_half), chooser=_with_queries(found, choosing))
+
+
+def _with_queries(found: SearchSet, queries: list[str]) -> SearchSet:
+    """The search set with these queries only."""
     return replace(
         found,
-        queries={query: found.queries[query] for query in halves["test"]},
-        relevant={query: found.relevant[query] for query in halves["test"]},
-        chooser=_chooser(found, halves["dev"], "half"),
+        queries={query: found.queries[query] for query in queries},
+        relevant={query: found.relevant[query] for query in queries},
     )
 
 
-def _chooser(found: SearchSet, queries: list[str], rule: Literal["half", "all"]) -> Chooser:
-    return Chooser(
-        found.split,
-        rule,
-        {query: found.queries[query] for query in queries},
-        {query: found.relevant[query] for query in queries},
-    )
+def is_half(found: SearchSet) -> bool:
+    """Whether one half of the split's queries chooses the checkpoint, and the other half is reported."""
+    return found.chooser is not None and found.chooser.split == found.split and not found.also_chooses
 
 
 def choice_of(found: SearchSet) -> dict[str, Any]:
@@ -84,7 +80,7 @@ def choice_of(found: SearchSet) -> dict[str, Any]:
     return {
         "search": found.name,
         "split": chooser.split,
-        "rule": chooser.rule,
+        "rule": "half" if is_half(found) else "all",
         "queries": len(chooser.queries),
         "hashes": " ".join(sorted({hash_of(query) for query in chooser.queries.values()})),
         "also_reported": found.also_chooses,
@@ -97,5 +93,5 @@ def choice_words(found: SearchSet) -> str:
         return ""
     if found.also_chooses:
         return "; these queries also choose the checkpoint, so their score is optimistic"
-    whose = f"half of {found.split}" if found.chooser.rule == "half" else f"the split {found.chooser.split}"
+    whose = f"half of {found.split}" if is_half(found) else f"the split {found.chooser.split}"
     return f"; {len(found.chooser.queries):,} others choose the checkpoint ({whose})"

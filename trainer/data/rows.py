@@ -14,7 +14,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trainer.config import ConfigError, one_line
-from trainer.data.texts import Reading, as_strings, have_text, is_json_lines, read_json_lines, text_of
+from trainer.data.texts import (
+    SEVERAL_NEGATIVES,
+    Reading,
+    as_strings,
+    have_text,
+    is_json_lines,
+    read_json_lines,
+    text_of,
+)
 
 ROLES = ["anchor", "positive", "negative"]
 # What a role's texts are to a search, and so which prompt stands in front of them.
@@ -147,8 +155,7 @@ def _texts_of(table: pa.Table, column: str, reading: Reading, where: str) -> pa.
     """A column's texts in NFC, without blanks at their ends; null where there is nothing to see."""
     values = as_strings(table[column])
     if values is None:
-        way = "Several negatives of a row go into columns negative_1, negative_2, …; other values are written as text"
-        raise ConfigError(f"{where}: column '{column}' holds {table[column].type}, not text. {way}")
+        raise ConfigError(f"{where}: column '{column}' holds {table[column].type}, not text. {SEVERAL_NEGATIVES}")
     _require_utf8(values, f"{where}: column '{column}'")
     values = reading.compose_column(values)
     return pc.if_else(have_text(values), pc.utf8_trim_whitespace(values), pa.scalar(None, pa.string()))
@@ -176,21 +183,11 @@ def _one_negative_a_row(rows: pa.Table, negatives: list[pa.ChunkedArray], readin
 
 
 def _require_utf8(values: pa.ChunkedArray | pa.Array, column: str) -> None:
-    """Raise ConfigError with the number of rows that are not text: parquet files are read without a look at it."""
+    """Raise ConfigError where bytes are not text: parquet files are read without a look at it."""
     try:
         values.validate(full=True)
-    except pa.ArrowInvalid:
-        wrong = sum(not _is_utf8(value) for value in values.cast(pa.binary()).to_pylist())
-        raise ConfigError(
-            f"{column} holds bytes that are no text in UTF-8, in {wrong:,} of {len(values):,} rows"
-        ) from None
-
-
-def _is_utf8(value: bytes | None) -> bool:
-    try:
-        return value is None or value.decode("utf-8") is not None
-    except UnicodeDecodeError:
-        return False
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"{column} holds bytes that are no text in UTF-8: {one_line(error)}") from None
 
 
 def _language_tags(values: pa.ChunkedArray, column: str) -> pa.ChunkedArray:

@@ -7,6 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ VISIBLE = r"[^\p{Z}\p{C}]"
 # Names in a line of the plan; more would fill a page.
 MOST_NAMES = 6
 IDS = ("_id", "id")
+SEVERAL_NEGATIVES = "Several negatives of a row go into columns negative_1, negative_2, …; write other values as text"
 # Rows of a column that become plain strings at a time, whose bytes must be less than 2 GiB.
 ROWS = 2**16
 
@@ -115,8 +117,6 @@ def listed(names: Iterable[str]) -> str:
 # ------------------------------------------------------------------------------------------- columns of tables
 def as_strings(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
     """A column of any type that Arrow holds text in, as plain strings; None when it holds something else."""
-    if pa.types.is_run_end_encoded(values.type):
-        values = pa.chunked_array([pc.run_end_decode(chunk) for chunk in values.chunks], values.type.value_type)
     held = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
     if not any(is_kind(held) for is_kind in kinds):
@@ -139,11 +139,9 @@ def read_rows(file: Path, columns: Collection[str]) -> Iterator[tuple[int, dict[
         try:
             opened = pq.ParquetFile(file)
             names = opened.schema_arrow.names
-            number = 0
-            for batch in opened.iter_batches(1000, columns=[name for name in names if name in columns]):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, dict.fromkeys(names) | row
+            batches = opened.iter_batches(1000, columns=[name for name in names if name in columns])
+            for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
+                yield number, dict.fromkeys(names) | row
         except (OSError, pa.ArrowException) as error:
             raise ConfigError(f"{file}: cannot be read as parquet: {one_line(error)}") from None
     else:
@@ -191,12 +189,7 @@ def text_of(row: dict, column: str, file: Path, number: int, *, needed: bool = T
     value = row[column]
     if value is not None and not isinstance(value, str):
         held = json.dumps(value, default=str)[:40]
-        way = (
-            "Several negatives go into columns negative_1, negative_2, …"
-            if isinstance(value, list)
-            else "Write text there"
-        )
-        raise ConfigError(f"{file}:{number}: column '{column}' holds {held}, not text. {way}")
+        raise ConfigError(f"{file}:{number}: column '{column}' holds {held}, not text. {SEVERAL_NEGATIVES}")
     try:
         (value or "").encode()
     except UnicodeEncodeError:

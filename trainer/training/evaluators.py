@@ -10,7 +10,7 @@ from sentence_transformers.evaluation import SentenceEvaluator
 from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator, SparseNanoBEIREvaluator
 
 from trainer.config import Config
-from trainer.data.beir import Chooser, SearchSet
+from trainer.data.beir import SearchSet
 from trainer.data.texts import Reading
 from trainer.hub.download import why_unreachable
 from trainer.runs.choice import REPORTED, SCORE
@@ -39,7 +39,7 @@ class GradedSearch(SparseInformationRetrievalEvaluator):
     """
 
     def __init__(self, search: SearchSet, batch_size: int) -> None:
-        parts: list[SearchSet | Chooser] = [search]
+        parts = [search]
         if search.chooser is not None and not search.also_chooses:
             parts.append(search.chooser)
         # two splits may give one id to two queries
