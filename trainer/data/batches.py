@@ -9,13 +9,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset
 from sentence_transformers.base.sampler import DefaultBatchSampler
 
 from trainer.config import ConfigError
 from trainer.data.buckets import by_length
+from trainer.data.rows import text_numbers
 
 # Exchange partners of about the same length that are tried first, nearest first, and how many batches away they may be.
 NEAR_SWAPS, NEAR_BATCHES = 100, 8
@@ -27,12 +26,7 @@ MAX_RETRIES = 2_000
 
 def text_ids(dataset: Dataset) -> np.ndarray:
     """[rows, columns] integer ids; two cells have the same id exactly when they hold the same text."""
-    table = dataset.with_format("arrow")[:]
-    columns = [table[name] for name in table.column_names if pa.types.is_string(table[name].type)]
-    chunks = [chunk for column in columns for chunk in column.chunks]
-    encoded = pc.dictionary_encode(pa.chunked_array(chunks, pa.string()))
-    ids = np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in encoded.chunks])
-    return ids.reshape(len(columns), table.num_rows).T
+    return text_numbers([dataset.with_format("arrow")[:]])[0]
 
 
 def batch_sizes(rows: int, batch_size: int, processes: int) -> list[int]:

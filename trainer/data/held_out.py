@@ -5,11 +5,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
 
-from trainer.data.rows import ROLES, Rows
+from trainer.data.rows import Rows, text_numbers
 from trainer.data.sources import LoadedSource
 
 HELD_OUT = "held out for the evaluation loss"
@@ -45,18 +44,6 @@ def hold_out(sources: Sequence[LoadedSource], seed: int) -> None:
     for (source, rows), each in zip(own, of_own, strict=True):
         shared = has_any(each, texts)
         source.eval_rows = rows.take(np.flatnonzero(~shared), **{TRAINED_ON: int(shared.sum())})
-
-
-def text_numbers(tables: Sequence[pa.Table]) -> list[np.ndarray]:
-    """[rows, columns] of each table: numbers of its texts, equal for equal texts of all tables; -1 where there is none."""
-    columns = [[table[role] for role in ROLES if role in table.column_names] for table in tables]
-    # large: the different texts of several sets may be more than 2 GiB
-    chunks = [chunk.cast(pa.large_string()) for each in columns for column in each for chunk in column.chunks]
-    encoded = pc.dictionary_encode(pa.chunked_array(chunks, pa.large_string()))
-    numbers = [np.zeros(0, np.int32), *(pc.fill_null(chunk.indices, -1).to_numpy() for chunk in encoded.chunks)]
-    ends = np.cumsum([len(each) * table.num_rows for each, table in zip(columns, tables, strict=True)])
-    parts = np.split(np.concatenate(numbers), ends[:-1])
-    return [part.reshape(len(each), -1).T for part, each in zip(parts, columns, strict=True)]
 
 
 def texts_of(rows: Iterable[np.ndarray]) -> np.ndarray:

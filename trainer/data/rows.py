@@ -4,7 +4,7 @@ import glob
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -217,3 +217,15 @@ def fingerprint(table: pa.Table) -> str:
         for chunk in table[name].chunks:
             digest.update("".join(f"\x1e{text}" if text is not None else "\x1f" for text in chunk.to_pylist()).encode())
     return digest.hexdigest()
+
+
+def text_numbers(tables: Sequence[pa.Table]) -> list[np.ndarray]:
+    """[rows, columns] of each table: numbers of its texts, equal for equal texts of all tables; -1 where there is none."""
+    columns = [[table[role] for role in ROLES if role in table.column_names] for table in tables]
+    # large: the different texts of several sets may be more than 2 GiB
+    chunks = [chunk.cast(pa.large_string()) for each in columns for column in each for chunk in column.chunks]
+    encoded = pc.dictionary_encode(pa.chunked_array(chunks, pa.large_string()))
+    numbers = [np.zeros(0, np.int32), *(pc.fill_null(chunk.indices, -1).to_numpy() for chunk in encoded.chunks)]
+    ends = np.cumsum([len(each) * table.num_rows for each, table in zip(columns, tables, strict=True)])
+    parts = np.split(np.concatenate(numbers), ends[:-1])
+    return [part.reshape(len(each), -1).T for part, each in zip(parts, columns, strict=True)]
