@@ -250,16 +250,6 @@ def test_a_damaged_file_is_made_anew(kept, damage):
     assert make(model)[1].texts_found == tokeniser.texts
 
 
-def test_a_file_of_another_number_of_texts_is_not_used(kept):
-    model, folder = kept
-    make(model)
-    file = next(folder.iterdir())
-    TokenFile.write(file, pa.uint16(), iter([pa.array([[1, 2, 3]], pa.list_(pa.uint16()))]))
-    said = []
-    assert make(model, echo=said.append)[1].texts_found == 0
-    assert "it holds 1 texts, not" in said[0]
-
-
 def test_a_half_written_file_is_never_there(tmp_path):
     def parts():
         yield pa.array([[1, 2, 3]], pa.list_(pa.uint16()))

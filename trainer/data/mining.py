@@ -2,25 +2,23 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from trainer.config.schema import MiningConfig, ModelConfig
-from trainer.data.rows import Rows, fingerprint
+from trainer.data.bm25 import BM25Index
+from trainer.data.rows import Rows
 from trainer.hub.cache import cached_table, cached_tables, digest, folder_of, identity
 from trainer.hub.download import MODEL_FILES, Snapshot, fetch
 from trainer.models.prompts import prompts_of, quoted
 from trainer.models.weights import loading
 from trainer.system.progress_bar import encoding, going_on, in_columns
-
-if TYPE_CHECKING:
-    from trainer.data.bm25 import BM25Index
 
 # Part of the cache's key: raised when other negatives come out of the same rows and settings.
 VERSION = "2"
@@ -38,10 +36,8 @@ class Search:
 
     queries: list[str]
     passages: list[str]
-    positives: list[list[int]]
-    """Of each query, its own positives among the passages."""
-    languages: list[str]
-    """Of each query."""
+    positives: list[list[int]]  # of each query, its own positives among the passages
+    languages: list[str]  # of each query
     passage_languages: list[set[str]]
 
 
@@ -51,18 +47,20 @@ def fill_negatives(
     """The rows, in which those without a negative now have one, and counts for the plan and the manifest.
 
     A row becomes as many rows as negatives are found for its query, at most settings.per_query; where none is found it
-    stays a pair. Negatives are passages of these rows: one that is only in held-out rows would be trained on, and be
-    searched for later. everything: all rows of the source, for what answers a query. base: the config's model, whose
-    prompts a mining model has that is the base model. Kept under HF_HOME.
+    stays a pair. Negatives are passages of these rows, so none is held out. Results are stored under HF_HOME.
+
+    Args:
+        everything: all rows of the source, for what answers a query.
+        base: the config's model, whose prompts a mining model has that is the base model.
     """
     table = rows.table
-    missing = np.ones(len(rows), dtype=bool)
-    if "negative" in table.column_names:
-        missing = table["negative"].is_null().to_numpy(zero_copy_only=False)
+    if "negative" not in table.column_names:
+        table = table.add_column(2, "negative", pa.nulls(len(rows), pa.string()))
+    missing = table["negative"].is_null().to_numpy()
     if not missing.any():
         return rows, {}
     search = _search_of(table, table.filter(pa.array(missing)), everything)
-    mined = _mined(name, search, fingerprint(table), settings, base)
+    mined = _mined(name, search, settings, base)
     found: dict[str, list[str]] = defaultdict(list)
     passed_over = 0
     for query, negative, passed in zip(*(mined[column].to_pylist() for column in MINED.names), strict=True):
@@ -86,7 +84,7 @@ def _search_of(rows: pa.Table, without: pa.Table, everything: list[pa.Table]) ->
         for anchor, positive in zip(table["anchor"].to_pylist(), table["positive"].to_pylist(), strict=True):
             answers[anchor][positive] = None
     languages: dict[str, set[str]] = defaultdict(set)
-    for role in (role for role in ("positive", "negative") if role in rows.column_names):
+    for role in ("positive", "negative"):
         for passage, language in zip(rows[role].to_pylist(), rows["language"].to_pylist(), strict=True):
             if passage is not None:
                 languages[passage].add(language)
@@ -104,19 +102,18 @@ def _search_of(rows: pa.Table, without: pa.Table, everything: list[pa.Table]) ->
 
 def _with_negatives(table: pa.Table, missing: np.ndarray, found: dict[str, list[str]]) -> pa.Table:
     """Each row as often as it has negatives, at least once, in the order of the table."""
-    anchors = table["anchor"].to_pylist()
-    own = table["negative"].to_pylist() if "negative" in table.column_names else [None] * len(anchors)
     numbers: list[int] = []
     negatives: list[str | None] = []
-    for number, anchor in enumerate(anchors):
-        those: list[str | None] = [*found.get(anchor, ())] or [None] if missing[number] else [own[number]]
+    rows = zip(table["anchor"].to_pylist(), table["negative"].to_pylist(), missing, strict=True)
+    for number, (anchor, own, is_missing) in enumerate(rows):
+        those: list[str | None] = [*found.get(anchor, ())] or [None] if is_missing else [own]
         numbers += [number] * len(those)
         negatives += those
     taken = table.select(["anchor", "positive", "language"]).take(pa.array(numbers))
     return taken.add_column(2, "negative", pa.array(negatives, pa.string()))
 
 
-def _mined(name: str, search: Search, rows: str, settings: MiningConfig, base: ModelConfig | None) -> pa.Table:
+def _mined(name: str, search: Search, settings: MiningConfig, base: ModelConfig | None) -> pa.Table:
     """MINED rows: (query, negative) per negative, and one without a negative per query that has none."""
     texts = digest(*search.queries, *search.passages, repr(search.positives), repr(search.languages))
     if settings.method == "bm25":
@@ -150,7 +147,7 @@ def is_near_duplicate(one: str, other: str) -> bool:
     return len(a & b) >= NEAR_DUPLICATE * len(a | b)
 
 
-def choose(candidates: Iterator[int], search: Search, query: int, count: int) -> tuple[list[int], int]:
+def choose(candidates: Iterable[int], search: Search, query: int, count: int) -> tuple[list[int], int]:
     """The first candidates that are near duplicates neither of the query's positives nor of each other, and how many were
     passed over."""
     chosen: list[int] = []
@@ -166,7 +163,8 @@ def choose(candidates: Iterator[int], search: Search, query: int, count: int) ->
     return chosen, passed_over
 
 
-def _table(chosen: Iterator[tuple[int, list[int], int]]) -> pa.Table:
+def _table(chosen: Iterable[tuple[int, list[int], int]]) -> pa.Table:
+    """MINED rows of queries, each with its negatives and how many near duplicates were passed over."""
     rows = [
         (query, negative, passed if place == 0 else 0)
         for query, negatives, passed in chosen
@@ -189,7 +187,7 @@ class _BM25Miner:
         for query in queries:
             by_language[self.search.languages[query]].append(query)
         chosen = [found for language, those in by_language.items() for found in self._within(language, those)]
-        return _table(iter(sorted(chosen)))
+        return _table(sorted(chosen))
 
     def _within(self, language: str, queries: list[int]) -> Iterator[tuple[int, list[int], int]]:
         if language not in self.indexes:
@@ -213,12 +211,10 @@ class _BM25Miner:
                 for passage, value in zip(row, values, strict=True)
                 if passage not in positives and 0 < value <= limit
             ]
-            yield (query, *choose(iter(candidates[lowest:highest]), self.search, query, self.settings.per_query))
+            yield (query, *choose(candidates[lowest:highest], self.search, query, self.settings.per_query))
 
-    def _index(self, language: str) -> tuple["BM25Index", np.ndarray]:
+    def _index(self, language: str) -> tuple[BM25Index, np.ndarray]:
         """The language's passages, and their numbers."""
-        from trainer.data.bm25 import BM25Index
-
         numbers = [place for place, languages in enumerate(self.search.passage_languages) if language in languages]
         passages = [self.search.passages[place] for place in numbers]
         return BM25Index(passages, language, without_stop_words=False), np.array(numbers)
@@ -236,23 +232,23 @@ class Remembered:
 
     def encode_query(self, texts: list[str], **options) -> np.ndarray:
         """[texts, width]."""
-        return self._encode(self.model.encode_query, "query", texts, options)
+        return self._encode("query", texts, options)
 
     def encode_document(self, texts: list[str], **options) -> np.ndarray:
         """[texts, width]."""
-        return self._encode(self.model.encode_document, "document", texts, options)
+        return self._encode("document", texts, options)
 
-    def _encode(self, encode: Callable, route: str, texts: list[str], options: dict) -> np.ndarray:
-        options = options | {"show_progress_bar": False, "convert_to_numpy": True}
+    def _encode(self, task: str, texts: list[str], options: dict) -> np.ndarray:
+        encode = partial(getattr(self.model, f"encode_{task}"), **(options | {"show_progress_bar": False}))
 
-        def vectors(part: list[str]) -> pa.Table:
-            found = np.asarray(encode(part, **options), dtype=np.float32)
-            return pa.table({"vector": pa.FixedSizeListArray.from_arrays(found.ravel(), found.shape[1])})
+        def encode_part(part: list[str]) -> pa.Table:
+            vectors = encode(part).astype(np.float32)
+            return pa.table({"vector": pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1])})
 
-        folder = self.folder / f"{route}-{digest(*texts)}"
-        what = in_columns("mining", "queries" if route == "query" else "passages")
+        folder = self.folder / f"{task}-{digest(*texts)}"
+        what = in_columns("mining", "queries" if task == "query" else "passages")
         with encoding(self.model[0], what, len(texts)) as progress:
-            parts = cached_tables(folder, texts, TEXTS_PER_PART, vectors, progress)
+            parts = cached_tables(folder, texts, TEXTS_PER_PART, encode_part, progress)
         columns = [chunk for part in parts for chunk in part["vector"].chunks]
         return np.concatenate([chunk.flatten().to_numpy().reshape(len(chunk), -1) for chunk in columns])
 
@@ -292,7 +288,7 @@ def _mine_with_model(search: Search, settings: MiningConfig, load: Callable, of_
     for anchor, negative in zip(mined["anchor"], mined["negative"], strict=True):
         candidates[anchor][number[negative]] = None
     return _table(
-        (place, *choose(iter(candidates[query]), search, place, settings.per_query))
+        (place, *choose(candidates[query], search, place, settings.per_query))
         for place, query in enumerate(search.queries)
     )
 

@@ -38,7 +38,7 @@ Preprocess = Callable[[list[str]], Features]
 TEXTS_PER_CALL = 1_000
 # Ids of so many different texts are stored on disk; fewer are tokenised in a second or two.
 MIN_TEXTS_ON_DISK = 10_000
-# The feature of a shared pass that says which of the batch's passages its texts are.
+# The feature of a shared pass that says which of the batch's passages, counted column by column, its texts are.
 PLACE = "place"
 BY_COLUMN = ForwardPasses()
 # Rows of each set whose features are compared with the library's.
@@ -129,15 +129,6 @@ class Padding:
     token_type: int
     left: bool
 
-    @classmethod
-    def of(cls, module: nn.Module, features: Features) -> "Padding":
-        """features: what the module's `preprocess` gave for one text."""
-        names = tuple(name for name, value in features.items() if torch.is_tensor(value))
-        constants = {name: value for name, value in features.items() if name not in names}
-        tokenizer = module.tokenizer
-        left = tokenizer.padding_side == "left"
-        return cls(names, constants, tokenizer.pad_token_id, tokenizer.pad_token_type_id, left)
-
     def features(self, texts: Sequence[np.ndarray], shapes: Sequence[int] | None = None) -> Features:
         """Tensors [texts, length] of the ids of several texts, shorter ones padded.
 
@@ -161,24 +152,23 @@ class Packing:
     first_position: int
     constants: Features
 
-    @classmethod
-    def of(cls, module: nn.Module, features: Features) -> "Packing":
-        """features: what the module's `preprocess` gave for one text."""
-        packed = module.data_collator([{"input_ids": [0]}])
-        constants = {name: value for name, value in features.items() if name not in packed}
-        return cls(module.data_collator, module._flatten_position_offset, constants)
-
     def features(self, texts: Sequence[np.ndarray], shapes: Sequence[int] | None = None) -> Features:
         """Tensors [1, tokens of all texts]; `shapes` mean nothing where nothing is padded."""
         packed = dict(self.collate([{"input_ids": text.tolist()} for text in texts]))
         del packed["labels"]
         packed["position_ids"] = packed["position_ids"] + self.first_position
-        return packed | self.constants
+        return self.constants | packed
 
 
 def layout_of(module: nn.Module, features: Features) -> Padding | Packing:
     """How this module reads texts. features: what its `preprocess` gave for one text."""
-    return (Packing if "cu_seq_lens_q" in features else Padding).of(module, features)
+    if "cu_seq_lens_q" in features:
+        return Packing(module.data_collator, module._flatten_position_offset, features)
+    names = tuple(name for name, value in features.items() if torch.is_tensor(value))
+    constants = {name: value for name, value in features.items() if name not in names}
+    tokenizer = module.tokenizer
+    left = tokenizer.padding_side == "left"
+    return Padding(names, constants, tokenizer.pad_token_id, tokenizer.pad_token_type_id, left)
 
 
 @dataclass(frozen=True)
@@ -220,10 +210,7 @@ class TokenRows:
         return self.lengths()[:, -self.passages :].max(1)
 
     def features(self, rows: Sequence[int], passes: ForwardPasses = BY_COLUMN) -> Features:
-        """The features of these rows, named as the library's data collator names them.
-
-        A shared pass has its number for a name, and says of each text at which PLACE it stands, column by column.
-        """
+        """The features of these rows, named as the library's data collator names them; a shared pass by its number."""
         batch: Features = {}
         for column in self.columns[:1] if passes.shared else self.columns:
             batch |= _named(column.name, column.layout.features(column.texts(rows), passes.lengths))
@@ -267,10 +254,9 @@ class Tokeniser:
         self.seconds = 0.0
 
     def rows(self, name: str, dataset: Dataset, ids: np.ndarray, content: str) -> TokenRows:
-        """The token ids of a set of rows.
+        """The token ids of a set of rows. ids: what text_ids gives for it. content: a hash of its texts.
 
-        ids: what text_ids gives for it. content: a hash of its texts. Raises ConfigError when the model reads something
-        else than padded token ids, or the ids cannot be written to disk.
+        Raises ConfigError when the model reads something else than token ids, or the ids cannot be written to disk.
         """
         start = time.perf_counter()
         columns: dict[str, Column] = {}
@@ -285,7 +271,7 @@ class Tokeniser:
             if self.keep and len(used) >= MIN_TEXTS_ON_DISK:
                 key = key_of(module, task, f"{content}/{name}/{places}", prompt)
                 path = folder_of_tokens() / f"{name}_{key[:16]}.arrow"
-            file = self._stored(path, len(used)) or self._tokenised(name, texts(), module, preprocess, path)
+            file = self._stored(path) or self._tokenised(name, texts(), module, preprocess, path)
             self.texts += len(used)
             self.tokens += int(file.lengths().sum())
             self.bytes += path.stat().st_size if path else 0
@@ -306,14 +292,12 @@ class Tokeniser:
     def _preprocess(self, task: str | None, prompt: str | None) -> Preprocess:
         return partial(self.model.preprocess, prompt=prompt, task=task)
 
-    def _stored(self, path: Path | None, texts: int) -> TokenFile | None:
-        """The file of so many texts that an earlier run wrote, if it is there and as it was written."""
+    def _stored(self, path: Path | None) -> TokenFile | None:
+        """The file that an earlier run wrote, if it is there and as it was written."""
         if path is None or not path.exists():
             return None
         try:
             file = TokenFile.open(path)
-            if len(file) != texts:
-                raise pa.ArrowInvalid(f"it holds {len(file):,} texts, not {texts:,}")
         except (OSError, pa.ArrowException) as error:
             self.echo(f"tokens    {path} is damaged, and is made anew: {one_line(error)}")
             return None
@@ -339,16 +323,11 @@ class Tokeniser:
         ours, texts = token_rows.features(rows), dataset[rows]
         for column in token_rows.columns:
             for key, theirs in self._preprocess(*self._read_as(column.name))(texts[column.name]).items():
-                if not _is_equal(ours.get(f"{column.name}_{key}"), theirs):
+                if not np.array_equal(ours.get(f"{column.name}_{key}", ()), theirs):
                     raise ConfigError(
                         f"model.base_model: its '{key}' of the {column.name} in {name} is not token ids padded at one end, "
                         "which is all that is read here"
                     )
-
-
-def _is_equal(ours: Any, theirs: Any) -> bool:
-    """Whether two features are the same, tensors or not."""
-    return torch.is_tensor(ours) and torch.equal(ours, theirs) if torch.is_tensor(theirs) else ours == theirs
 
 
 def _take(dataset: Dataset, columns: list[str], cells: np.ndarray) -> pa.ChunkedArray:
