@@ -22,7 +22,15 @@ QUICKSTART = Path(__file__).parent / "quickstart"
 QA: Columns = {"anchor": "question", "positive": "context"}
 TRIPLET: Columns = {"anchor": "anchor", "positive": "positive", "negative": "negative"}
 DDSC: Columns = TRIPLET | {"anchor": "query"}
-PAWS = {"sentence1", "sentence2", "label"}
+PAWS: Columns = {"anchor": "sentence1", "positive": "sentence2", "label": "label"}
+# Of each source of scandi_qa, the columns that are read, and the language of each subset; None: it has no subsets.
+SCANDI_QA: dict[str, tuple[Columns, dict[str | None, str]]] = {
+    "norquad": (QA, {None: "no"}),
+    "noropenbookqa": ({"anchor": "question_stem", "positive": "fact"}, {"nb": "nb"}),  # without a fact, no row
+    "scandiqa": (QA, {"no": "no", "da": "da", "sv": "sv"}),
+    "supervised_da": ({"anchor": "query", "positive": "pos"}, {None: "da"}),
+    "paws_x": (PAWS, {"nb": "nb", "nn": "nn"}),
+}
 QUICKSTART_SETS = {"nli": TRIPLET, "scandi_qa": QA, "ddsc": DDSC, "sister_languages": QA}
 # The embedded sets that bring a search set: its name, and its folder in QUICKSTART.
 QUICKSTART_SEARCHES = {"nli": ("quickstart", "search"), "sister_languages": ("sister_languages", "sister_languages")}
@@ -126,12 +134,15 @@ def load_scandi_qa(config: ScandiQaConfig) -> LoadedSource:
     """Five question-answering sources as one set; each has a switch of its own."""
     parts: list[Rows] = []
     revisions: dict[str, str | None] = {}
-    for name, load in SCANDI_QA.items():
+    for name, (columns, languages) in SCANDI_QA.items():
         source: HubSource | None = getattr(config, name)
         if source is None or not source.enabled:
             continue
         opened = _open(source, f"datasets.scandi_qa.{name}.source", f"scandi_qa's {name}")
-        rows = load(opened)
+        if columns is PAWS:
+            rows = join([_paws_rows(opened, subset) for subset in languages])
+        else:
+            rows = join([opened.rows(columns, "train", language, subset) for subset, language in languages.items()])
         opened.note_splits(rows.reading)
         parts.append(sample(rows, source.max_samples, seed=0) if source.max_samples else rows)
         revisions |= opened.revisions
@@ -140,31 +151,10 @@ def load_scandi_qa(config: ScandiQaConfig) -> LoadedSource:
     return LoadedSource(join(parts), hold_out=config.eval_rows, revisions=revisions)
 
 
-def _load_norquad(opened: _Opened) -> Rows:
-    return opened.rows(QA, "train", "no")
-
-
-def _load_noropenbookqa(opened: _Opened) -> Rows:
-    """A question whose fact is empty gives no row: the question itself is never its own positive."""
-    return opened.rows({"anchor": "question_stem", "positive": "fact"}, "train", "nb", subset="nb")
-
-
-def _load_scandiqa(opened: _Opened) -> Rows:
-    return join([opened.rows(QA, "train", language, subset=language) for language in ("no", "da", "sv")])
-
-
-def _load_supervised_da(opened: _Opened) -> Rows:
-    return opened.rows({"anchor": "query", "positive": "pos"}, "train", "da")
-
-
-def _load_paws_x(opened: _Opened) -> Rows:
-    return join([_paws_rows(opened, subset) for subset in ("nb", "nn")])
-
-
-def _paws_rows(opened: _Opened, subset: str) -> Rows:
+def _paws_rows(opened: _Opened, subset: str | None) -> Rows:
     """Label 1 is a paraphrase, hence a pair; label 0 is a near miss, hence the negative of the same first sentence."""
     table = opened.table("train", subset)
-    if missing := PAWS - set(table.column_names):
+    if missing := set(PAWS.values()) - set(table.column_names):
         raise ConfigError(
             f"{opened.key}: there is no column '{min(missing)}' in {subset}. It has: {', '.join(table.column_names)}"
         )
@@ -181,7 +171,7 @@ def _paws_rows(opened: _Opened, subset: str) -> Rows:
         "negative": pa.array([negatives.get(anchor) for anchor in anchors], pa.string()),
     }
     rows = rows_from_table(pa.table(triplets), TRIPLET, subset, where=opened.source.source)
-    rows.reading.pass_over("columns", (name for name in table.column_names if name not in PAWS))
+    rows.reading.pass_over("columns", (name for name in table.column_names if name not in PAWS.values()))
     paraphrased = set(anchors)
     with_paraphrase = sum(sentence in paraphrased for sentence in misses["sentence1"].to_pylist())
     used = len(negatives.keys() & paraphrased)
@@ -209,9 +199,7 @@ def load_local(name: str, source: LocalSource) -> LoadedSource:
     common: dict[str, Any] = {"hold_out": source.eval_rows, "max_samples": source.max_samples}
     if is_local(source.source) and is_beir(folder):
         return _load_beir(name, source, folder)
-    columns = None
-    if source.columns:
-        columns = {role: column for role, column in source.columns.model_dump().items() if column is not None}
+    columns = source.columns.model_dump(exclude_none=True) if source.columns else None
     if is_local(source.source) and not folder.is_dir():
         return LoadedSource(read_files(source.source, columns, source.language, key), **common)
     opened = _open(source, key, f"your data set '{name}'")
@@ -234,10 +222,10 @@ def _load_beir(name: str, source: LocalSource, folder: Path) -> LoadedSource:
                 f"datasets.{name}.{key}: {folder} has no qrels/{wanted}.tsv or qrels.{wanted}.tsv. "
                 f"It holds: {listed(files_beside(folder))}"
             )
-    found = read_search_set(folder, source.split, name)
-    search, validation = [*read_search_splits(folder, splits, name, found.corpus), None, None][:2]
-    rows = pairs_of(found, source.language)
-    rows.reading = found.reading
+    trained = read_search_set(folder, source.split, name)
+    search, validation = [*read_search_splits(folder, splits, name, trained.corpus), None, None][:2]
+    rows = pairs_of(trained, source.language)
+    rows.reading = trained.reading
     rows.reading.pass_over("files", files_beside(folder, source.split, *splits))
     return LoadedSource(
         rows,
@@ -249,16 +237,15 @@ def _load_beir(name: str, source: LocalSource, folder: Path) -> LoadedSource:
     )
 
 
-def pairs_of(found: SearchSet, language: str | None) -> Rows:
+def pairs_of(search: SearchSet, language: str | None) -> Rows:
     """One row per query and relevant passage."""
-    pairs = [(found.queries[query], found.corpus[p]) for query in found.queries for p in sorted(found.relevant[query])]
-    table = pa.table(
-        {
-            "anchor": pa.array([query for query, _ in pairs], pa.string()),
-            "positive": pa.array([passage for _, passage in pairs], pa.string()),
-        }
-    )
-    return rows_from_table(table, {"anchor": "anchor", "positive": "positive"}, language, where=found.name)
+    pairs = [
+        {"anchor": text, "positive": search.corpus[passage]}
+        for query, text in search.queries.items()
+        for passage in sorted(search.relevant[query])
+    ]
+    table = pa.Table.from_pylist(pairs, pa.schema({"anchor": pa.string(), "positive": pa.string()}))
+    return rows_from_table(table, {"anchor": "anchor", "positive": "positive"}, language, where=search.name)
 
 
 def sample(rows: Rows, size: int, seed: int) -> Rows:
@@ -267,15 +254,6 @@ def sample(rows: Rows, size: int, seed: int) -> Rows:
         return rows
     chosen = np.random.default_rng(seed).permutation(len(rows))[:size]
     return rows.take(chosen, **{"over max_samples": len(rows) - size})
-
-
-SCANDI_QA: dict[str, Callable[[_Opened], Rows]] = {
-    "norquad": _load_norquad,
-    "noropenbookqa": _load_noropenbookqa,
-    "scandiqa": _load_scandiqa,
-    "supervised_da": _load_supervised_da,
-    "paws_x": _load_paws_x,
-}
 
 
 def sources_of(config: DatasetsConfig) -> dict[str, Callable[[], LoadedSource]]:

@@ -235,12 +235,11 @@ def load_data(config: Config, *, without_hub: bool = False) -> TrainingData:
 def _no_name_of_a_mean(search: list[SearchSet], config: Config) -> None:
     """The score of a set called `search` would be taken for the mean. Where it is the only one, it is the mean."""
     alone = len(search) == 1 and config.evaluation.nanobeir_datasets == []
-    for found in search:
-        score = f"{found.name}_ndcg@10"
-        if score == SCORE or (score == REPORTED and not alone):
+    for name in (found.name for found in search):
+        if f"{name}_ndcg@10" in ([SCORE] if alone else [SCORE, REPORTED]):
             raise ConfigError(
-                f"evaluation.search: {score} is the name of the mean over all searches, so a set cannot be "
-                f"called '{found.name}'. Rename its folder"
+                f"evaluation.search: {name}_ndcg@10 is the mean over all searches, so a set cannot be called '{name}'. "
+                "Rename its folder"
             )
 
 
@@ -256,6 +255,7 @@ def _reachable(data: TrainingData, name: str, without_hub: bool) -> Iterator[Non
 
 
 def _search_folder(folder: str) -> tuple[SearchSet, SearchSet | None]:
+    """The search that is reported, and the one that chooses the checkpoint, if there is one."""
     path = Path(folder).expanduser()
     splits = search_splits(path) if is_beir(path) else []
     if not splits:
