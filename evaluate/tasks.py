@@ -14,7 +14,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from trainer.config import ConfigError, did_you_mean, one_line
 from trainer.config.words import split_names
 from trainer.data.beir import files_beside, files_of, has_split, is_beir, read_records, read_search_set
-from trainer.data.texts import Reading, as_strings
+from trainer.data.texts import COMPOSED, Reading, as_strings
 from trainer.system.progress_bar import going_on, in_columns
 
 NORWEGIAN = ("NorQuadRetrieval", "SNLRetrieval")
@@ -125,8 +125,6 @@ def load(task: AbsTaskRetrieval) -> dict[str, dict[str, Any]]:
     for splits in task.dataset.values():
         for data in splits.values():
             data |= {side: _in_nfc(data[side], task.reading) for side in ("queries", "corpus")}
-            grades = [grade for judged in data["relevant_docs"].values() for grade in judged.values()]
-            task.reading.highest_grade = max(task.reading.highest_grade, max(grades, default=1))
     return task.dataset
 
 
@@ -137,11 +135,11 @@ def reading_of(task: AbsTaskRetrieval) -> Reading:
 
 def _in_nfc(rows: Dataset, reading: Reading) -> Dataset:
     """Texts in the one form of Unicode that training texts have too; ids are keys and stay."""
-    table, before = rows.with_format("arrow")[:], reading.composed
+    table, before = rows.with_format("arrow")[:], reading.notes[COMPOSED]
     for name in {"title", "text"} & set(table.column_names):
         if (texts := as_strings(table[name])) is not None:
             table = table.set_column(table.column_names.index(name), name, reading.compose_column(texts))
-    return Dataset(table) if reading.composed > before else rows
+    return Dataset(table) if reading.notes[COMPOSED] > before else rows
 
 
 class LocalTask(AbsTaskRetrieval):

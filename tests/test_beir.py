@@ -12,7 +12,6 @@ CORPUS = [{"_id": "d1", "title": "Mjøsa", "text": "En innsjø."}, {"_id": "d2",
 QUERIES = [{"_id": "q1", "text": "hvilken innsjø"}, {"_id": "q2", "text": "hvilken elv"}]
 HEADER = "query-id\tcorpus-id\tscore\n"
 JUDGEMENTS = "q1\td1\t2\nq2\td2\t1\n"
-GRADES = "grades up to 2: nDCG weighs them; MRR, recall and training pairs take 1 and up for relevant"
 
 
 def lines(rows):
@@ -46,7 +45,7 @@ def test_beirs_own_layout_reads_as_ours_does(tmp_path):
         assert is_beir(folder) and has_split(folder, "train") and not has_split(folder, "dev")
         assert (found.queries, found.relevant) == ({"q1": "hvilken innsjø", "q2": "hvilken elv"}, expected)
         assert found.corpus == {"d1": "Mjøsa En innsjø.", "d2": "En elv."}
-        assert list(found.reading.lines()) == [GRADES]
+        assert list(found.reading.lines()) == []
 
 
 @pytest.mark.parametrize(
@@ -123,7 +122,7 @@ def test_what_cannot_be_read_is_refused_with_its_place(tmp_path, files, says):
 def test_a_judgement_that_stands_twice_counts_once_and_is_said(tmp_path):
     found = read_search_set(write(tmp_path, **{"qrels/train.tsv": JUDGEMENTS * 2}), "train", "mine")
     assert found.relevant == {"q1": {"d1": 2}, "q2": {"d2": 1}}
-    assert list(found.reading.lines()) == ["not read: 2 judgements that stand there twice", GRADES]
+    assert list(found.reading.lines()) == ["not read: 2 judgements that stand there twice"]
 
 
 def test_texts_in_which_nothing_is_to_be_seen_stay_and_are_counted(tmp_path):
@@ -138,12 +137,7 @@ def test_texts_in_which_nothing_is_to_be_seen_stay_and_are_counted(tmp_path):
     found = read_search_set(folder, "train", "mine")
     assert (len(found.corpus), found.queries["q2"]) == (5, "")
     line = "3 passages or queries are without text, and stay in the search, where they find nothing"
-    assert list(found.reading.lines()) == [line, GRADES]
-
-
-def test_judgements_that_say_no_more_than_relevant_are_not_called_graded(tmp_path):
-    found = read_search_set(write(tmp_path, **{"qrels/train.tsv": "q1\td1\t1\nq1\td2\t0\n"}), "train", "mine")
-    assert not list(found.reading.lines())
+    assert list(found.reading.lines()) == [line]
 
 
 def test_texts_come_in_nfc_and_ids_as_they_are(tmp_path):

@@ -422,7 +422,7 @@ def test_rows_of_the_evaluation_split_are_not_counted_among_those_trained_on(tmp
         "mine"
     ]
     assert (summary.rows, summary.triplets, summary.eval_rows) == (20, 20, 20)
-    assert summary.notes == ["10 rows with several negatives became 20 triplets, one for each"]
+    assert summary.notes == ["20 triplets are of rows with several negatives, one for each"]
 
 
 def test_without_the_hub_one_line_says_which_repository_why_and_what_to_do(tmp_path):

@@ -10,6 +10,7 @@ from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
 from tests.oracles import mean_ndcg
 from tests.test_models import config_of
 from trainer.data.beir import SearchSet
+from trainer.data.texts import COMPOSED
 from trainer.models.build import build_model, fetch_base_model
 from trainer.runs.choice import SCORE
 from trainer.training.evaluators import GradedSearch, SearchEvaluator, _in_nfc, build_evaluator
@@ -103,4 +104,4 @@ def test_nothing_is_asked_of_the_hub_when_nanobeir_is_switched_off(tmp_path, mon
 def test_nanobeirs_texts_are_searched_in_nfc_and_counted():
     part = SimpleNamespace(queries=["pa\u030a", "x"], corpus=["ga\u030arden"])
     reading = _in_nfc(SimpleNamespace(evaluators=[part]))
-    assert (part.queries, part.corpus, reading.composed) == (["på", "x"], ["gården"], 2)
+    assert (part.queries, part.corpus, reading.notes[COMPOSED]) == (["på", "x"], ["gården"], 2)

@@ -9,7 +9,7 @@ import pytest
 
 from trainer.config import ConfigError
 from trainer.data.rows import fingerprint, read_files, rows_from_table
-from trainer.data.texts import MOST_NAMES, Reading, listed
+from trainer.data.texts import COMPOSED, MOST_NAMES, Reading, listed
 
 ROLES = {role: role for role in ("anchor", "positive", "negative")}
 
@@ -80,7 +80,7 @@ def test_each_negative_of_a_row_becomes_a_triplet_and_other_columns_are_named(tm
     assert rows.left_out == {"without text": 1}
     assert list(rows.reading.lines()) == [
         "not read: columns score, label",
-        "2 rows with several negatives became 4 triplets, one for each",
+        "4 triplets are of rows with several negatives, one for each",
     ]
 
 
@@ -108,7 +108,7 @@ def test_every_character_has_the_form_that_python_gives_it():
     expected = [unicodedata.normalize("NFC", text) for text in texts]
     reading = Reading()
     assert reading.compose_column(pa.chunked_array([texts[:100], texts[100:]])).to_pylist() == expected
-    assert reading.composed == sum(map(str.__ne__, texts, expected)) > 4_000
+    assert reading.notes[COMPOSED] == sum(map(str.__ne__, texts, expected)) > 4_000
 
 
 def test_rows_are_trained_on_in_nfc_and_counted_and_text_in_nfc_keeps_its_fingerprint():

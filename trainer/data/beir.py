@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from trainer.config import ConfigError
-from trainer.data.texts import IDS, Reading, have_text, id_of, listed, read_lines, read_rows, text_of
+from trainer.data.texts import IDS, WITHOUT_TEXT, Reading, have_text, id_of, listed, read_lines, read_rows, text_of
 
 TEXTS = ("text", "contents")
 RECORD = (*IDS, "title", *TEXTS)
@@ -161,15 +161,14 @@ def read_search_set(folder: Path, split: str, name: str, corpus: dict[str, str] 
     _, queries_file, judgements_file = files_of(folder, split)
     if corpus is None:
         corpus = read_corpus(folder, reading)
-        reading.empty = _without_text(corpus.values())
+        reading.notes[WITHOUT_TEXT] = _without_text(corpus.values())
     queries = {record.id: record.text for record in unique(read_records(queries_file, reading), queries_file)}
     judged = _read_judgements(judgements_file, queries_file, queries, corpus, reading)
     relevant = {query: {p: grade for p, grade in grades.items() if grade > 0} for query, grades in judged.items()}
     relevant = {query: grades for query, grades in relevant.items() if grades}
     if not relevant:
         raise ConfigError(f"{judgements_file}: no relevant passage for any query. Grades of 1 or more say relevant")
-    reading.empty += _without_text(queries[query] for query in relevant)
-    reading.highest_grade = max(max(grades.values()) for grades in relevant.values())
+    reading.notes[WITHOUT_TEXT] += _without_text(queries[query] for query in relevant)
     # in a file that splits share, the other queries are theirs
     own = judged if queries_file.name.startswith("queries.jsonl") else queries
     reading.counts["queries without a relevant passage"] = len(own) - len(relevant)

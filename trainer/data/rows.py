@@ -175,7 +175,7 @@ def _one_negative_a_row(rows: pa.Table, negatives: list[pa.ChunkedArray], readin
         return rows.add_column(2, "negative", negatives[0]) if negatives else rows
     there = np.stack([column.is_valid().to_numpy() for column in negatives], axis=1)
     counts = there.sum(axis=1)
-    reading.spread = (int((counts > 1).sum()), int(counts[counts > 1].sum()))
+    reading.triplets = int(counts[counts > 1].sum())
     there[counts == 0, 0] = True
     numbers, places = there.nonzero()
     every = pa.chunked_array([chunk for column in negatives for chunk in column.chunks], pa.string())

@@ -24,6 +24,8 @@ VISIBLE = r"[^\p{Z}\p{C}]"
 # Names in a line of the plan; more would fill a page.
 MOST_NAMES = 6
 IDS = ("_id", "id")
+COMPOSED = "texts were not in Unicode's form NFC, and are now"
+WITHOUT_TEXT = "passages or queries are without text, and stay in the search, where they find nothing"
 SEVERAL_NEGATIVES = "Several negatives of a row go into columns negative_1, negative_2, …; write other values as text"
 # Rows of a column that become plain strings at a time, whose bytes must be less than 2 GiB.
 ROWS = 2**16
@@ -38,25 +40,15 @@ class Reading:
     """What is not read, by kind: columns, splits, files."""
     counts: Counter[str] = field(default_factory=Counter)
     """What else is not read: how many of it."""
-    composed: int = 0
-    """Texts that were not in NFC."""
-    spread: tuple[int, int] = (0, 0)
-    """Rows with several negatives, and the triplets that they became."""
-    empty: int = 0
-    """Passages and queries of a search set in which nothing is to be seen."""
-    highest_grade: int = 1
-    """Of the judgements; 1 where they say no more than relevant."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What is read, but not as it came: how many of it."""
+    triplets: int = 0
+    """Triplets that rows with several negatives became."""
 
     def __add__(self, other: "Reading") -> "Reading":
-        kinds = dict.fromkeys((*self.names, *other.names))
-        return Reading(
-            {kind: self.names.get(kind, {}) | other.names.get(kind, {}) for kind in kinds},
-            self.counts + other.counts,
-            self.composed + other.composed,
-            (self.spread[0] + other.spread[0], self.spread[1] + other.spread[1]),
-            self.empty + other.empty,
-            max(self.highest_grade, other.highest_grade),
-        )
+        names = {kind: other.names.get(kind, {}) for kind in (*self.names, *other.names)}
+        names = {kind: self.names.get(kind, {}) | more for kind, more in names.items()}
+        return Reading(names, self.counts + other.counts, self.notes + other.notes, self.triplets + other.triplets)
 
     def pass_over(self, kind: str, names: Iterable[str]) -> None:
         """Note what is not read."""
@@ -66,7 +58,7 @@ class Reading:
         """A text in NFC. Ids never come here: they are keys, and engines compare them byte by byte."""
         if unicodedata.is_normalized("NFC", text):
             return text
-        self.composed += 1
+        self.notes[COMPOSED] += 1
         return unicodedata.normalize("NFC", text)
 
     def compose_column(self, values: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -78,7 +70,7 @@ class Reading:
         before = values.filter(perhaps)
         after = pc.utf8_normalize(before, form="NFC")
         changed = pc.sum(pc.not_equal(before, after)).as_py() or 0
-        self.composed += changed
+        self.notes[COMPOSED] += changed
         return pc.replace_with_mask(values, perhaps, after) if changed else values
 
     def lines(self) -> Iterator[str]:
@@ -87,17 +79,9 @@ class Reading:
         parts += [f"{count:,} {what}" for what, count in self.counts.items() if count]
         if parts:
             yield f"not read: {'; '.join(parts)}"
-        if self.spread[0]:
-            yield f"{self.spread[0]:,} rows with several negatives became {self.spread[1]:,} triplets, one for each"
-        if self.composed:
-            yield f"{self.composed:,} texts were not in Unicode's form NFC, and are now"
-        if self.empty:
-            yield f"{self.empty:,} passages or queries are without text, and stay in the search, where they find nothing"
-        if self.highest_grade > 1:
-            yield (
-                f"grades up to {self.highest_grade}: nDCG weighs them; MRR, recall and training pairs take 1 and up for "
-                "relevant"
-            )
+        if self.triplets:
+            yield f"{self.triplets:,} triplets are of rows with several negatives, one for each"
+        yield from (f"{count:,} {what}" for what, count in self.notes.items() if count)
 
 
 def have_text(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:

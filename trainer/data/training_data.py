@@ -296,7 +296,7 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
         data.add_search(source.search, source.validation, config)
     reading = source.rows.reading
     if source.eval_rows is not None:  # the counts of rows are those of the rows that are trained on
-        reading += replace(source.eval_rows.reading, spread=(0, 0))
+        reading += replace(source.eval_rows.reading, triplets=0)
     triplets = sum(table.num_rows for table in subsets.values() if "negative" in table.column_names)
     data.summaries[name] = SetSummary(
         name=name,
