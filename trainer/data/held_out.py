@@ -35,11 +35,10 @@ def hold_out(sources: Sequence[LoadedSource], seed: int) -> None:
     for source, each, out, size in zip(sources, numbers, held, sizes, strict=True):
         is_trained = ~(out | has_any(each, texts))
         trained.append(each[is_trained])
-        if size:
+        if source.eval_rows is None:
             source.eval_rows = Rows(source.rows.table.filter(pa.array(out)), Counter({TOO_MANY: size - int(out.sum())}))
         left_out = {HELD_OUT: int(out.sum()), BESIDE: int((~is_trained & ~out).sum())}
-        reasons = {why: count for why, count in left_out.items() if count}
-        source.rows = source.rows.take(np.flatnonzero(is_trained), **reasons)
+        source.rows = source.rows.take(np.flatnonzero(is_trained), **left_out)
     texts = texts_of(trained)
     for (source, rows), each in zip(own, of_own, strict=True):
         shared = has_any(each, texts)

@@ -280,33 +280,31 @@ def _usable(name: str, source: LoadedSource, config: Config) -> LoadedSource:
 def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config) -> None:
     """Mine a source's missing negatives, and split its rows, those held out too, into triplets and pairs."""
     rows, held_out = source.rows, source.eval_rows
+    assert held_out is not None  # since hold_out
     mined: dict[str, int | str] = {}
     if mining := mining_of(config.datasets, name):
         rows, mined = fill_negatives(name, rows, source.everything, mining, config.model)
     subsets = _split(name, rows.table)
     data.subsets[name] = list(subsets)
     data.train.update({subset: Dataset(table) for subset, table in subsets.items()})
-    if held_out is not None and len(held_out):
-        for subset, table in _split(name, held_out.table).items():
-            if table.num_rows < processes():  # every process evaluates an equal part of each batch
-                rows.left_out[f"held out in vain: too few to evaluate in {processes()} processes"] = table.num_rows
-            else:
-                data.eval[subset] = Dataset(table)
+    for subset, table in _split(name, held_out.table).items():
+        if table.num_rows >= processes():  # every process evaluates an equal part of each batch
+            data.eval[subset] = Dataset(table)
+        else:
+            rows.left_out[f"held out in vain: too few to evaluate in {processes()} processes"] = table.num_rows
     if source.search:
         data.add_search(source.search, source.validation, config)
-    reading = source.rows.reading
-    if source.eval_rows is not None:  # the counts of rows are those of the rows that are trained on
-        reading += replace(source.eval_rows.reading, triplets=0)
+    reading = source.rows.reading + replace(held_out.reading, triplets=0)  # those that are trained on are counted
     triplets = sum(table.num_rows for table in subsets.values() if "negative" in table.column_names)
     data.summaries[name] = SetSummary(
         name=name,
         rows=len(rows),
         triplets=triplets,
         pairs=len(rows) - triplets,
-        eval_rows=len(held_out) if held_out is not None else 0,
-        eval_left_out=dict(+held_out.left_out) if held_out is not None else {},
+        eval_rows=len(held_out),
+        eval_left_out=dict(+held_out.left_out),
         languages=rows.languages,
-        left_out=dict(rows.left_out),
+        left_out=dict(+rows.left_out),
         revisions=source.revisions,
         fingerprint=fingerprint(rows.table),
         mined=mined,
