@@ -7,6 +7,7 @@ import pytest
 
 from trainer.config import ConfigError
 from trainer.data.beir import files_beside, has_split, is_beir, read_corpus, read_search_set
+from trainer.data.texts import Reading
 
 CORPUS = [{"_id": "d1", "title": "Mjøsa", "text": "En innsjø."}, {"_id": "d2", "title": "", "text": "En elv."}]
 QUERIES = [{"_id": "q1", "text": "hvilken innsjø"}, {"_id": "q2", "text": "hvilken elv"}]
@@ -91,12 +92,12 @@ def test_of_queries_that_splits_share_those_that_a_split_judges_are_its_own(tmp_
     [
         ({"queries.train.jsonl": ""}, "folder has queries.train.jsonl and queries.jsonl, which stand for the same"),
         ({"corpus.jsonl.gz": ""}, "folder has corpus.jsonl and corpus.jsonl.gz, which stand for the same"),
-        ({"qrels/train.tsv": None, "qrels/dev.tsv": ""}, "has no qrels/train.tsv or qrels.train.tsv (.gz or not). "
+        ({"qrels/train.tsv": None, "qrels/dev.tsv": ""}, "has no qrels/train.tsv or qrels.train.tsv. "
             "It holds: corpus.jsonl, qrels/dev.tsv, queries.jsonl"),
         ({"qrels/train.tsv": "q1\td1\tx\n" + JUDGEMENTS}, "qrels/train.tsv:1: expected query-id, corpus-id and"),
         ({"qrels/train.tsv": "q1 d1 1\n"}, "qrels/train.tsv:1: expected query-id, corpus-id and a whole number"),
         ({"qrels/train.tsv": "q1\td1\t0.5\n"}, "qrels/train.tsv:1: expected query-id"),
-        ({"qrels/train.tsv": b"q1\td1\t1\n\xff\n"}, "qrels/train.tsv:2: not text in UTF-8 (byte 0 of the line)"),
+        ({"qrels/train.tsv": b"q1\td1\t1\n\xff\n"}, "qrels/train.tsv:2: not text in UTF-8 (byte 0)"),
         ({"qrels/train.tsv": HEADER + "q1\td1\t1\nq2\td2\t1\nq1\td1\t2\n"},
             "qrels/train.tsv:4: passage 'd1' has grade 2 for query 'q1', and 1 in qrels/train.tsv:2"),
         ({"corpus.jsonl": lines([*CORPUS, {"_id": "d1", "text": "x"}])},
@@ -143,4 +144,4 @@ def test_texts_in_which_nothing_is_to_be_seen_stay_and_are_counted(tmp_path):
 def test_texts_come_in_nfc_and_ids_as_they_are(tmp_path):
     corpus = [{"_id": "a\u030a", "text": "pa\u030a ga\u030arden", "url": "x"}, {"_id": "\u00e5", "text": "på gården"}]
     folder = write(tmp_path, **{"corpus.jsonl": lines(corpus)})
-    assert read_corpus(folder) == {"a\u030a": "på gården", "\u00e5": "på gården"}
+    assert read_corpus(folder, Reading()) == {"a\u030a": "på gården", "\u00e5": "på gården"}

@@ -165,7 +165,7 @@ def test_a_model_that_reads_something_else_is_refused(tmp_path, monkeypatch):
 def kept(tmp_path, monkeypatch):
     """Keep the ids of sets however small, in a folder of this test."""
     monkeypatch.setattr(module, "MIN_TEXTS_ON_DISK", 1)
-    monkeypatch.setattr(module, "folder_of_tokens", lambda: tmp_path / "tokens")
+    monkeypatch.setattr(module, "folder_of", lambda kind: tmp_path / kind)
     _, model = built(tmp_path, write_bert(tmp_path / "base"), "splade")
     return model, tmp_path / "tokens"
 

@@ -87,10 +87,10 @@ class NoDuplicateBatches(DefaultBatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches(self.epoch):
-            yield from slices(batch, self.processes)
+            yield from (part.tolist() for part in np.split(batch, self.processes))
 
     def batches(self, pass_number: int) -> list[np.ndarray]:
-        """Row numbers of every batch of a pass; two passes are remembered, for loaders read ahead of what is counted."""
+        """Row numbers of every batch of a pass. Two passes are remembered: loaders read ahead of what is counted."""
         if pass_number not in self._passes:
             self._passes = dict([*self._passes.items()][-1:]) | {pass_number: self._batches(pass_number)}
         return self._passes[pass_number]
@@ -126,12 +126,6 @@ class NoDuplicateBatches(DefaultBatchSampler):
         by_key = np.lexsort((slot, key))
         same = (key[by_key][1:] == key[by_key][:-1]) & (slot[by_key][1:] != slot[by_key][:-1])
         return sorted(set(slot[by_key][1:][same].tolist()))
-
-
-def slices(batch: np.ndarray, processes: int) -> Iterator[list[int]]:
-    """The equal parts of a batch, one per process."""
-    for part in np.split(batch, processes):
-        yield part.tolist()
 
 
 class _Repair:
@@ -317,4 +311,4 @@ class MixedBatches(DefaultBatchSampler):
         for group, subset, pass_number, batch in self.mixture.draws(self.epoch):
             index = self.first_subset[group] + subset
             rows = self.batch_samplers[index].batches(pass_number)[batch]
-            yield from slices(rows + offsets[index], self.processes)
+            yield from (part.tolist() for part in np.split(rows + offsets[index], self.processes))

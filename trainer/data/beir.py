@@ -81,7 +81,7 @@ def files_of(folder: Path, split: str) -> Files:
 
 
 def files_beside(folder: Path, *splits: str) -> list[str]:
-    """What else is in the folder."""
+    """Names of the folder's other files."""
     read = {file for split in splits for file in files_of(folder, split)}
     found = sorted(file for depth in ("*", "*/*") for file in folder.glob(depth) if file.is_file() and file not in read)
     names = (str(file.relative_to(folder)) for file in found)
@@ -99,9 +99,7 @@ def _candidates(folder: Path, *names: str) -> list[Path]:
 def _only(folder: Path, *names: str) -> Path:
     found = _candidates(folder, *names)
     if not found:
-        raise ConfigError(
-            f"{folder} has no {' or '.join(names)} (.gz or not). It holds: {listed(files_beside(folder))}"
-        )
+        raise ConfigError(f"{folder} has no {' or '.join(names)}. It holds: {listed(files_beside(folder))}")
     if len(found) > 1:
         both = " and ".join(str(file.relative_to(folder)) for file in found)
         raise ConfigError(f"{folder} has {both}, which stand for the same. Remove or rename one of them")
@@ -141,11 +139,10 @@ def unique(records: Iterable[Record], file: Path) -> Iterator[Record]:
         yield record
 
 
-def read_corpus(folder: Path, reading: Reading | None = None) -> dict[str, str]:
+def read_corpus(folder: Path, reading: Reading) -> dict[str, str]:
     """Passage texts, with their titles, by id."""
     file = _only(folder, "corpus.jsonl")
-    records = unique(read_records(file, Reading() if reading is None else reading), file)
-    corpus = {record.id: record.passage for record in records}
+    corpus = {record.id: record.passage for record in unique(read_records(file, reading), file)}
     if not corpus:
         raise ConfigError(f"{file}: no passages")
     return corpus

@@ -14,15 +14,13 @@ def by_length(
     """Reorder a shuffled pass so that rows of about the same length form a batch.
 
     Rows are exchanged only within `window` consecutive batches; which of the window's batches gets the short rows, and the
-    order of rows within a batch, are random.
+    order of rows within a batch, are random. Returns the new order, [rows], and its places sorted so that neighbours have
+    about the same length, [rows].
 
     Args:
         order: [rows] row numbers in shuffled order.
         starts: [batches + 1] where in `order` each batch begins, and the last one ends.
         lengths: [all rows] tokens of each row's longest passage.
-
-    Returns:
-        The new order, [rows], and its places sorted so that neighbours have about the same length, [rows].
     """
     new, places = np.empty_like(order), []
     for first in range(0, len(starts) - 1, window):
@@ -43,11 +41,11 @@ def next_length(longest: int, shapes: Sequence[int] | None) -> int:
     return next((length for length in shapes or () if length >= longest), longest)
 
 
-def bucket_lengths(max_seq_length: int, count: int = 8) -> list[int]:
-    """The lengths, ascending and at most `count`, that texts are padded to where each new length costs a compilation.
+def bucket_lengths(max_seq_length: int) -> list[int]:
+    """The lengths, ascending and at most eight, that texts are padded to where each new length costs a compilation.
 
     Each is about 1.6 times the one before (16 to 512 tokens), and a multiple of 8, as matrix units like it. Steps of equal
-    size would be as good for long texts and pad sentences of 15 tokens to 64.
+    size would pad sentences of 15 tokens to 64.
     """
-    spread = np.geomspace(min(SHORTEST, max_seq_length), max_seq_length, count)
+    spread = np.geomspace(min(SHORTEST, max_seq_length), max_seq_length, 8)
     return sorted({min(int(np.ceil(round(length / 8, 6))) * 8, max_seq_length) for length in spread})

@@ -20,25 +20,21 @@ CPU_POSITIONS = 1024
 class ForwardPasses:
     """How a batch is cut into passes through the network."""
 
-    lengths: Sequence[int] | None = None
-    """Ascending; the texts of a pass are padded to the next of them. None: to the longest text."""
-    shared: bool = False
-    """Whether positives and negatives share passes, sorted by length; otherwise each column is a pass."""
-    positions: int | None = None
-    """A shared pass that fills so many is full. None: all passages are one pass."""
+    lengths: Sequence[int] | None = None  # ascending; texts are padded to the next of them. None: to the longest text
+    shared: bool = False  # positives and negatives share passes, sorted by length; otherwise each column is a pass
+    positions: int | None = None  # a shared pass that fills so many is full. None: all passages are one pass
 
     def split(self, lengths: np.ndarray) -> list[np.ndarray]:
         """Numbers of the texts of each shared pass, the longest texts first. lengths: [texts], in tokens."""
         if self.positions is None:
             return [np.arange(len(lengths))]
         longest_first = np.argsort(-lengths, kind="stable")
-        found, start = [], 0
+        passes, start = [], 0
         while start < len(lengths):
-            longest = max(1, lengths[longest_first[start]])
-            end = start - int(-self.positions // longest)
-            found.append(longest_first[start:end])
+            end = start - int(-self.positions // max(1, lengths[longest_first[start]]))
+            passes.append(longest_first[start:end])
             start = end
-        return found
+        return passes
 
 
 def forward_passes_of(config: Config, device: str) -> ForwardPasses:
@@ -71,10 +67,8 @@ def padding(
 ) -> tuple[int, int]:
     """Tokens, and positions computed for them, when each process pads the passes of its part of a batch.
 
-    Args:
-        batches: row numbers of each batch.
-        lengths: [rows, columns] tokens of each text that goes through the network.
-        passages: how many of the columns, the last ones, hold passages.
+    lengths: [rows, columns] tokens of each text that goes through the network. passages: how many of the columns, the last
+    ones, hold passages.
     """
     tokens = positions = 0
     for part in (part for batch in batches for part in np.split(batch, processes)):

@@ -63,15 +63,14 @@ class Reading:
 
     def compose_column(self, values: pa.ChunkedArray) -> pa.ChunkedArray:
         """The same for a column."""
-        return pa.chunked_array([self._compose_chunk(chunk) for chunk in values.chunks], pa.string())
-
-    def _compose_chunk(self, values: pa.StringArray) -> pa.StringArray:
-        perhaps = pc.fill_null(pc.match_substring_regex(values, PERHAPS_NOT_NFC), False)
-        before = values.filter(perhaps)
-        after = pc.utf8_normalize(before, form="NFC")
-        changed = pc.sum(pc.not_equal(before, after)).as_py() or 0
-        self.notes[COMPOSED] += changed
-        return pc.replace_with_mask(values, perhaps, after) if changed else values
+        chunks = []
+        for chunk in values.chunks:
+            perhaps = pc.fill_null(pc.match_substring_regex(chunk, PERHAPS_NOT_NFC), False)
+            before = chunk.filter(perhaps)
+            after = pc.utf8_normalize(before, form="NFC")
+            self.notes[COMPOSED] += pc.sum(pc.not_equal(before, after)).as_py() or 0
+            chunks.append(pc.replace_with_mask(chunk, perhaps, after))
+        return pa.chunked_array(chunks, pa.string())
 
     def lines(self) -> Iterator[str]:
         """What the plan says; nothing where all is read as it is."""
@@ -85,9 +84,7 @@ class Reading:
 
 
 def have_text(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """Which texts have a character that is neither blank nor invisible (zero-width, control, direction): others have no
-    tokens."""
-    # stops at the first such character, so a long text costs no more than a short one
+    """Which texts have a character that is neither blank nor invisible (zero-width, control, direction), hence tokens."""
     return pc.match_substring_regex(values, VISIBLE)
 
 
@@ -159,9 +156,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise ConfigError(f"{file}: cannot be read: {reason}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{file}:{number}: not text in UTF-8 (byte {error.start} of the line). Save it as UTF-8"
-        ) from None
+        raise ConfigError(f"{file}:{number}: not text in UTF-8 (byte {error.start}). Save it as UTF-8") from None
 
 
 def text_of(row: dict, column: str, file: Path, number: int, *, needed: bool = True) -> str | None:

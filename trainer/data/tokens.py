@@ -45,11 +45,6 @@ BY_COLUMN = ForwardPasses()
 CHECKED_ROWS = 8
 
 
-def folder_of_tokens() -> Path:
-    """Where token ids are stored. Any file in it may be removed: its texts are tokenised again."""
-    return folder_of("tokens")
-
-
 def input_module(model: SparseEncoder, task: str | None) -> nn.Module:
     """The module that tokenises the texts of a task, "query" or "document"; None where one route serves both."""
     first = model[0]
@@ -270,7 +265,7 @@ class Tokeniser:
             path = None
             if self.keep and len(used) >= MIN_TEXTS_ON_DISK:
                 key = key_of(module, task, f"{content}/{name}/{places}", prompt)
-                path = folder_of_tokens() / f"{name}_{key[:16]}.arrow"
+                path = folder_of("tokens") / f"{name}_{key[:16]}.arrow"
             file = self._stored(path) or self._tokenised(name, texts(), module, preprocess, path)
             self.texts += len(used)
             self.tokens += int(file.lengths().sum())

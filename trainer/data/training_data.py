@@ -69,9 +69,7 @@ class TrainingData:
     def add_search(self, found: SearchSet, validation: SearchSet | None, config: Config) -> None:
         """Add a search set; where a checkpoint is chosen, with the queries that choose it apart from those reported."""
         if any(found.name == other.name for other in self.search):
-            raise ConfigError(
-                f"evaluation.search: two search sets are called '{found.name}'. Rename one of the folders"
-            )
+            raise ConfigError(f"evaluation.search: two search sets are called '{found.name}'. Rename one folder")
         self.search.append(divide(found, validation) if config.training.load_best_model_at_end else found)
 
     @property
@@ -160,10 +158,7 @@ class TrainingData:
     def sample(self, rows: int, seed: int) -> "TrainingData":
         """The same with at most so many rows of each subset to train on, and none held out."""
         rng = np.random.default_rng(seed)
-        picked = {
-            subset: dataset.select(np.sort(rng.permutation(len(dataset))[:rows]))
-            for subset, dataset in self.train.items()
-        }
+        picked = {name: each.select(np.sort(rng.permutation(len(each))[:rows])) for name, each in self.train.items()}
         return TrainingData(DatasetDict(picked), DatasetDict(), self.subsets, self.summaries, self.search)
 
     def rows_of(self, config: Config, mixture: Mixture, first: int, last: int) -> dict[str, tuple[int, int]]:

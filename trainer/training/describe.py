@@ -8,8 +8,9 @@ from torch import nn
 from trainer.config import FROM_SCRATCH, Config
 from trainer.data.choosing import choice_words
 from trainer.data.mining import mining_words
-from trainer.data.tokens import Tokeniser, folder_of_tokens
+from trainer.data.tokens import Tokeniser
 from trainer.data.training_data import TrainingData
+from trainer.hub.cache import folder_of
 from trainer.models.build import vocabulary_of
 from trainer.models.normalizers import composes_first
 from trainer.models.prompts import prompt_lines
@@ -103,7 +104,7 @@ def token_line(tokeniser: Tokeniser) -> str:
     how = f"tokenised in {tokeniser.seconds:.0f} s" if made else "found"
     if made and tokeniser.texts_found:
         how += f", {tokeniser.texts_found:,} of the texts found"
-    size = f", {tokeniser.bytes / 2**20:,.0f} MiB in {folder_of_tokens()}" if tokeniser.bytes else ""
+    size = f", {tokeniser.bytes / 2**20:,.0f} MiB in {folder_of('tokens')}" if tokeniser.bytes else ""
     return f"tokens    {tokeniser.tokens:,} in {tokeniser.texts:,} different texts, {how}{size}"
 
 
