@@ -283,7 +283,7 @@ def test_a_file_of_many_parts_holds_every_text(tmp_path):
 
 
 def test_ids_in_memory_are_pickled_whole():
-    file = TokenFile.in_memory(pa.int32(), iter([pa.array([[70_000, 1], [2]], pa.list_(pa.int32()))]))
+    file = TokenFile(pa.table({"ids": pa.array([[70_000, 1], [2]], pa.list_(pa.int32()))}))
     assert ForkingPickler.loads(ForkingPickler.dumps(file))[0].tolist() == [70_000, 1]
 
 

@@ -219,9 +219,8 @@ class _Repair:
 class Mixture:
     """In which order the batches of several data sets are drawn.
 
-    `groups` holds, per data set, the numbers of batches of its subsets (triplets and pairs): subsets share their set's
-    turns in proportion to their size. Batch k of a set belongs to its pass k // size, so a set smaller than the epoch is
-    shuffled anew for every pass, and a larger one goes on in the next epoch where it stopped.
+    groups: per data set, the batches of each subset (triplets and pairs), which share the set's turns by size. Batch k of a
+    set belongs to its pass k // size: a small set is shuffled anew for every pass, a large one goes on in the next epoch.
     """
 
     def __init__(self, groups: Sequence[Sequence[int]], strategy: str, epoch_rule: str, seed: int) -> None:

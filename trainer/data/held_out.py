@@ -33,7 +33,7 @@ def hold_out(sources: Sequence[LoadedSource], seed: int) -> None:
     texts = texts_of(each[out] for each, out in zip(numbers, held, strict=True))
     trained = []
     for source, each, out, size in zip(sources, numbers, held, sizes, strict=True):
-        is_trained = ~(out | has_any(each, texts))
+        is_trained = ~(out | np.isin(each, texts).any(axis=1))
         trained.append(each[is_trained])
         if source.eval_rows is None:
             source.eval_rows = Rows(source.rows.table.filter(pa.array(out)), Counter({TOO_MANY: size - int(out.sum())}))
@@ -41,19 +41,14 @@ def hold_out(sources: Sequence[LoadedSource], seed: int) -> None:
         source.rows = source.rows.take(np.flatnonzero(is_trained), **left_out)
     texts = texts_of(trained)
     for (source, rows), each in zip(own, of_own, strict=True):
-        shared = has_any(each, texts)
+        shared = np.isin(each, texts).any(axis=1)
         source.eval_rows = rows.take(np.flatnonzero(~shared), **{TRAINED_ON: int(shared.sum())})
 
 
 def texts_of(rows: Iterable[np.ndarray]) -> np.ndarray:
     """The numbers of the different texts in some rows."""
-    found = np.unique(np.concatenate([each.ravel() for each in rows]))
-    return found[found >= 0]
-
-
-def has_any(rows: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """[rows]: whether each holds one of these texts."""
-    return np.asarray(np.isin(rows, texts).any(axis=1))
+    numbers = np.unique(np.concatenate([each.ravel() for each in rows]))
+    return numbers[numbers >= 0]
 
 
 def choose(numbers: Sequence[np.ndarray], sizes: Sequence[int], seed: int) -> list[np.ndarray]:
@@ -107,12 +102,10 @@ def rows_beside(numbers: Sequence[np.ndarray]) -> np.ndarray:
     holders = np.zeros((texts + 1, len(numbers)), dtype=np.int32)  # the last is for "no text", -1
     for number, each in enumerate(numbers):
         holders[:texts, number] = np.bincount(each[each >= 0], minlength=texts)
-    found = []
+    beside = [holders[each].sum(axis=1) for each in numbers]
     for number, each in enumerate(numbers):
-        others = holders[each].sum(axis=1)
-        others[:, number] -= (each >= 0).sum(axis=1)  # itself
-        found.append(others)
-    return np.concatenate(found)
+        beside[number][:, number] -= (each >= 0).sum(axis=1)  # itself
+    return np.concatenate(beside)
 
 
 def groups_of(numbers: Sequence[np.ndarray]) -> np.ndarray:

@@ -62,9 +62,7 @@ def fill_negatives(
     search = _search_of(table, table.filter(pa.array(missing)), everything)
     mined = _mined(name, search, settings, base)
     found: dict[str, list[str]] = defaultdict(list)
-    passed_over = 0
-    for query, negative, passed in zip(*(mined[column].to_pylist() for column in MINED.names), strict=True):
-        passed_over += passed
+    for query, negative in zip(mined["query"].to_pylist(), mined["negative"].to_pylist(), strict=True):
         if negative is not None:
             found[search.queries[query]].append(search.passages[negative])
     filled = _with_negatives(table, missing, found)
@@ -73,7 +71,7 @@ def fill_negatives(
         "queries": len(search.queries),
         "queries_filled": len(found),
         "rows_filled": filled.num_rows - int((~missing).sum()) - filled["negative"].null_count,
-        "near_duplicates_passed_over": passed_over,
+        "near_duplicates_passed_over": sum(mined["passed_over"].to_pylist()),
     }
     return Rows(filled, rows.left_out, rows.reading), counts
 
@@ -266,14 +264,14 @@ def _mine_with_model(search: Search, settings: MiningConfig, load: Callable, of_
     from sentence_transformers.util import mine_hard_negatives
 
     pairs = [
-        (query, search.passages[positive])
+        {"anchor": query, "positive": search.passages[positive]}
         for query, positives in zip(search.queries, search.positives, strict=True)
         for positive in positives
     ]
     lowest, highest = settings.range
     highest = min(highest, max(len(search.passages), lowest + 1))
     mined = mine_hard_negatives(
-        Dataset.from_dict({"anchor": [query for query, _ in pairs], "positive": [positive for _, positive in pairs]}),
+        Dataset.from_list(pairs),
         Remembered(load(), folder_of("vectors", digest(of_model))),
         corpus=search.passages,
         range_min=lowest,

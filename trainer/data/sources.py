@@ -42,13 +42,11 @@ class LoadedSource:
 
     rows: Rows
     eval_rows: Rows | None = None
-    everything: list[pa.Table] = field(default_factory=list)
-    """All of its rows, where negatives are mined: they say what answers a query."""
+    everything: list[pa.Table] = field(default_factory=list)  # where negatives are mined: its answers to each query
     hold_out: int = 0
     max_samples: int | None = None
     search: SearchSet | None = None
-    validation: SearchSet | None = None
-    """Queries that choose the checkpoint in the place of some of `search`."""
+    validation: SearchSet | None = None  # queries that choose the checkpoint in the place of some of `search`
     revisions: dict[str, str | None] = field(default_factory=dict)
 
 
@@ -87,8 +85,7 @@ class _Opened:
     source: HubSource | LocalSource
     key: str
     snapshot: Snapshot
-    splits: dict[str, bool] = field(default_factory=dict)
-    """Those that are known of, and whether they were read."""
+    splits: dict[str, bool] = field(default_factory=dict)  # that are known of, and whether they were read
 
     def rows(self, columns: Columns, split: str, language: str | None, subset: str | None = None) -> Rows:
         return rows_from_table(self.table(split, subset), columns, language, where=self.source.source)
@@ -99,7 +96,7 @@ class _Opened:
         return table
 
     def note_splits(self, reading: Reading) -> None:
-        """Note the splits that were not read."""
+        """Pass over the splits that were not read."""
         reading.pass_over("splits", (name for name, is_read in self.splits.items() if not is_read))
 
     @property
@@ -198,7 +195,7 @@ def load_local(name: str, source: LocalSource) -> LoadedSource:
     folder = Path(source.source).expanduser()
     common: dict[str, Any] = {"hold_out": source.eval_rows, "max_samples": source.max_samples}
     if is_local(source.source) and is_beir(folder):
-        return _load_beir(name, source, folder)
+        return _load_beir(name, source, folder, common)
     columns = source.columns.model_dump(exclude_none=True) if source.columns else None
     if is_local(source.source) and not folder.is_dir():
         return LoadedSource(read_files(source.source, columns, source.language, key), **common)
@@ -214,7 +211,7 @@ def load_local(name: str, source: LocalSource) -> LoadedSource:
     return LoadedSource(rows, dev, revisions=opened.revisions, **common)
 
 
-def _load_beir(name: str, source: LocalSource, folder: Path) -> LoadedSource:
+def _load_beir(name: str, source: LocalSource, folder: Path, common: dict[str, Any]) -> LoadedSource:
     splits = search_splits(folder, source.eval_split)
     for key, wanted in (("split", source.split), ("eval_split", source.eval_split)):
         if wanted and not has_split(folder, wanted):
@@ -227,14 +224,8 @@ def _load_beir(name: str, source: LocalSource, folder: Path) -> LoadedSource:
     rows = pairs_of(trained, source.language)
     rows.reading = trained.reading
     rows.reading.pass_over("files", files_beside(folder, source.split, *splits))
-    return LoadedSource(
-        rows,
-        pairs_of(search, source.language) if search else None,
-        hold_out=source.eval_rows,
-        max_samples=source.max_samples,
-        search=search,
-        validation=validation,
-    )
+    eval_rows = pairs_of(search, source.language) if search else None
+    return LoadedSource(rows, eval_rows, search=search, validation=validation, **common)
 
 
 def pairs_of(search: SearchSet, language: str | None) -> Rows:

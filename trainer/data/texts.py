@@ -36,19 +36,17 @@ ROWS = 2**16
 class Reading:
     """What the plan says of how a source was read: nothing is passed over, and no text changed, in silence."""
 
-    names: dict[str, dict[str, None]] = field(default_factory=dict)
-    """What is not read, by kind: columns, splits, files."""
-    counts: Counter[str] = field(default_factory=Counter)
-    """What else is not read: how many of it."""
-    notes: Counter[str] = field(default_factory=Counter)
-    """What is read, but not as it came: how many of it."""
-    triplets: int = 0
-    """Triplets that rows with several negatives became."""
+    names: dict[str, dict[str, None]] = field(default_factory=dict)  # not read, by kind: columns, splits, files
+    counts: Counter[str] = field(default_factory=Counter)  # what else is not read
+    notes: Counter[str] = field(default_factory=Counter)  # what is read, but not as it came
+    triplets: int = 0  # that rows with several negatives became
 
     def __add__(self, other: "Reading") -> "Reading":
-        names = {kind: other.names.get(kind, {}) for kind in (*self.names, *other.names)}
-        names = {kind: self.names.get(kind, {}) | more for kind, more in names.items()}
-        return Reading(names, self.counts + other.counts, self.notes + other.notes, self.triplets + other.triplets)
+        total = Reading(dict(self.names), self.counts + other.counts, self.notes + other.notes)
+        for kind, names in other.names.items():
+            total.pass_over(kind, names)
+        total.triplets = self.triplets + other.triplets
+        return total
 
     def pass_over(self, kind: str, names: Iterable[str]) -> None:
         """Note what is not read."""

@@ -21,11 +21,6 @@ class TokenFile:
         self.parts = [(part.offsets.to_numpy(), part.values.to_numpy()) for part in table["ids"].chunks]
 
     @classmethod
-    def in_memory(cls, ids_type: pa.DataType, parts: Iterator[pa.Array]) -> "TokenFile":
-        """Hold parts, each but the last of TEXTS_PER_PART texts, without a file."""
-        return cls(pa.table({"ids": pa.chunked_array(list(parts), pa.list_(ids_type))}))
-
-    @classmethod
     def open(cls, path: Path) -> "TokenFile":
         """Map a file that `write` made. Raises OSError or pa.ArrowException when it is damaged."""
         reader = pa.ipc.open_file(pa.memory_map(str(path)))

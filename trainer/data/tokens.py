@@ -30,8 +30,8 @@ from trainer.data.token_file import TEXTS_PER_PART, TokenFile
 from trainer.hub.cache import folder_of
 from trainer.system.progress_bar import ProgressReport, in_columns
 
-Echo = Callable[[str], None]
 Features = dict[str, Any]
+Echo = Callable[[str], None]
 Preprocess = Callable[[list[str]], Features]
 
 # Texts per call of the tokenizer, which works on them in parallel.
@@ -306,7 +306,7 @@ class Tokeniser:
         with ProgressReport(desc=in_columns("tokens", name), total=len(texts), unit="texts") as progress:
             parts = tokenised(texts, preprocess, ids_type, progress)
             if path is None:
-                return TokenFile.in_memory(ids_type, parts)
+                return TokenFile(pa.table({"ids": pa.chunked_array(list(parts), pa.list_(ids_type))}))
             try:
                 return TokenFile.write(path, ids_type, parts)
             except OSError as error:
