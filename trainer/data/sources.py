@@ -95,8 +95,8 @@ class _Opened:
         self.splits.update({name: self.splits.get(name, False) for name in splits} | {_split_name(subset, split): True})
         return table
 
-    def note_splits(self, reading: Reading) -> None:
-        """Pass over the splits that were not read."""
+    def name_unread_splits(self, reading: Reading) -> None:
+        """Have the plan name the splits that were not read."""
         reading.pass_over("splits", (name for name, is_read in self.splits.items() if not is_read))
 
     @property
@@ -115,7 +115,7 @@ def load_nli(source: FamilySource) -> LoadedSource:
     dev = opened.rows(TRIPLET, "dev", "no")
     dev = Rows(dev.table.slice(0, source.eval_rows), reading=dev.reading)
     rows = opened.rows(TRIPLET, "train", "no")
-    opened.note_splits(rows.reading)
+    opened.name_unread_splits(rows.reading)
     return LoadedSource(rows, dev, max_samples=source.max_samples, revisions=opened.revisions)
 
 
@@ -123,7 +123,7 @@ def load_ddsc(source: FamilySource) -> LoadedSource:
     """DDSC/nordic-embedding-training-data: about 60 % of the rows have no negative, and are kept as pairs."""
     opened = _open(source, "datasets.ddsc.source", "the Nordic retrieval data")
     rows = opened.rows(DDSC, "train", "language")
-    opened.note_splits(rows.reading)
+    opened.name_unread_splits(rows.reading)
     return LoadedSource(rows, hold_out=source.eval_rows, max_samples=source.max_samples, revisions=opened.revisions)
 
 
@@ -140,7 +140,7 @@ def load_scandi_qa(config: ScandiQaConfig) -> LoadedSource:
             rows = join([_paws_rows(opened, subset) for subset in languages])
         else:
             rows = join([opened.rows(columns, "train", language, subset) for subset, language in languages.items()])
-        opened.note_splits(rows.reading)
+        opened.name_unread_splits(rows.reading)
         parts.append(sample(rows, source.max_samples, seed=0) if source.max_samples else rows)
         revisions |= opened.revisions
     if not parts:
@@ -207,7 +207,7 @@ def load_local(name: str, source: LocalSource) -> LoadedSource:
         )
     dev = opened.rows(columns, source.eval_split, source.language, source.subset) if source.eval_split else None
     rows = opened.rows(columns, source.split, source.language, source.subset)
-    opened.note_splits(rows.reading)
+    opened.name_unread_splits(rows.reading)
     return LoadedSource(rows, dev, revisions=opened.revisions, **common)
 
 
