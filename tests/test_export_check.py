@@ -12,7 +12,7 @@ import trainer.export.documents
 from tests.test_export import corpus, run_export  # noqa: F401, corpus is a fixture
 from trainer.config import ConfigError
 from trainer.export.bulk import OpenSearch, kept_bits
-from trainer.export.check import Vectors, compare_scores, compare_top_10, require_rounded, write_figures
+from trainer.export.check import Rounding, compare_scores, compare_top_10, require_same_vectors, write_figures
 from trainer.export.corpus import Shard
 from trainer.export.lucene import Lucene
 from trainer.export.sample import Sample, choose_scale
@@ -30,24 +30,20 @@ def test_documents_that_were_changed_by_hand_are_noticed(trained, corpus):  # no
     row = json.loads(lines[0])
     row["vector"] = {term: weight + 50 for term, weight in row["vector"].items()}
     file.write_text("".join([json.dumps(row) + "\n", *lines[1:]]))
-    with pytest.raises(ConfigError, match=r"the exported files score differently: .* The export is not to be used"):
+    with pytest.raises(
+        ConfigError, match=r"the exported files give another vector than the model for '.*': a weight is off by \d"
+    ):
         run_export("lucene", corpus)
 
 
-def vectors(queries, documents):
-    return Vectors(np.array(queries, float), np.array(documents, float))
-
-
-def test_scores_may_differ_by_what_the_stated_rounding_adds_up_to_and_no_more():
-    # scores 3 and 8; documents' weights off by 0.1 where there are any, which is 0.1 and 0.2 of the scores
-    exact, off_by = vectors([[1, 2]], [[3, 0], [0, 4]]), vectors([[0, 0]], [[0.1, 0], [0, 0.1]])
-    require_rounded(exact, np.array([[3.1, 7.8]]), off_by)
-    with pytest.raises(
-        ConfigError, match=r"query 1 and document 2 have 7\.7000 instead of 8\.0000, where .* explains 0\.20"
-    ):
-        require_rounded(exact, np.array([[3, 7.7]]), off_by)
-    with pytest.raises(ConfigError, match="score differently"):
-        require_rounded(exact, np.array([[3, np.nan]]), off_by)
+def test_a_weight_may_be_off_by_what_float32_does_to_sums_and_no_more():
+    texts, exact = ["a", "b"], sp.csr_matrix([[3.0, 0.0], [0.0, 4.0]])
+    near = sp.csr_matrix([[3.0, 0.0], [0.00002, 4.0]])
+    assert require_same_vectors("x gives", texts, near, exact) == pytest.approx(2e-5)
+    for wrong in (4.1, np.nan):
+        found = sp.csr_matrix([[3.0, 0.0], [0.0, wrong]])
+        with pytest.raises(ConfigError, match=r"^x gives another vector than the model for 'b': .* off by (0\.1|nan)$"):
+            require_same_vectors("x gives", texts, found, exact)
 
 
 def test_where_the_precision_is_ours_no_order_changes_but_that_which_float32_does_not_know():
@@ -63,22 +59,19 @@ def test_where_the_precision_is_ours_no_order_changes_but_that_which_float32_doe
 
 
 @given(st.integers(0, 10**6), st.sampled_from(["nine bits", "float16", "whole numbers"]))
-def test_what_storing_does_to_any_score_is_within_the_stated_rounding(seed, kind):
+def test_what_storing_does_to_any_weight_is_within_the_stated_rounding(seed, kind):
     random = np.random.default_rng(seed)
     form, store = {
         "nine bits": (OpenSearch(), lambda rows: np.array([kept_bits(row) for row in rows.tolist()])),
         "float16": (Seismic(), lambda rows: rows.astype(np.float16).astype(float)),
         "whole numbers": (Lucene(7), lambda rows: np.round(rows * 7) / 7),
     }[kind]
-    queries = random.gamma(1.0, 1.0, (3, 4))
-    documents = random.gamma(1.0, 1.0, (20, 4)) * (random.random((20, 4)) < 0.7)
-    exact = Vectors(queries, documents)
-    off_by = Vectors(form.query_rounding.of(queries), form.document_rounding.of(documents))
-    stored = Vectors(store(queries) if kind == "whole numbers" else queries, store(documents))
-    require_rounded(exact, stored.scores(), off_by)
-    tenth = Vectors(off_by.queries / 10, off_by.documents / 10)
-    with pytest.raises(ConfigError, match="score differently"):  # and not much more than that is stated
-        require_rounded(exact, stored.scores(), tenth)
+    weights = random.gamma(1.0, 1.0, (20, 4)) * (random.random((20, 4)) < 0.7)
+    exact, stored = sp.csr_matrix(weights), sp.csr_matrix(store(weights))
+    texts, stated = ["text"] * 20, form.document_rounding
+    require_same_vectors("x gives", texts, stored, exact, rounding=stated)
+    with pytest.raises(ConfigError, match="another vector"):  # and not much more than that is stated
+        require_same_vectors("x gives", texts, stored, exact, rounding=Rounding(stated.share / 10, stated.step / 10))
 
 
 def test_only_the_first_ten_places_count():

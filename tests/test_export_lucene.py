@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 from tests.test_export import run_export
 from trainer.data.sources import QUICKSTART
 from trainer.export.bulk import Elasticsearch, OpenSearch, kept_bits
-from trainer.export.check import Vectors, compare_top_10, in_query_dimensions, require_rounded
+from trainer.export.check import compare_top_10, scores_of
 from trainer.export.corpus import read_passages
 from trainer.export.vectors import Encoder
 
@@ -63,11 +63,11 @@ def search(jars, kind, folder, documents, queries):
 
 @pytest.fixture
 def exact(trained):
-    """The model's own queries and documents."""
+    """The model's own scores: [queries, documents]."""
     encoder = Encoder.open(trained / "models/tiny/final", "cpu", 64)
     queries = encoder.queries([passage.text for passage in read_passages(QUERIES)])
     documents = encoder.documents([passage.text for passage in read_passages(CORPUS)])
-    return next(in_query_dimensions((queries.maximum(0), documents)))
+    return scores_of((queries.maximum(0), documents))[0]
 
 
 def lines_of(trained, to, name):
@@ -80,18 +80,17 @@ def test_lucene_finds_the_top_ten_of_the_model_in_whole_numbers(trained, jars, e
     documents = [(row["id"], row["vector"]) for row in lines_of(trained, "lucene", "documents-1-of-1.jsonl")]
     queries = [(row["id"], row["vector"]) for row in lines_of(trained, "lucene", "queries.jsonl")]
     scores, best = search(jars, "impact", trained, documents, queries)
-    wanted = exact.scores()
     assert (len(documents), len(queries)) == (256, 72)
-    np.testing.assert_allclose(scores / scale**2, wanted, atol=0.1 * 100 / scale)
-    assert compare_top_10(wanted, scores)["top_10_unchanged"] == 72
-    top = [np.argsort(-row, kind="stable")[:10].tolist() for row in wanted]
+    np.testing.assert_allclose(scores / scale**2, exact, atol=0.1 * 100 / scale)
+    assert compare_top_10(exact, scores)["top_10_unchanged"] == 72
+    top = [np.argsort(-row, kind="stable")[:10].tolist() for row in exact]
     same = sum(found == model for found, model in zip(best, top, strict=True))
     assert same >= 70  # in the others two scores are nearer than float32 tells apart
     # a scale that the check refuses does change what Lucene finds
     coarse = [[(name, {t: round(w / scale) for t, w in v.items() if round(w / scale)}) for name, v in rows]
               for rows in (documents, queries)]  # fmt: skip
     scores, _ = search(jars, "impact", trained, *coarse)
-    assert compare_top_10(wanted, scores)["top_10_unchanged"] < 36
+    assert compare_top_10(exact, scores)["top_10_unchanged"] < 36
 
 
 @pytest.mark.parametrize("to,form", [("opensearch", OpenSearch()), ("elasticsearch", Elasticsearch())])
@@ -106,6 +105,5 @@ def test_a_feature_field_ranks_as_the_check_says_it_will(trained, jars, exact, t
     by_hand = np.array([[sum(w * d.get(t, 0.0) for t, w in query.items()) for d in kept] for _, query in queries])
     np.testing.assert_allclose(scores, by_hand, rtol=1e-5, atol=1e-5)
     # and no score is further off than the stated rounding adds up to
-    off_by = Vectors(np.zeros_like(exact.queries), form.document_rounding.of(exact.documents))
     assert scores.shape == (72, 256)
-    require_rounded(exact, scores, off_by)
+    np.testing.assert_allclose(scores, exact, rtol=form.document_rounding.share, atol=1e-5 * exact.max())

@@ -53,7 +53,6 @@ def test_a_query_word_with_a_negative_weight_keeps_it():
     line = form.query("1", "hvor", {"3": 2.0, "1": -0.5})
     assert json.loads(line)["query"]["query"] == {"indices": [1, 3], "values": [-0.5, 2.0]}
     assert form.read_query(line) == {"3": 2.0, "1": -0.5}
-    assert form.query_rounding.of(np.array([-0.5])).tolist() == [0.0]
 
 
 def test_a_server_that_does_not_answer_is_one_line(trained, corpus):  # noqa: F811

@@ -1,7 +1,7 @@
-"""Compares the scores of an export with the model's, and refuses an export that would rank documents differently."""
+"""Compares what an export holds with the model's vectors, and refuses an export that would rank documents differently."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,37 +24,40 @@ class Rounding:
     share: float = 0.0
     step: float = 0.0
 
-    def of(self, weights: np.ndarray) -> np.ndarray:
+    def of(self, weights: sp.csr_matrix) -> sp.csr_matrix:
         """The largest error of each weight."""
-        return np.where(weights == 0, 0.0, self.share * np.abs(weights) + self.step)
+        return self.share * abs(weights) + self.step * (weights != 0)
 
 
-@dataclass(frozen=True)
-class Vectors:
-    """Queries and documents, or the largest error of each of their weights: [texts, dimensions] each."""
+def require_same_vectors(
+    source: str,
+    texts: list[str],
+    found: sp.csr_matrix,
+    exact: sp.csr_matrix,
+    tolerance: float = ROUNDING,
+    rounding: Rounding | None = None,
+) -> float:
+    """The largest difference between weights from files and the model's: [texts, dimensions] each.
 
-    queries: np.ndarray
-    documents: np.ndarray
-
-    def scores(self) -> np.ndarray:
-        """[queries, documents]."""
-        return self.queries @ self.documents.T
-
-
-def in_query_dimensions(*pairs: tuple[sp.csr_matrix, sp.csr_matrix]) -> Iterator[Vectors]:
-    """Pairs of queries and documents in double precision, in the dimensions alone that any pair's queries have."""
-    dimensions = np.unique(np.concatenate([queries.indices for queries, _ in pairs]))
-    for pair in pairs:
-        yield Vectors(*(rows[:, dimensions].toarray().astype(np.float64) for rows in pair))
-
-
-def largest_errors(exact: Vectors, off_by: Vectors) -> np.ndarray:
-    """How far each score may be off when the weights are: [queries, documents].
-
-    |(q + a)(d + b) - q d| <= |q| b + a (|d| + b), summed over the dimensions.
+    Raises ConfigError when a weight is off by more than its rounding and `tolerance`, a share of the largest weight (of 1
+    if all are smaller).
     """
-    of_documents = np.abs(exact.queries) @ off_by.documents.T
-    return of_documents + off_by.queries @ (np.abs(exact.documents) + off_by.documents).T
+    difference = abs(found - exact)
+    unexplained = (difference - (rounding or Rounding()).of(exact)).max(axis=1).toarray()
+    worst = int(np.nan_to_num(unexplained, nan=np.inf).argmax())
+    if not unexplained[worst] <= tolerance * max(1.0, abs(exact).max()):  # also true of NaN
+        raise ConfigError(
+            f"{source} another vector than the model for '{texts[worst][:60]}': a weight is off by "
+            f"{difference[worst].max():.3g}"
+        )
+    return float(difference.max())
+
+
+def scores_of(*pairs: tuple[sp.csr_matrix, sp.csr_matrix]) -> list[np.ndarray]:
+    """[queries, documents] of each pair of queries and documents, in double precision."""
+    dimensions = np.unique(np.concatenate([queries.indices for queries, _ in pairs]))  # the others add nothing
+    dense = [[rows[:, dimensions].toarray().astype(np.float64) for rows in pair] for pair in pairs]
+    return [queries @ documents.T for queries, documents in dense]
 
 
 def compare_top_10(wanted: np.ndarray, found: np.ndarray) -> dict[str, Any]:
@@ -93,22 +96,8 @@ def compare_scores(wanted: np.ndarray, found: np.ndarray, engine: str = "", reme
     return figures
 
 
-def require_rounded(exact: Vectors, found: np.ndarray, off_by: Vectors) -> None:
-    """Raise ConfigError when one of the scores found, [queries, documents], differs by more than `off_by` adds up to."""
-    wanted = exact.scores()
-    allowed = largest_errors(exact, off_by) + ROUNDING * np.abs(wanted).max(initial=1.0)
-    difference = np.abs(found - wanted)
-    if not (difference <= allowed).all():  # also true of NaN
-        query, document = np.unravel_index(np.argmax(np.nan_to_num(difference - allowed, nan=np.inf)), wanted.shape)
-        raise ConfigError(
-            f"the exported files score differently: query {query + 1} and document {document + 1} have "
-            f"{found[query, document]:.4f} instead of {wanted[query, document]:.4f}, where rounding explains "
-            f"{allowed[query, document]:.4f}. The export is not to be used"
-        )
-
-
 def write_figures(file: Path, figures: dict[str, Any], echo: Callable[[str], None]) -> None:
-    """Store what a check found beside what it checked, and say it."""
+    """Store what a check found beside what it checked, and print it."""
     write_atomically(file, json.dumps(figures, indent=1) + "\n")
     same, queries, documents = (figures[name] for name in ("top_10_unchanged", "queries", "documents"))
     count = f"all {queries}" if same == queries else f"{same} of {queries}"

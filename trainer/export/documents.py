@@ -50,7 +50,7 @@ def export_documents(make_engine: Callable[[int | None], Format], to: str, reque
         return choose_scale(make_engine, encoder, [Sample.of(encoder, corpus, each, queries) for each in shards], echo)
 
     engine = make_engine(claim(folder, made_with, request.scale, scale_for_all_shards))
-    if shard.number == 1:  # for all shards; and first, so that what cannot be written is known before hours of encoding
+    if shard.number == 1:  # for all shards, and before hours of encoding: it may fail
         engine.write_beside(folder, by_token, request)
     write_shard(encoder, engine, folder, request, queries)
 
@@ -68,15 +68,19 @@ def write_shard(encoder: Encoder, engine: Format, folder: Path, request: Request
         write_queries(encoder, engine, queries, all_queries)
     sample = Sample.of(encoder, corpus, shard, queries)
     try:
-        figures = check(encoder, engine, documents, sample)
+        read = [engine.read_document(record) for record in documents.first(len(sample.passages))]
+        if [name for name, _ in read] != [passage.id for passage in sample.passages]:
+            raise ConfigError(
+                f"{documents} does not hold the documents of the corpus in their order. Remove it and export again"
+            )
+        figures = sample.compare(engine, encoder.terms, [vector for _, vector in read])
         if first and (folder / "query").is_dir():
             require_same_queries(folder / "query", sample.texts, sample.queries, encoder.terms)
     except ConfigError as error:
         beside = [*(folder / each for each in engine.beside), *all_queries.paths()] if first else []
         set_aside(folder, documents.paths(), beside)
-        raise ConfigError(
-            f"{error.format_message()}. The documents are set aside as {refused_name(Path(str(documents)))}"
-        ) from None
+        refused = refused_name(Path(str(documents)))
+        raise ConfigError(f"{error.format_message()}. The documents are set aside as {refused}") from None
     write_figures(figures_file, {"quantisation": engine.quantisation, "documents_written": count} | figures, echo)
     for file in documents.paths():
         refused_name(file).unlink(missing_ok=True)  # of an export that was refused before
@@ -113,18 +117,15 @@ def claim(
     once: shards that start together take the same. Raises ConfigError when the folder holds an export of something else.
     """
     file = folder / CLAIM
-
-    def with_scale(number: int | None) -> dict[str, Any]:
-        return made_with | ({"scale": number} if number else {})
-
     try:
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_once(file, json.dumps(with_scale(choose_scale()), indent=1) + "\n")
+            chosen = choose_scale()
+            write_once(file, json.dumps(made_with | ({"scale": chosen} if chosen else {}), indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror}") from None
     recorded = json.loads(file.read_text(encoding="utf-8"))
-    for key, value in with_scale(scale).items():
+    for key, value in (made_with | {"scale": scale or recorded.get("scale")}).items():
         if recorded.get(key) != value:
             raise ConfigError(
                 f"{folder} holds an export with another {key}. Remove the folder, or name another: OUTPUT=folder (--output)"
@@ -158,16 +159,3 @@ def write_queries(encoder: Encoder, engine: Format, queries: list[Passage], stor
         vectors = vectors_of(encoder.queries([query.text for query in chunk]), encoder.terms, engine.signed)
         store.append(engine.query(query.id, query.text, vector) for query, vector in zip(chunk, vectors, strict=True))
     store.close()
-
-
-def check(encoder: Encoder, engine: Format, documents: Store, sample: Sample) -> dict[str, Any]:
-    """Figures of a sample as it stands in the files.
-
-    Raises ConfigError when the files hold other documents, or rank them differently from the model.
-    """
-    read = [engine.read_document(record) for record in documents.first(len(sample.passages))]
-    if [name for name, _ in read] != [passage.id for passage in sample.passages]:
-        raise ConfigError(
-            f"{documents} does not hold the documents of the corpus in their order. Remove it and export again"
-        )
-    return sample.compare(engine, encoder.terms, [vector for _, vector in read])

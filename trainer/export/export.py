@@ -1,8 +1,5 @@
 """Exports a trained model, and the documents it encodes, to what runs them: search engines, ONNX and columns."""
 
-from collections.abc import Callable
-from functools import partial
-
 from trainer.config import ConfigError
 from trainer.export.bulk import Elasticsearch, OpenSearch
 from trainer.export.documents import export_documents
@@ -13,27 +10,25 @@ from trainer.export.request import Request
 from trainer.export.seismic import Seismic
 from trainer.models.remote_code import check_code
 
+ENGINES = {
+    "lucene": Lucene,
+    "opensearch": OpenSearch,
+    "elasticsearch": Elasticsearch,
+    "qdrant": Qdrant,
+    "seismic": Seismic,
+    "parquet": Parquet,
+}
+FORMATS = (*ENGINES, "onnx")
+
 
 def export(to: str, request: Request) -> None:
     """Write what `to` takes, and check it. Raises ConfigError, one line, for what the user can mend."""
     if to not in FORMATS:
         raise ConfigError(f"--to {to}: known are {', '.join(FORMATS)}")
     check_code(request.run.final)
-    FORMATS[to](to, request)
+    if to == "onnx":
+        from trainer.export.onnx import export_onnx  # onnxruntime is for this format alone
 
-
-def _onnx(to: str, request: Request) -> None:
-    from trainer.export.onnx import export_onnx  # onnxruntime is for this format alone
-
-    export_onnx(to, request)
-
-
-FORMATS: dict[str, Callable[[str, Request], None]] = {
-    "lucene": partial(export_documents, Lucene),
-    "opensearch": partial(export_documents, OpenSearch),
-    "elasticsearch": partial(export_documents, Elasticsearch),
-    "qdrant": partial(export_documents, Qdrant),
-    "seismic": partial(export_documents, Seismic),
-    "parquet": partial(export_documents, Parquet),
-    "onnx": _onnx,
-}
+        export_onnx(request)
+    else:
+        export_documents(ENGINES[to], to, request)

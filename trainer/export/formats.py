@@ -45,7 +45,7 @@ class Format:
     remedy: str = ""  # what to do when quantisation changes a top 10
 
     def __init__(self, scale: int | None = None) -> None:
-        self.scale = scale
+        """Scale is that of whole numbers."""
 
     def terms(self, tokens: list[str]) -> list[str]:
         """What dimensions are called in this engine; the tokens themselves where it takes every character."""

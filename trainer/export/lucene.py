@@ -7,27 +7,18 @@ from trainer.export.check import Rounding
 from trainer.export.formats import Format, json_line
 from trainer.export.vectors import Vector, escaped, is_space_or_control, require_distinct
 
-# What is tried for whole numbers. Half a step of the last is 1e-6, less than what float32 tells apart in a score.
-SCALES = tuple(step * 10**power for power in (2, 3, 4, 5) for step in (1, 2, 5))
-
 
 class Lucene(Format):
     """Impact vectors as Anserini and Pyserini read them (JsonVectorCollection, -impact -pretokenized)."""
 
-    scales = SCALES
+    # Half a step of the last is 1e-6, less than what float32 tells apart in a score.
+    scales = tuple(step * 10**power for power in (2, 3, 4, 5) for step in (1, 2, 5))
 
     def __init__(self, scale: int | None = None) -> None:
-        super().__init__(scale)
-        if scale:
-            self.quantisation = f"weights times {scale}, rounded to whole numbers"
-            self.document_rounding = self.query_rounding = Rounding(step=0.5 / scale)
-            self.remedy = f'. Quantise less, ARGS="--scale {10 * scale}", or leave out the scale to have it chosen'
-
-    @property
-    def whole_scale(self) -> int:
-        """The scale, which is chosen before anything is written."""
-        assert self.scale is not None
-        return self.scale
+        self.scale = scale or 1  # one is chosen before anything is written
+        self.quantisation = f"weights times {self.scale}, rounded to whole numbers"
+        self.document_rounding = self.query_rounding = Rounding(step=0.5 / self.scale)
+        self.remedy = f'. Quantise less, ARGS="--scale {10 * self.scale}", or leave out the scale to have it chosen'
 
     def terms(self, tokens: list[str]) -> list[str]:
         """Without whitespace and control characters: the index is made with a whitespace analyzer."""
@@ -35,7 +26,7 @@ class Lucene(Format):
 
     def document(self, name: str, text: str, vector: Vector) -> str:
         """id, contents, and whole numbers by term."""
-        whole = {term: round(weight * self.whole_scale) for term, weight in vector.items()}
+        whole = {term: round(weight * self.scale) for term, weight in vector.items()}
         return json_line({"id": name, "contents": text, "vector": {term: n for term, n in whole.items() if n > 0}})
 
     def read_document(self, record: str) -> tuple[str, Vector]:
@@ -43,4 +34,4 @@ class Lucene(Format):
         row = json.loads(record)
         if not all(type(weight) is int for weight in row["vector"].values()):
             raise ConfigError(f"document {row['id']} has a weight that is no whole number")
-        return row["id"], {term: weight / self.whole_scale for term, weight in row["vector"].items()}
+        return row["id"], {term: weight / self.scale for term, weight in row["vector"].items()}

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from trainer.config import ConfigError, one_line
 from trainer.encoding.vocabulary import dims_are_words
 from trainer.export import ml_commons_reader
+from trainer.export.check import require_same_vectors
 from trainer.export.graph import DocumentGraph, document_tokenizer, modules_of
 from trainer.export.sample import embedded_texts
-from trainer.export.vectors import Encoder, matrix_of, require_same_vectors
+from trainer.export.vectors import Encoder, matrix_of
 from trainer.system.fresh_process import answer_of_a_fresh_process
 
 # What the two zips and their requests are called in an export's folder.
 DOCUMENT, QUERY = "document-model", "query-model"
-# How far a weight may be off in the cluster's model: float32 summed in another order.
+# How far a weight may be off in the cluster's model, as a share of the largest: float32 summed in another order.
 TOLERANCE = 1e-4
 # How many documents are encoded with the zip: enough for several lengths, few enough for a large model on a CPU.
 CHECKED = 16
@@ -64,7 +65,9 @@ def write_models(folder: Path, encoder: Encoder, name: str, echo: Callable[[str]
             "with CORPUS=… instead"
         )
         return
-    files = {"model.pt": traced(encoder.model), "tokenizer.json": plain_tokenizer(encoder.model)}
+    # without a decoder: decoded alone, every token keeps the name it has in the vocabulary
+    tokenizer = json.loads(document_tokenizer(encoder.model).to_str()) | {"decoder": None}
+    files = {"model.pt": traced(encoder.model), "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False).encode()}
     write_model(folder / DOCUMENT, files, f"{name}-document", "SPARSE_ENCODING", echo)
     try:
         largest = require_same_documents(folder / f"{DOCUMENT}.zip", encoder)
@@ -134,12 +137,6 @@ def readable_names(model: Any) -> Iterator[None]:
             module_class.__module__ = name
 
 
-def plain_tokenizer(model: Any) -> bytes:
-    """Documents' tokenizer without a decoder: decoded alone, every token keeps the name it has in the vocabulary."""
-    values = json.loads(document_tokenizer(model).to_str()) | {"decoder": None}
-    return json.dumps(values, ensure_ascii=False).encode()
-
-
 def write_model(stem: Path, files: dict[str, bytes], name: str, function: str, echo: Callable[[str], None]) -> None:
     """A zip, the same bytes for the same files, and the body of the request that registers it.
 
@@ -169,12 +166,7 @@ def require_same_documents(file: Path, encoder: Encoder) -> float:
     """The largest difference between the model's vectors and those of the zip. Raises ConfigError for a real one."""
     documents = embedded_texts()[1][:CHECKED]
     texts = [*documents, documents[0].split()[0], " ".join(documents), "", "😀 3.14"]  # one longer than any model reads
-    found = matrix_of(read_in_a_fresh_process(file, texts), encoder.terms)
-    return require_same_vectors(f"{file.name} gives", texts, found, encoder.documents(texts), TOLERANCE)
-
-
-def read_in_a_fresh_process(file: Path, texts: list[str]) -> list[dict[str, float]]:
-    """What the zip gives where nothing of ours, nor the libraries it was made with, is loaded."""
     failure = f"{file.name} does not run in a process of its own"
     with answer_of_a_fresh_process(ml_commons_reader.SCRIPT, file, texts, failure=failure) as answer:
-        return json.loads(answer.read_text(encoding="utf-8"))
+        found = matrix_of(json.loads(answer.read_text(encoding="utf-8")), encoder.terms)
+    return require_same_vectors(f"{file.name} gives", texts, found, encoder.documents(texts), TOLERANCE)

@@ -14,7 +14,7 @@ import torch
 from trainer.config import ConfigError
 from trainer.encoding.vocabulary import dims_are_words
 from trainer.export import onnx_example
-from trainer.export.check import compare_scores, in_query_dimensions, write_figures
+from trainer.export.check import compare_scores, scores_of, write_figures
 from trainer.export.graph import DocumentGraph, document_tokenizer
 from trainer.export.query_side import write_query_tokenizer
 from trainer.export.request import Request
@@ -39,16 +39,16 @@ GRAPHS = (
 )
 
 
-def export_onnx(to: str, request: Request) -> None:
+def export_onnx(request: Request) -> None:
     """model.onnx, model_int8.onnx, the tokenizers and an example. Raises ConfigError when the float32 graph is not exact.
 
     An int8 graph whose weights are further off than stated is removed, which is said.
     """
     if request.corpus or request.queries or request.shard.of > 1:
         raise ConfigError(
-            f"{to} is the model itself: it takes no CORPUS, QUERIES or SHARD (--corpus, --queries, --shard)"
+            "onnx is the model itself: it takes no CORPUS, QUERIES or SHARD (--corpus, --queries, --shard)"
         )
-    folder, echo = request.folder(to), request.echo
+    folder, echo = request.folder("onnx"), request.echo
     folder.mkdir(parents=True, exist_ok=True)
     encoder = Encoder.open(request.run.final, "cpu", 8)
     require_pooled_prompts(encoder.model)
@@ -94,8 +94,8 @@ def compare_vectors(
                 f"a weight of {graph.file} is off by {100 * worst:.3g} % of its text's largest, "
                 f"where {100 * share:g} % is stated"
             )
-    model, read = in_query_dimensions(exact, found)
-    return compare_scores(model.scores(), read.scores(), "" if graph.is_exact else graph.quantisation)
+    wanted, read = scores_of(exact, found)
+    return compare_scores(wanted, read, "" if graph.is_exact else graph.quantisation)
 
 
 def require_pooled_prompts(model: Any) -> None:

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import scipy.sparse as sp
 from tokenizers import Tokenizer
 
 from trainer.config import ConfigError
+from trainer.export.check import require_same_vectors
 from trainer.export.graph import copy_of
-from trainer.export.vectors import Encoder, matrix_of, nine_digits, require_same_vectors
+from trainer.export.vectors import Encoder, matrix_of, nine_digits
 from trainer.models.build import static_embedding
 
 # transformers' model_max_length of tokenizers that read texts of any length is greater.
@@ -18,8 +18,8 @@ NO_LIMIT = 10**9
 SMALLEST_QUERY_WEIGHT, LARGEST_QUERY_WEIGHT = 1e-6, 64.0
 
 
-def write_query_tokenizer(folder: Path, encoder: Encoder, *, for_lucene: bool) -> bool:
-    """idf.json and tokenizer.json, as OpenSearch's tokenizer models read them; False when queries need a network.
+def write_query_tokenizer(folder: Path, encoder: Encoder, *, for_lucene: bool) -> None:
+    """idf.json and tokenizer.json, as OpenSearch's tokenizer models read them; nothing when queries need a network.
 
     OpenSearch names a token by decoding it alone. The tokenizer is written without a decoder, so that it gives tokens as
     they are in the vocabulary: decoded, the bytes of byte-level tokenizers would all be one replacement character. It
@@ -27,7 +27,7 @@ def write_query_tokenizer(folder: Path, encoder: Encoder, *, for_lucene: bool) -
     """
     embedding = static_embedding(encoder.model)
     if embedding is None:
-        return False
+        return
     weights = dict(zip(encoder.terms, embedding.weight.tolist(), strict=True))
     if for_lucene:
         if (largest := max(weights.values())) > LARGEST_QUERY_WEIGHT:
@@ -40,10 +40,8 @@ def write_query_tokenizer(folder: Path, encoder: Encoder, *, for_lucene: bool) -
         tokenizer.enable_truncation(embedding.tokenizer.model_max_length)
     values = json.loads(tokenizer.to_str()) | {"decoder": None, "post_processor": None}
     folder.mkdir(parents=True, exist_ok=True)
-    idf = nine_digits(weights)
-    for name, content in (("tokenizer.json", values), ("idf.json", idf)):
+    for name, content in (("tokenizer.json", values), ("idf.json", nine_digits(weights))):
         (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    return True
 
 
 def queries_by_files(folder: Path, texts: list[str], terms: list[str]) -> sp.csr_matrix:
@@ -54,8 +52,7 @@ def queries_by_files(folder: Path, texts: list[str], terms: list[str]) -> sp.csr
     return matrix_of([{name: idf.get(name, 1.0) for name in of_text if name} for of_text in names], terms)
 
 
-def require_same_queries(folder: Path, texts: list[str], exact: sp.csr_matrix, terms: list[str]) -> float:
-    """The largest difference between the model's query weights and those from the files; ConfigError for a real one."""
-    tolerance = 1e-5 * max(1.0, float(np.abs(exact.data).max(initial=0.0)))
+def require_same_queries(folder: Path, texts: list[str], exact: sp.csr_matrix, terms: list[str]) -> None:
+    """Raise ConfigError when the files give other query weights than the model."""
     found = queries_by_files(folder, texts, terms)
-    return require_same_vectors("the exported tokenizer and weights give", texts, found, exact, tolerance)
+    require_same_vectors("the exported tokenizer and weights give", texts, found, exact.maximum(0))

@@ -1,6 +1,6 @@
 """What an export is checked with: the first documents of a shard and some queries, as the model scores them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from trainer.config import ConfigError
 from trainer.data.beir import read_search_set
 from trainer.data.sources import QUICKSTART
-from trainer.export.check import Vectors, compare_scores, compare_top_10, in_query_dimensions, require_rounded
+from trainer.export.check import compare_scores, compare_top_10, require_same_vectors, scores_of
 from trainer.export.corpus import Passage, Shard, read_passages
 from trainer.export.formats import Format
 from trainer.export.vectors import Encoder, Vector, matrix_of, vectors_of
@@ -19,8 +19,7 @@ from trainer.export.vectors import Encoder, Vector, matrix_of, vectors_of
 # Documents encoded before they are written: what a kill can lose, and the vectors that are in memory.
 CHUNK = 256
 # What is scored again: the first documents of a shard, and queries of which some are their first words. The documents
-# are one chunk, so that they are encoded in the batches in which they were, or will be, for the files: in others, float32
-# may differ in the last digit, which rounding to whole numbers can make a step of.
+# are one chunk, so their batches are those of the files: in others, float32 may differ in the last digit.
 CHECKED_DOCUMENTS, CHECKED_QUERIES, QUERY_WORDS = CHUNK, 64, 8
 
 
@@ -43,36 +42,43 @@ class Sample:
 
     def compare(self, engine: Format, terms: list[str], documents: list[Vector]) -> dict[str, Any]:
         """Figures of documents as read from an export. Raises ConfigError when they rank differently from the model."""
-        model, taken, read = self._vectors(engine, terms, documents)
-        off_by = Vectors(engine.query_rounding.of(taken.queries), engine.document_rounding.of(taken.documents))
-        require_rounded(taken, read.scores(), off_by)
+        taken = self._queries_taken(engine)
+        queries, read = self._queries_read(engine, terms), matrix_of(documents, terms)
+        require_same_vectors("the queries give", self.texts, queries, taken, rounding=engine.query_rounding)
+        passages = [passage.text for passage in self.passages]
+        source = "the exported files give"
+        require_same_vectors(source, passages, read, self.documents, rounding=engine.document_rounding)
+        pairs = (self.queries, self.documents), (taken, self.documents), (queries, read)
+        scores, scores_of_taken, scores_read = scores_of(*pairs)
         by_itself = [engine.quantisation] if engine.engine_rounds else []
-        compare_scores(taken.scores(), read.scores(), "; ".join(by_itself), remedy=engine.remedy)
+        compare_scores(scores_of_taken, scores_read, "; ".join(by_itself), remedy=engine.remedy)
         if not engine.signed and (self.queries.data < 0).any():
             by_itself.append("query weights below 0 are left out")
-        return compare_scores(model.scores(), read.scores(), "; ".join(by_itself))
+        return compare_scores(scores, scores_read, "; ".join(by_itself))
 
     def keeps_top_10(self, engine: Format, terms: list[str]) -> bool:
         """Whether every query keeps its top 10 as the engine would read it."""
         documents = [engine.read_document(engine.document("", "", v))[1] for v in vectors_of(self.documents, terms)]
-        _, taken, read = self._vectors(engine, terms, documents)
-        return compare_top_10(taken.scores(), read.scores())["top_10_unchanged"] == len(self.texts)
+        read = self._queries_read(engine, terms), matrix_of(documents, terms)
+        scores = scores_of((self._queries_taken(engine), self.documents), read)
+        return compare_top_10(*scores)["top_10_unchanged"] == len(self.texts)
 
-    def _vectors(self, engine: Format, terms: list[str], documents: list[Vector]) -> Iterator[Vectors]:
-        """The model's, the same without query weights that the engine does not take, and those that it reads."""
-        taken = self.queries if engine.signed else self.queries.maximum(0)
-        texts_and_vectors = zip(self.texts, vectors_of(self.queries, terms, engine.signed), strict=True)
-        queries = [engine.read_query(engine.query("", text, vector)) for text, vector in texts_and_vectors]
-        read = matrix_of(queries, terms), matrix_of(documents, terms)
-        return in_query_dimensions((self.queries, self.documents), (taken, self.documents), read)
+    def _queries_taken(self, engine: Format) -> sp.csr_matrix:
+        """Without the weights that the engine does not take."""
+        return self.queries if engine.signed else self.queries.maximum(0)
+
+    def _queries_read(self, engine: Format, terms: list[str]) -> sp.csr_matrix:
+        """As the engine reads them from their records."""
+        vectors = zip(self.texts, vectors_of(self.queries, terms, engine.signed), strict=True)
+        return matrix_of([engine.read_query(engine.query("", text, vector)) for text, vector in vectors], terms)
 
 
 def choose_scale(
     make_engine: Callable[[int], Format], encoder: Encoder, samples: list[Sample], echo: Callable[[str], None]
 ) -> int:
-    """The first of a format's scales that keeps the top 10 of every sample's queries, which is said.
+    """The first of a format's scales that keeps the top 10 of all queries in the samples, which are those of every shard.
 
-    One for all shards: `samples` are those of every shard. Raises ConfigError when none does.
+    Raises ConfigError when none does.
     """
     scales, queries = make_engine(1).scales, sum(len(sample.texts) for sample in samples)
     for scale in scales:

@@ -102,15 +102,3 @@ def matrix_of(vectors: list[Vector], terms: list[str]) -> sp.csr_matrix:
         raise ConfigError(f"the export holds a term that is no dimension of the model: {error}") from None
     values = [value for vector in vectors for value in vector.values()]
     return sp.csr_matrix((values, (rows, columns)), shape=(len(vectors), len(terms)))
-
-
-def require_same_vectors(
-    source: str, texts: list[str], found: sp.csr_matrix, exact: sp.csr_matrix, tolerance: float
-) -> float:
-    """The largest difference between weights from files and the model's, of those above 0. ConfigError for a real one."""
-    difference = abs(found - exact.maximum(0)).max(axis=1).toarray()
-    largest = float(difference.max(initial=0.0))
-    if not largest <= tolerance:  # also true of NaN
-        text = texts[int(difference.argmax())]
-        raise ConfigError(f"{source} another vector than the model for '{text[:60]}': a weight is off by {largest:.3g}")
-    return largest
