@@ -30,9 +30,7 @@ def test_documents_that_were_changed_by_hand_are_noticed(trained, corpus):  # no
     row = json.loads(lines[0])
     row["vector"] = {term: weight + 50 for term, weight in row["vector"].items()}
     file.write_text("".join([json.dumps(row) + "\n", *lines[1:]]))
-    with pytest.raises(
-        ConfigError, match=r"the exported files give another vector than the model for '.*': a weight is off by \d"
-    ):
+    with pytest.raises(ConfigError, match=r"the exported files give another vector than the model for '.*': off by \d"):
         run_export("lucene", corpus)
 
 
@@ -42,7 +40,7 @@ def test_a_weight_may_be_off_by_what_float32_does_to_sums_and_no_more():
     assert require_same_vectors("x gives", texts, near, exact) == pytest.approx(2e-5)
     for wrong in (4.1, np.nan):
         found = sp.csr_matrix([[3.0, 0.0], [0.0, wrong]])
-        with pytest.raises(ConfigError, match=r"^x gives another vector than the model for 'b': .* off by (0\.1|nan)$"):
+        with pytest.raises(ConfigError, match=r"^x gives another vector than the model for 'b': off by (0\.1|nan)$"):
             require_same_vectors("x gives", texts, found, exact)
 
 

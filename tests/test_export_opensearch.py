@@ -263,7 +263,7 @@ def test_a_csr_model_has_documents_and_an_index_and_no_models_in_the_cluster(tra
     put_model(trained, write_dense(trained), "csr")
     lines = run_export("opensearch", corpus)
     assert [line for line in lines if "left out" in line] == [
-        "left out  models to run in OpenSearch: its neural sparse search needs words, and CSR's dimensions have none"
+        "left out  models to run in OpenSearch: its neural search needs words, and CSR's dimensions are none"
     ]
     names = {file.name for file in (trained / FOLDER).iterdir()}
     assert {"documents-1-of-1.ndjson", "index.json", "check-1-of-1.json"} <= names

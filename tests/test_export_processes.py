@@ -173,7 +173,7 @@ def test_a_process_that_is_killed_or_breaks_is_named(shard, monkeypatch, capfd):
     monkeypatch.setenv("STATUS", "1")
     with pytest.raises(ConfigError, match=r"^shard 1/2: no space left$"):
         run_shards(["export"], 2, print)
-    assert "Error: no space left" in capfd.readouterr().err
+    assert "1/2  Error: no space left" in capfd.readouterr().out
 
 
 def test_processes_that_all_end_well_are_waited_for(shard, monkeypatch):

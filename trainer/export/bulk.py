@@ -42,9 +42,8 @@ class Bulk(Format):
     def query(self, name: str, text: str, vector: Vector) -> str:
         """The body of a search request."""
         if (largest := max(vector.values(), default=0.0)) > LARGEST_QUERY_WEIGHT:
-            raise ConfigError(
-                f"query '{text[:40]}' has a weight of {largest:.1f}; the engine takes {LARGEST_QUERY_WEIGHT:.0f} at most"
-            )
+            limit = f"the engine takes {LARGEST_QUERY_WEIGHT:.0f} at most"
+            raise ConfigError(f"query '{text[:40]}' has a weight of {largest:.1f}; {limit}")
         return json_line({"id": name, "text": text, "query": self.clause(nine_digits(vector))})
 
     def read_query(self, record: str) -> Vector:
@@ -62,10 +61,7 @@ class Bulk(Format):
 
 
 class OpenSearch(Bulk):
-    """rank_features, and models that run in the cluster: documents', and inference-free queries' as a tokenizer.
-
-    Its rank_features fields take every character, dots too, so terms are the tokens that its tokenizer gives.
-    """
+    """rank_features, whose names may have any character, and models that run in the cluster."""
 
     beside = ("index.json", "query", *(f"{name}{suffix}" for name in (DOCUMENT, QUERY) for suffix in (".zip", ".json")))
     field_type, vector_at = "rank_features", ("neural_sparse", "vector", "query_tokens")

@@ -39,16 +39,14 @@ def require_same_vectors(
 ) -> float:
     """The largest difference between weights from files and the model's: [texts, dimensions] each.
 
-    Raises ConfigError when a weight is off by more than its rounding and `tolerance`, a share of the largest weight (of 1
-    if all are smaller).
+    Raises ConfigError for more than rounding and `tolerance`, a share of the largest weight (of 1 if all are smaller).
     """
     difference = abs(found - exact)
     unexplained = (difference - (rounding or Rounding()).of(exact)).max(axis=1).toarray()
     worst = int(np.nan_to_num(unexplained, nan=np.inf).argmax())
     if not unexplained[worst] <= tolerance * max(1.0, abs(exact).max()):  # also true of NaN
         raise ConfigError(
-            f"{source} another vector than the model for '{texts[worst][:60]}': a weight is off by "
-            f"{difference[worst].max():.3g}"
+            f"{source} another vector than the model for '{texts[worst][:40]}': off by {difference[worst].max():.3g}"
         )
     return float(difference.max())
 
@@ -77,8 +75,7 @@ def compare_top_10(wanted: np.ndarray, found: np.ndarray) -> dict[str, Any]:
 def compare_scores(wanted: np.ndarray, found: np.ndarray, engine: str = "", remedy: str = "") -> dict[str, Any]:
     """Figures of an export's scores beside those that its engine should give: [queries, documents] each.
 
-    `engine` is what the engine does to weights by itself. Raises ConfigError when it is nothing, so that the precision is
-    ours, and a top 10 changes. `remedy` ends the message.
+    Raises ConfigError when a top 10 changes where the engine does not round by itself. `remedy` ends the message.
     """
     figures = {
         "queries": wanted.shape[0],

@@ -53,9 +53,7 @@ def read_passages(file: Path, reading: Reading | None = None) -> Iterator[Passag
     """Passages of a .jsonl or .parquet file, one after the other: `_id` or `id`, `text` or `contents`, perhaps `title`."""
     for record in read_records(file, Reading() if reading is None else reading):
         if len(record.id.encode()) > MAX_ID_BYTES:
-            raise ConfigError(
-                f"{file}:{record.number}: the id is longer than {MAX_ID_BYTES} bytes, which engines do not take"
-            )
+            raise ConfigError(f"{file}:{record.number}: engines refuse ids longer than {MAX_ID_BYTES} bytes")
         yield Passage(record.id, record.passage)
 
 

@@ -17,6 +17,7 @@ from trainer.export.request import Request
 from trainer.export.sample import CHUNK, Sample, choose_scale
 from trainer.export.vectors import Encoder, vectors_of
 from trainer.runs.run import hash_of_model
+from trainer.system.device import find_device
 from trainer.system.files import write_once
 from trainer.system.progress_bar import ProgressReport, in_columns
 
@@ -25,10 +26,7 @@ CLAIM = "export.json"
 
 
 def export_documents(make_engine: Callable[[int | None], Format], to: str, request: Request) -> None:
-    """Write the documents, what must stand beside them, and the queries if any; check the files.
-
-    Raises ConfigError for what the user can mend, and when the files would rank documents differently from the model.
-    """
+    """Write the documents, the files beside them and any queries, and check them. ConfigError if they rank differently."""
     run, corpus, shard, echo = request.run, request.corpus, request.shard, request.echo
     if corpus is None:
         raise ConfigError(f"say which documents to encode for {to}: CORPUS=file.jsonl (--corpus), or .parquet")
@@ -40,7 +38,9 @@ def export_documents(make_engine: Callable[[int | None], Format], to: str, reque
         for line in survey(file).lines():
             echo(f"{file.name}: {line}")
     queries = list(read_passages(request.queries)) if request.queries else []
-    by_token = Encoder.open(run.final, request.device(), run.config().training.per_device_eval_batch_size)
+    device, reason = find_device("auto")
+    echo(f"device    {device} ({reason})")
+    by_token = Encoder.open(run.final, device, run.config().training.per_device_eval_batch_size)
     encoder = replace(by_token, terms=engine.terms(by_token.terms))
 
     def scale_for_all_shards() -> int | None:
@@ -70,9 +70,7 @@ def write_shard(encoder: Encoder, engine: Format, folder: Path, request: Request
     try:
         read = [engine.read_document(record) for record in documents.first(len(sample.passages))]
         if [name for name, _ in read] != [passage.id for passage in sample.passages]:
-            raise ConfigError(
-                f"{documents} does not hold the documents of the corpus in their order. Remove it and export again"
-            )
+            raise ConfigError(f"{documents} does not hold the documents of the corpus in their order")
         figures = sample.compare(engine, encoder.terms, [vector for _, vector in read])
         if first and (folder / "query").is_dir():
             require_same_queries(folder / "query", sample.texts, sample.queries, encoder.terms)
@@ -93,10 +91,9 @@ def refused_name(documents: Path) -> Path:
 
 
 def set_aside(folder: Path, documents: Iterable[Path], beside: Iterable[Path]) -> None:
-    """Leave nothing of a refused export under the name of a finished one.
+    """Leave nothing of a refused export under the name of a finished one; its documents are kept, to look into.
 
-    Its documents are kept, to see what is wrong with them; what was written beside them is removed. When no shard's
-    documents are left, the folder can be exported to anew, with other settings too.
+    When no shard's documents are left, the folder can be exported to anew, with other settings too.
     """
     for file in documents:
         file.replace(refused_name(file))
@@ -113,8 +110,8 @@ def claim(
 ) -> int | None:
     """Record what an export folder is made with, and its scale: the user's, or else the one recorded first.
 
-    The scale is chosen where none is recorded, before the first document of any shard is written, and it is recorded
-    once: shards that start together take the same. Raises ConfigError when the folder holds an export of something else.
+    It is chosen before the first document of any shard and recorded once: shards that start together take the same. Raises
+    ConfigError when the folder holds an export of something else.
     """
     file = folder / CLAIM
     try:
@@ -127,9 +124,7 @@ def claim(
     recorded = json.loads(file.read_text(encoding="utf-8"))
     for key, value in (made_with | {"scale": scale or recorded.get("scale")}).items():
         if recorded.get(key) != value:
-            raise ConfigError(
-                f"{folder} holds an export with another {key}. Remove the folder, or name another: OUTPUT=folder (--output)"
-            )
+            raise ConfigError(f"{folder} holds an export with another {key}. Remove the folder or name another OUTPUT")
     return recorded.get("scale")
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 from trainer.config import ConfigError
 from trainer.export.check import Rounding
+from trainer.export.corpus import chunks
 from trainer.export.request import Request
 from trainer.export.vectors import Encoder, Vector, require_distinct
 
@@ -141,9 +142,7 @@ class LineFile:
     def first(self, count: int) -> list[str]:
         """The first records; not by splitlines, for a text may hold other line separators."""
         with self.file.open(encoding="utf-8") as lines:
-            read = list(islice(lines, count * self.lines_per_record))
-        size = self.lines_per_record
-        return ["".join(read[start : start + size]) for start in range(0, len(read), size)]
+            return ["".join(record) for record in islice(chunks(lines, self.lines_per_record), count)]
 
     def __str__(self) -> str:
         return str(self.file)

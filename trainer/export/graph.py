@@ -16,7 +16,7 @@ class DocumentGraph(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         unfuse(model)  # a graph is traced through the library's own modules
-        self.steps = nn.ModuleList(modules_of(model, "document"))
+        self.steps = nn.ModuleList(document_modules(model))
         self.unit_length = model.similarity_fn_name == "cosine"
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -33,15 +33,14 @@ class DocumentGraph(nn.Module):
         return {name: features[name] for name in ("input_ids", "attention_mask")}
 
 
-def modules_of(model: Any, route: str) -> list[nn.Module]:
-    """The modules that documents, or queries, go through."""
-    first = model[0]
-    return list(first.sub_modules[route]) if hasattr(first, "sub_modules") else list(model)
+def document_modules(model: Any) -> list[nn.Module]:
+    """The modules that documents go through."""
+    return list(model[0].sub_modules["document"] if hasattr(model[0], "sub_modules") else model)
 
 
 def document_tokenizer(model: Any) -> Tokenizer:
     """The tokenizer of documents, which cuts and pads as the model's own does."""
-    first = modules_of(model, "document")[0]
+    first = document_modules(model)[0]
     tokenizer = copy_of(first.tokenizer)
     tokenizer.enable_truncation(first.max_seq_length)
     tokenizer.enable_padding(pad_id=first.tokenizer.pad_token_id, pad_token=first.tokenizer.pad_token)

@@ -2,7 +2,6 @@
 
 import json
 
-from trainer.config import ConfigError
 from trainer.export.check import Rounding
 from trainer.export.formats import Format, json_line
 from trainer.export.vectors import Vector, escaped, is_space_or_control, require_distinct
@@ -32,6 +31,4 @@ class Lucene(Format):
     def read_document(self, record: str) -> tuple[str, Vector]:
         """Back to the model's scale, so that scores can be compared."""
         row = json.loads(record)
-        if not all(type(weight) is int for weight in row["vector"].values()):
-            raise ConfigError(f"document {row['id']} has a weight that is no whole number")
         return row["id"], {term: weight / self.scale for term, weight in row["vector"].items()}

@@ -18,7 +18,7 @@ from trainer.config import ConfigError, one_line
 from trainer.encoding.vocabulary import dims_are_words
 from trainer.export import ml_commons_reader
 from trainer.export.check import require_same_vectors
-from trainer.export.graph import DocumentGraph, document_tokenizer, modules_of
+from trainer.export.graph import DocumentGraph, document_modules, document_tokenizer
 from trainer.export.sample import embedded_texts
 from trainer.export.vectors import Encoder, matrix_of
 from trainer.system.fresh_process import answer_of_a_fresh_process
@@ -47,23 +47,15 @@ class NeuralSparse(nn.Module):
 
 
 def write_models(folder: Path, encoder: Encoder, name: str, echo: Callable[[str], None]) -> None:
-    """The document model, checked, and the query model where query/ is there. `encoder` is on the CPU.
-
-    Raises ConfigError, and leaves no document model, when another process does not get the model's vectors from it.
-    """
+    """The query model where query/ is there, and the document model. ConfigError when that gives other vectors."""
     if not dims_are_words(encoder.model):
-        echo(
-            "left out  models to run in OpenSearch: its neural sparse search needs words, and CSR's dimensions have none"
-        )
+        echo("left out  models to run in OpenSearch: its neural search needs words, and CSR's dimensions are none")
         return
     if (folder / "query").is_dir():
         files = {file: (folder / "query" / file).read_bytes() for file in ("tokenizer.json", "idf.json")}
         write_model(folder / QUERY, files, f"{name}-query", "SPARSE_TOKENIZE", echo)
     if encoder.model.prompts.get("document"):
-        echo(
-            "left out  the document model: OpenSearch cannot put this model's prompt in front of a text. Export documents "
-            "with CORPUS=… instead"
-        )
+        echo("left out  the document model: OpenSearch cannot put this model's prompt in front of a text")
         return
     # without a decoder: decoded alone, every token keeps the name it has in the vocabulary
     tokenizer = json.loads(document_tokenizer(encoder.model).to_str()) | {"decoder": None}
@@ -114,7 +106,7 @@ def without_debug_records(file: Path) -> bytes:
 @contextmanager
 def plain_attention(model: Any) -> Iterator[None]:
     """Attention as matrix products: OpenSearch 2 runs torch 1.13, which has no scaled_dot_product_attention."""
-    transformer = modules_of(model, "document")[0].auto_model
+    transformer = document_modules(model)[0].auto_model
     before = transformer.config._attn_implementation
     transformer.set_attn_implementation("eager")
     try:
@@ -138,11 +130,7 @@ def readable_names(model: Any) -> Iterator[None]:
 
 
 def write_model(stem: Path, files: dict[str, bytes], name: str, function: str, echo: Callable[[str], None]) -> None:
-    """A zip, the same bytes for the same files, and the body of the request that registers it.
-
-    What the cluster alone knows is not in it: the zip's `url`, and `model_group_id`, without which it makes a group of
-    the model's name.
-    """
+    """A zip, and the request that registers it, but for `url` and `model_group_id`, which the cluster knows."""
     target = stem.with_suffix(".zip")
     with ZipFile(target, "w") as zipped:
         for file, content in files.items():

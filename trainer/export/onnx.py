@@ -45,9 +45,7 @@ def export_onnx(request: Request) -> None:
     An int8 graph whose weights are further off than stated is removed, which is said.
     """
     if request.corpus or request.queries or request.shard.of > 1:
-        raise ConfigError(
-            "onnx is the model itself: it takes no CORPUS, QUERIES or SHARD (--corpus, --queries, --shard)"
-        )
+        raise ConfigError("onnx is the model itself: it takes no CORPUS, QUERIES or SHARD")
     folder, echo = request.folder("onnx"), request.echo
     folder.mkdir(parents=True, exist_ok=True)
     encoder = Encoder.open(request.run.final, "cpu", 8)
@@ -65,11 +63,10 @@ def export_onnx(request: Request) -> None:
         try:
             figures = compare_vectors(graph, exact, found, looked_up=example.table is not None)
         except ConfigError as error:
-            if graph.is_exact:  # and the other is made from it
-                for each in GRAPHS:
-                    (folder / each.file).unlink(missing_ok=True)
+            for refused in GRAPHS if graph.is_exact else [graph]:  # the other is made from the exact one
+                (folder / refused.file).unlink()
+            if graph.is_exact:
                 raise
-            (folder / graph.file).unlink()
             echo(f"left out  {graph.file}: {error.format_message()}")
             continue
         figures = {"model": graph.file, "quantisation": graph.quantisation} | figures
@@ -80,10 +77,10 @@ def export_onnx(request: Request) -> None:
 def compare_vectors(
     graph: Graph, exact: tuple[sp.csr_matrix, ...], found: tuple[sp.csr_matrix, ...], *, looked_up: bool
 ) -> dict[str, Any]:
-    """Figures of what a graph gives: (queries, documents), [texts, dimensions] each, beside the model's own.
+    """Figures of a graph's (queries, documents), [texts, dimensions] each, beside the model's own.
 
-    Queries that are `looked_up` are exact. Raises ConfigError when a weight is further off than the graph's share, from
-    which follows how far a score may be off, and for another top 10 in float32.
+    Queries that are `looked_up` are exact. Raises ConfigError for a weight off by more than the graph's share, and for
+    another top 10 in float32.
     """
     shares = GRAPHS[0].share if looked_up else graph.share, graph.share
     for wanted, given, share in zip(exact, found, shares, strict=True):
@@ -101,9 +98,7 @@ def compare_vectors(
 def require_pooled_prompts(model: Any) -> None:
     """Raise ConfigError for a model that leaves a prompt's tokens out of its mean: a graph cannot tell which they are."""
     if any(model.prompts.values()) and any(not getattr(module, "include_prompt", True) for module in model.modules()):
-        raise ConfigError(
-            "onnx: the dense model's pooling leaves the prompt's tokens out (include_prompt: false), which the graph cannot"
-        )
+        raise ConfigError("onnx: the dense model's pooling leaves the prompt's tokens out, which a graph cannot")
 
 
 def write_graph(model: Any, file: Path) -> None:

@@ -55,8 +55,7 @@ class Parquet(NumberedFormat):
 class ParquetParts:
     """Files of PART records each, `<stem>-00001.parquet` and so on.
 
-    A part is written under another name, flushed, and renamed when it is complete, so a killed run leaves no torn one. A
-    part torn by other means has no footer and is not taken either.
+    A part is written under another name, flushed, and renamed when it is complete; one without a footer is written again.
     """
 
     def __init__(self, stem: Path) -> None:

@@ -4,10 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import IO
 
 from trainer.config import ConfigError
 from trainer.export.export import export
@@ -55,53 +53,41 @@ def export_in_processes(to: str, request: Request, count: int) -> None:
 
 
 def run_shards(arguments: list[str], count: int, echo: Callable[[str], None]) -> None:
-    """Run `python -m trainer <arguments> --shard i/count` for every i at once, each saying its lines after its number.
+    """Run `python -m trainer <arguments> --shard i/count` for every i at once, each line after its shard's number.
 
-    Raises ConfigError with the line of the first that fails; the others are stopped, and go on where they were when the
-    same is run again.
+    Raises ConfigError with the line of the first that fails. The others are stopped, and go on from there when run again.
     """
     if find_device("auto")[0] == "mps":
         raise ConfigError("several processes cannot share the GPU of a Mac. Leave out --processes")
     devices, started = cuda_devices(), []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` is reached
-    try:
-        with ThreadPoolExecutor(count) as threads:
-            try:
-                waiting = []
-                for number in range(1, count + 1):
-                    errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115, closed by follow()
-                    process = subprocess.Popen(
-                        [sys.executable, "-m", "trainer", *arguments, "--shard", f"{number}/{count}"],
-                        env=environment_of(number, count, devices),
-                        stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8",
-                    )  # fmt: skip
-                    started.append(process)
-                    waiting.append(threads.submit(follow, process, errors, f"{number}/{count}", echo))
-                for done in as_completed(waiting):
-                    done.result()
-            finally:  # within the pool, which waits for the threads, and they for the processes
-                for process in started:
-                    process.terminate()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` is reached
+    with ThreadPoolExecutor(count) as threads:
+        try:
+            waiting = []
+            for number in range(1, count + 1):
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "trainer", *arguments, "--shard", f"{number}/{count}"],
+                    env=environment_of(number, count, devices),
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+                )  # fmt: skip
+                started.append(process)
+                waiting.append(threads.submit(follow, process, f"{number}/{count}", echo))
+            for done in as_completed(waiting):
+                done.result()
+        finally:  # within the pool, which waits for the threads, and they for the processes
+            for process in started:
+                process.terminate()
 
 
-def follow(process: subprocess.Popen, errors: IO[str], shard: str, echo: Callable[[str], None]) -> None:
-    """Say what a process says until it ends. Raises ConfigError when it has failed."""
-    with process, errors:
+def follow(process: subprocess.Popen, shard: str, echo: Callable[[str], None]) -> None:
+    """Echo what a process prints until it ends. Raises ConfigError, with its last line, when it has failed."""
+    line = ""
+    with process:
         for line in process.stdout or ():
             echo(f"{shard}  {line.rstrip()}")
-        status = process.wait()
-        errors.seek(0)
-        lines = errors.read().strip().splitlines()
-    if status < 0:
-        name = signal.Signals(-status).name
-        raise ConfigError(
-            f"shard {shard} was ended by {name}"
-            + ", perhaps because memory ran out: use fewer processes" * (name == "SIGKILL")
-        )
-    if status:
-        reason = lines[-1].removeprefix("Error: ") if lines else f"it ended with status {status}"
-        if status != 2:  # not a mistake of the user's: the traceback is needed
-            print("\n".join(lines), file=sys.stderr)
-        raise ConfigError(f"shard {shard}: {reason}")
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
+        memory = ", perhaps because memory ran out: use fewer processes" if name == "SIGKILL" else ""
+        raise ConfigError(f"shard {shard} was ended by {name}{memory}")
+    if process.returncode:
+        raise ConfigError(f"shard {shard}: {line.strip().removeprefix('Error: ')}")

@@ -21,9 +21,8 @@ SMALLEST_QUERY_WEIGHT, LARGEST_QUERY_WEIGHT = 1e-6, 64.0
 def write_query_tokenizer(folder: Path, encoder: Encoder, *, for_lucene: bool) -> None:
     """idf.json and tokenizer.json, as OpenSearch's tokenizer models read them; nothing when queries need a network.
 
-    OpenSearch names a token by decoding it alone. The tokenizer is written without a decoder, so that it gives tokens as
-    they are in the vocabulary: decoded, the bytes of byte-level tokenizers would all be one replacement character. It
-    adds no special tokens, so that it cuts a text where the model does.
+    OpenSearch names a token by decoding it alone: without a decoder it gives the token as it is in the vocabulary, where
+    byte-level tokenizers' bytes would all be one replacement character. Special tokens would change where a text is cut.
     """
     embedding = static_embedding(encoder.model)
     if embedding is None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from trainer.export.corpus import Shard
 from trainer.runs.run import Run
-from trainer.system.device import find_device
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,3 @@ class Request:
     def folder(self, to: str) -> Path:
         """Where the files go."""
         return self.output or self.run.folder / "export" / to
-
-    def device(self) -> str:
-        """The best device of this machine, which is said."""
-        device, reason = find_device("auto")
-        self.echo(f"device    {device} ({reason})")
-        return device

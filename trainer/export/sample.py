@@ -42,16 +42,15 @@ class Sample:
 
     def compare(self, engine: Format, terms: list[str], documents: list[Vector]) -> dict[str, Any]:
         """Figures of documents as read from an export. Raises ConfigError when they rank differently from the model."""
-        taken = self._queries_taken(engine)
-        queries, read = self._queries_read(engine, terms), matrix_of(documents, terms)
-        require_same_vectors("the queries give", self.texts, queries, taken, rounding=engine.query_rounding)
+        (accepted, queries), read = self._queries(engine, terms), matrix_of(documents, terms)
+        require_same_vectors("the queries give", self.texts, queries, accepted, rounding=engine.query_rounding)
         passages = [passage.text for passage in self.passages]
         source = "the exported files give"
         require_same_vectors(source, passages, read, self.documents, rounding=engine.document_rounding)
-        pairs = (self.queries, self.documents), (taken, self.documents), (queries, read)
-        scores, scores_of_taken, scores_read = scores_of(*pairs)
+        pairs = (self.queries, self.documents), (accepted, self.documents), (queries, read)
+        scores, scores_of_accepted, scores_read = scores_of(*pairs)
         by_itself = [engine.quantisation] if engine.engine_rounds else []
-        compare_scores(scores_of_taken, scores_read, "; ".join(by_itself), remedy=engine.remedy)
+        compare_scores(scores_of_accepted, scores_read, "; ".join(by_itself), remedy=engine.remedy)
         if not engine.signed and (self.queries.data < 0).any():
             by_itself.append("query weights below 0 are left out")
         return compare_scores(scores, scores_read, "; ".join(by_itself))
@@ -59,27 +58,23 @@ class Sample:
     def keeps_top_10(self, engine: Format, terms: list[str]) -> bool:
         """Whether every query keeps its top 10 as the engine would read it."""
         documents = [engine.read_document(engine.document("", "", v))[1] for v in vectors_of(self.documents, terms)]
-        read = self._queries_read(engine, terms), matrix_of(documents, terms)
-        scores = scores_of((self._queries_taken(engine), self.documents), read)
+        accepted, queries = self._queries(engine, terms)
+        scores = scores_of((accepted, self.documents), (queries, matrix_of(documents, terms)))
         return compare_top_10(*scores)["top_10_unchanged"] == len(self.texts)
 
-    def _queries_taken(self, engine: Format) -> sp.csr_matrix:
-        """Without the weights that the engine does not take."""
-        return self.queries if engine.signed else self.queries.maximum(0)
-
-    def _queries_read(self, engine: Format, terms: list[str]) -> sp.csr_matrix:
-        """As the engine reads them from their records."""
+    def _queries(self, engine: Format, terms: list[str]) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+        """Without the weights that the engine does not take; and as it reads them from their records."""
+        accepted = self.queries if engine.signed else self.queries.maximum(0)
         vectors = zip(self.texts, vectors_of(self.queries, terms, engine.signed), strict=True)
-        return matrix_of([engine.read_query(engine.query("", text, vector)) for text, vector in vectors], terms)
+        return accepted, matrix_of(
+            [engine.read_query(engine.query("", text, vector)) for text, vector in vectors], terms
+        )
 
 
 def choose_scale(
     make_engine: Callable[[int], Format], encoder: Encoder, samples: list[Sample], echo: Callable[[str], None]
 ) -> int:
-    """The first of a format's scales that keeps the top 10 of all queries in the samples, which are those of every shard.
-
-    Raises ConfigError when none does.
-    """
+    """The first scale that keeps the top 10 of all queries in every shard's sample. Raises ConfigError when none does."""
     scales, queries = make_engine(1).scales, sum(len(sample.texts) for sample in samples)
     for scale in scales:
         engine = make_engine(scale)

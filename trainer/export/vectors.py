@@ -58,10 +58,7 @@ def terms_of(model: Any) -> list[str]:
 
 
 def escaped(term: str, forbidden: Callable[[str], bool]) -> str:
-    """A term without forbidden characters: each becomes `%` and its number in hexadecimal, closed by `;`.
-
-    `%` itself is written so too, so no two terms become one.
-    """
+    """A term whose forbidden characters, and `%`, are each `%`, their number in hexadecimal and `;`: none become one."""
     return "".join(f"%{ord(c):X};" if c == "%" or forbidden(c) else c for c in term) or "%;"
 
 
