@@ -264,13 +264,11 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(trained, monkeypatch):
         publish(Run.finished("tiny"), "org/model", dry_run=True, echo=print)
 
 
-def test_vectors_that_are_not_numbers_or_have_another_shape_differ():
+def test_vectors_that_are_not_numbers_differ():
     vectors = {"query": np.ones((2, 3)), "document": np.ones((2, 3))}
     assert largest_difference(vectors, vectors) == 0
     with pytest.raises(ConfigError, match="for document 2 of 2: it differs by nan"):
         largest_difference(vectors, vectors | {"document": np.array([[1, 1, 1], [1, np.nan, 1]])})
-    with pytest.raises(ConfigError, match=r"query vectors of shape \(2, 4\) instead of \(2, 3\)"):
-        largest_difference(vectors, vectors | {"query": np.ones((2, 4))})
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The model card of a finished run: what its run folder says, in words and in the hub's metadata."""
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,15 +24,12 @@ LICENCES = {
     "ltg/noropenbookqa": "MIT",
     "alexandrainst/scandi-qa": "CC-BY-SA-4.0",
     "NbAiLab/norwegian-paws-x": "CC-BY-4.0",
-    "ltg/norbert4-xsmall": "Apache-2.0",
-    "ltg/norbert4-small": "Apache-2.0",
-    "ltg/norbert4-base": "Apache-2.0",
-    "ltg/norbert4-large": "Apache-2.0",
-    "ltg/norbert4-xlarge": "Apache-2.0",
+    **{f"ltg/norbert4-{size}": "Apache-2.0" for size in ("xsmall", "small", "base", "large", "xlarge")},
 }
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "inference-free-splade": {
         "name": "inference-free SPLADE",
+        "tags": ["splade", "inference-free", "asymmetric"],
         "what": "a query is its own words, each with a trained weight; only documents go through a transformer.",
         "routes": ": the two differ, and a query needs a tokenizer and a table, no neural network",
         "words": True,
@@ -40,6 +38,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "splade": {
         "name": "SPLADE",
+        "tags": ["splade"],
         "what": "queries and documents both go through a transformer, which also adds words they do not contain.",
         "routes": ", which here are the same network",
         "words": True,
@@ -47,6 +46,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "csr": {
         "name": "CSR",
+        "tags": ["csr"],
         "what": "a sparse autoencoder on top of a dense encoder.",
         "routes": ", which here are the same network",
         "words": False,
@@ -56,13 +56,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def build_model_card(run: Run, repo: str, dimensions: int, removed: Sequence[str] = ()) -> ModelCard:
-    """The card for a repository. What was not measured is said to be missing.
-
-    removed: keys of the config whose values name local files, and are not published.
-    """
+    """The card for a repository. removed: keys of the config whose values named local files."""
     config, measured = run.config(), read_measured(run)
     compare = EvalFolder(run.folder / "eval").read_part("compare")
     manifest = run.manifest
+    base = manifest.get("base_model", {}).get("source", FROM_SCRATCH)
     title = config.model_card.model_name or repo.rpartition("/")[2]
     return ModelCard.from_template(
         build_metadata(run, config, measured, title),
@@ -76,7 +74,7 @@ def build_model_card(run: Run, repo: str, dimensions: int, removed: Sequence[str
         code=manifest.get("base_model", {}).get("code") or {},
         base_model=_base_model(manifest),
         prompts=_cell(quoted(manifest.get("prompts", {}))),
-        base_licence=_base_licence(manifest),
+        base_licence="none needed" if base == FROM_SCRATCH else LICENCES.get(base, UNKNOWN_LICENCE),
         active_dims=active_dims(manifest, measured),
         data=[_data_row(summary) for summary in manifest.get("datasets", {}).values()],
         settings=settings_of(config, manifest),
@@ -84,7 +82,8 @@ def build_model_card(run: Run, repo: str, dimensions: int, removed: Sequence[str
         evaluation=evaluation_table(run.name, measured, compare),
         scores_in_training=_scores_in_training(manifest),
         choosers=_cell("; ".join(choosers_of(manifest))),
-        leakage=_leakage(measured),
+        leakage=measured.parts.get("leakage"),
+        cell=_cell,
         commit=manifest.get("git_commit") or "unknown",
         lock=manifest.get("lock"),
         removed=removed,
@@ -97,17 +96,16 @@ def build_metadata(run: Run, config: Config, measured: Measured, title: str) -> 
     """The YAML block: what the hub shows, filters by, and lists among the results."""
     card, manifest = config.model_card, run.manifest
     base = manifest.get("base_model", {}).get("source", FROM_SCRATCH)
-    architecture = ["splade"] if config.model.architecture == "splade" else []
-    if config.model.architecture == "inference-free-splade":
-        architecture = ["splade", "inference-free", "asymmetric"]
+    sources = chain.from_iterable(summary.get("revisions", {}) for summary in manifest.get("datasets", {}).values())
+    architecture = ARCHITECTURES[config.model.architecture]["tags"]
     return ModelCardData(
         language=card.language,
         license=card.license,
         library_name="sentence-transformers",
         pipeline_tag="feature-extraction",
-        tags=["sentence-transformers", "sparse-encoder", "sparse", *(architecture or ["csr"]), *card.tags],
+        tags=["sentence-transformers", "sparse-encoder", "sparse", *architecture, *card.tags],
         base_model=None if base == FROM_SCRATCH or is_local(base) else base,
-        datasets=hub_sources(manifest) or None,
+        datasets=sorted({source for source in sources if not is_local(source)}) or None,
         model_name=title,
         eval_results=eval_results(measured.systems.get(run.name, {})) or None,
     )
@@ -131,20 +129,6 @@ def eval_results(own: System) -> list[EvalResult]:
     ]
 
 
-def sources_of(manifest: dict[str, Any]) -> dict[str, str | None]:
-    """Every source of training data with its commit; None for what has none."""
-    return {
-        source: commit
-        for summary in manifest.get("datasets", {}).values()
-        for source, commit in summary.get("revisions", {}).items()
-    }
-
-
-def hub_sources(manifest: dict[str, Any]) -> list[str]:
-    """The hub's data sets among the sources."""
-    return sorted(source for source in sources_of(manifest) if not is_local(source))
-
-
 # ------------------------------------------------------------------------------------------- parts of the text
 def _base_model(manifest: dict[str, Any]) -> str:
     base = manifest.get("base_model", {})
@@ -154,11 +138,6 @@ def _base_model(manifest: dict[str, Any]) -> str:
     if is_local(source):
         return "a local folder"
     return f"[{source}](https://huggingface.co/{source}) at `{base.get('commit') or 'an unknown commit'}`"
-
-
-def _base_licence(manifest: dict[str, Any]) -> str:
-    source = manifest.get("base_model", {}).get("source", FROM_SCRATCH)
-    return "none needed" if source == FROM_SCRATCH else LICENCES.get(source, UNKNOWN_LICENCE)
 
 
 def _data_row(summary: dict[str, Any]) -> dict[str, str]:
@@ -183,16 +162,16 @@ def _data_row(summary: dict[str, Any]) -> dict[str, str]:
 def active_dims(manifest: dict[str, Any], measured: Measured) -> dict[str, str]:
     """Mean active dims per query and document, from the evaluation or else from the searches of training."""
     found = {}
+    routes = measured.parts.get("sparsity", {}).get("routes", {})
     for side in ("query", "document"):
-        routes = measured.parts.get("sparsity", {}).get("routes", {})
-        ours = [value for key, value in manifest.get("after", {}).items() if key.endswith(f"_{side}_active_dims")]
+        in_training = [
+            value for key, value in manifest.get("after", {}).items() if key.endswith(f"_{side}_active_dims")
+        ]
         if side in routes:
-            dims = routes[side]["active_dims"]
-            found[side] = (
-                f"{dims['mean']:.0f} (p95 {dims['p95']:.0f}) in {routes[side]['texts']:,} texts of the evaluation"
-            )
-        elif ours:
-            found[side] = f"{fmean(ours):.0f} in the searches of training"
+            dims, texts = routes[side]["active_dims"], routes[side]["texts"]
+            found[side] = f"{dims['mean']:.0f} (p95 {dims['p95']:.0f}) in {texts:,} texts of the evaluation"
+        elif in_training:
+            found[side] = f"{fmean(in_training):.0f} in the searches of training"
     return found
 
 
@@ -204,6 +183,7 @@ def settings_of(config: Config, manifest: dict[str, Any]) -> dict[str, str]:
         rates += f", query weights {training.query_learning_rate:g}"
     weights = {"documents": loss.document_regularizer_weight, "queries": loss.query_regularizer_weight}
     targets = manifest.get("sparsity", {})
+    in_all = f" of steps, {duration(manifest['total_seconds'])} in all" if "total_seconds" in manifest else ""
     found = {
         "steps": f"{manifest.get('steps_done', 0):,}, {manifest.get('rows_trained', 0):,} rows",
         "batch": f"{training.per_device_train_batch_size} × {training.gradient_accumulation_steps} rows"
@@ -222,7 +202,7 @@ def settings_of(config: Config, manifest: dict[str, Any]) -> dict[str, str]:
         "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "float32",
         "seed": str(manifest.get("seed")),
         "hardware": manifest.get("device", "unknown"),
-        "time": times_of(manifest),
+        "time": duration(manifest["train_seconds"]) + in_all if "train_seconds" in manifest else "",
         "speed": f"{manifest['samples_per_second']:.1f} rows/s" if "samples_per_second" in manifest else "",
         "peak memory": f"{manifest['peak_memory_gib']:.1f} GiB" if "peak_memory_gib" in manifest else "",
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.get("packages", {}).items()),
@@ -230,20 +210,14 @@ def settings_of(config: Config, manifest: dict[str, Any]) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def times_of(manifest: dict[str, Any]) -> str:
-    """How long the steps took, and all of the training."""
-    total = f" of steps, {duration(manifest['total_seconds'])} in all" if "total_seconds" in manifest else ""
-    return duration(manifest["train_seconds"]) + total if "train_seconds" in manifest else ""
-
-
 def changes_on_the_way(manifest: dict[str, Any]) -> str:
     """What resumes changed of how the run trained, and after which step: the other settings are those of its end."""
-    found = [
-        (change["step"], change["key"], [_public(change["key"], change[end]) for end in ("from", "to")])
+    return "; ".join(
+        f"after step {change['step']}: {change['key']} "
+        + " → ".join(_public(change["key"], change[end]) for end in ("from", "to"))
         for change in manifest.get("changes", [])
         if change["key"].startswith(("training.", "loss.", "processes"))
-    ]
-    return "; ".join(f"after step {step}: {key} {old} → {new}" for step, key, (old, new) in found)
+    )
 
 
 def _public(key: str, value: Any) -> str:
@@ -252,10 +226,7 @@ def _public(key: str, value: Any) -> str:
 
 
 def evaluation_table(name: str, measured: Measured, compare: dict[str, Any] | None) -> dict[str, Any]:
-    """Systems, one row per task of the run, their mean, and what has to be known beside them.
-
-    compare: what the scores were compared with; left out when it was made from earlier scores.
-    """
+    """Systems, a row per task, their mean, and what has to be known beside them; a comparison while it fits the scores."""
     if measured.missing:
         return {"rows": [], "missing": measured.missing}
     compare = compare if compare and is_current(compare, measured.systems) else None
@@ -295,15 +266,6 @@ def _scores_in_training(manifest: dict[str, Any]) -> str:
     return "; ".join(
         f"{_cell(key.removesuffix('_ndcg@10'))}: nDCG@10 {before[key]:.3f} → {after[key]:.3f}" for key in names
     )
-
-
-def _leakage(measured: Measured) -> dict[str, Any]:
-    found = measured.parts.get("leakage")
-    if not found:
-        return {"rows": []}
-    keys = ("queries", "exact_queries", "near_queries", "passages", "exact_passages", "near_passages")
-    rows = [[_cell(task), *(f"{values[key]:,}" for key in keys)] for task, values in found["tasks"].items()]
-    return {"rows": rows, "training_texts": f"{found['training_texts']:,}", "method": found["method"]}
 
 
 def limitations(config: Config, manifest: dict[str, Any], measured: Measured) -> list[str]:

@@ -1,13 +1,13 @@
 """Publishes a finished run: builds the upload folder, opens it as a stranger would, and uploads it in one commit."""
 
 import json
+import mmap
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -65,9 +65,8 @@ def publish(
             total = size_of(sum(sizes.values()))
             echo(f"dry run   {len(files)} files, {total}, would go to {repo}; nothing was uploaded")
             return
-        echo(
-            f"published {upload(files, repo, public=public, message=f'{run.name}: model, card and config', echo=echo)}"
-        )
+        address = upload(files, repo, public=public, message=f"{run.name}: model, card and config", echo=echo)
+        echo(f"published {address}")
 
 
 @contextmanager
@@ -87,8 +86,9 @@ def build_upload_folder(run: Run, folder: Path, repo: str, dimensions: int) -> N
     card = build_model_card(run, repo, dimensions, paths.keys)
     (folder / "README.md").write_text(paths.in_text(str(card)), encoding="utf-8")
     (folder / "config.yaml").write_text(public_config(run, paths), encoding="utf-8")
-    summary = json.dumps(public_summary(run.manifest, paths), indent=2, ensure_ascii=False) + "\n"
-    (folder / "training.json").write_text(summary, encoding="utf-8")
+    summary = paths.without({key: run.manifest[key] for key in PUBLIC if key in run.manifest})
+    text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+    (folder / "training.json").write_text(text, encoding="utf-8")
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -111,11 +111,6 @@ def public_config(run: Run, paths: LocalPaths) -> str:
     return head + render(loaded, origins=False)
 
 
-def public_summary(manifest: dict[str, Any], paths: LocalPaths) -> dict[str, Any]:
-    """The public part of run.json."""
-    return paths.without({key: manifest[key] for key in PUBLIC if key in manifest})
-
-
 def require_no_secrets(folder: Path) -> None:
     """Raise ConfigError when a file holds the value of an access token."""
     secrets = [token.encode() for token in access_tokens()]
@@ -128,14 +123,10 @@ def require_no_secrets(folder: Path) -> None:
 
 
 def _holds(file: Path, secret: bytes) -> bool:
-    """Whether a file holds these bytes. It is read in pieces, each with the end of the one before in front."""
-    before = b""
-    with file.open("rb") as data:
-        while piece := data.read(2**24):
-            if secret in before + piece:
-                return True
-            before = piece[-len(secret) :]
-    return False
+    if not file.stat().st_size:  # cannot be mapped
+        return False
+    with file.open("rb") as data, mmap.mmap(data.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(secret) >= 0
 
 
 def size_of(count: int) -> str:
@@ -162,11 +153,6 @@ def largest_difference(expected: dict[str, np.ndarray], found: dict[str, np.ndar
     """The largest difference of two sets of vectors. Raises ConfigError when it is more than rounding."""
     largest = 0.0
     for side in SIDES:
-        if expected[side].shape != found[side].shape:
-            raise ConfigError(
-                f"the upload folder gives {side} vectors of shape {found[side].shape} instead of {expected[side].shape}. "
-                "Nothing was uploaded"
-            )
         difference = np.abs(expected[side] - found[side]).max(axis=1)
         worst = int(difference.argmax())
         if not difference[worst] <= TOLERANCE:  # also true of NaN
