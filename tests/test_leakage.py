@@ -192,10 +192,9 @@ def contained(evaluation, training):
     return round(overlap, 3) if overlap >= enough else None
 
 
-@pytest.mark.parametrize("batch,pairs", [(2000, 10_000), (7, 3)])
-def test_near_texts_are_those_of_a_plain_comparison_of_every_pair(tmp_path, monkeypatch, batch, pairs):
+@pytest.mark.parametrize("batch", [2000, 7])
+def test_near_texts_are_those_of_a_plain_comparison_of_every_pair(tmp_path, monkeypatch, batch):
     monkeypatch.setattr(evaluate.leakage, "BATCH", batch)
-    monkeypatch.setattr(evaluate.leakage, "PAIRS", pairs)
     monkeypatch.setattr(evaluate.leakage, "EXAMPLES", 1000)
     dice = random.Random(3)
     # Few words, and pieces of one another: n-grams repeat within texts, and some stand in most texts.
@@ -220,15 +219,6 @@ def test_near_texts_are_those_of_a_plain_comparison_of_every_pair(tmp_path, monk
     assert {example["evaluation"]: (example["kind"], example["overlap"]) for example in examples} == beginnings
     assert 20 < len(expected) < len(evaluation) - 20
     assert {kind for kind, _ in expected.values()} == {"exact", "near"}
-
-
-def test_n_grams_that_many_passages_have_are_not_looked_up():
-    forms = Forms()
-    for number in range(100):
-        forms.add(f"{' '.join(NUMBERED[:12])} {' '.join(f'{number}x{word}' for word in NUMBERED)}")
-    (index,) = forms.indexes()
-    assert index.held.sum(axis=0).max() == 100
-    assert index.rare.sum(axis=1).max() == 1
 
 
 @pytest.fixture
@@ -286,13 +276,7 @@ def test_every_task_is_one_line_with_its_worst_example(values):
 
 
 def test_a_run_without_training_texts_is_to_be_trained_again(tmp_path):
-    (tmp_path / "run.json").write_text("{}")
     with pytest.raises(ConfigError, match="before its texts were recorded"):
-        find_leaks(tmp_path / "training_texts.parquet", [])
-
-
-def test_what_a_model_of_others_was_trained_on_is_not_known(tmp_path):
-    with pytest.raises(ConfigError, match="is no run of this project, so what its model was trained on is not known"):
         find_leaks(tmp_path / "training_texts.parquet", [])
 
 
@@ -300,7 +284,4 @@ def test_a_file_that_holds_no_training_texts_is_named(tmp_path):
     file = tmp_path / "training_texts.parquet"
     file.write_bytes(b"PAR1 and no more")
     with pytest.raises(ConfigError, match="parquet cannot be read"):
-        find_leaks(file, [])
-    pq.write_table(pa.table({"text": ["hei"]}), file)
-    with pytest.raises(ConfigError, match="has no column 'dataset'"):
         find_leaks(file, [])
