@@ -13,8 +13,8 @@ from trainer.system.progress_bar import going_on, in_columns
 class BM25(SearchSystem):
     """Stemmed and without stop words in the task's language; in an unknown language words are taken as they are."""
 
-    def __init__(self, name: str = "bm25") -> None:
-        super().__init__(name)
+    def __init__(self) -> None:
+        super().__init__("bm25")
 
     def index_texts(self, texts: list[str], language: str | None) -> None:
         """Choose the analysis and index."""

@@ -6,6 +6,7 @@ Heavy imports are inside the commands, so help and errors are quick.
 import os
 import sys
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,35 +18,27 @@ if TYPE_CHECKING:
     from evaluate.session import Session
 
 
+# CONFIG or --model, the tasks, and how to encode.
+SUBJECT_OPTIONS = (
+    click.argument("config", required=False, metavar="[CONFIG]"),
+    click.option("--model", help="A model instead of a run: a path, or a name on the hub."),
+    click.option("--revision", help="Commit of a model on the hub."),
+    click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run code that comes with --model and --dense; from the hub, each at a full commit.",
+    ),
+    click.option("--tasks", default="", help="Groups, mteb names, folders in BEIR layout; between commas or blanks."),
+    click.option("--language", type=click.Choice(["no", "nb", "nn", "da", "sv"]), help="Language of the folders."),
+    click.option(
+        "--batch-size", default=32, type=click.IntRange(1), show_default=True, help="Texts encoded at a time."
+    ),
+)
+
+
 def subject_options(command: Callable) -> Callable:
-    """CONFIG or --model, the tasks, and how to encode."""
-    for option in reversed(
-        (
-            click.argument("config", required=False, metavar="[CONFIG]"),
-            click.option("--model", help="A model instead of a run: a path, or a name on the hub."),
-            click.option("--revision", help="Commit of a model on the hub."),
-            click.option(
-                "--trust-remote-code",
-                is_flag=True,
-                help="Run code that comes with --model and --dense; from the hub, each at a full commit.",
-            ),
-            click.option(
-                "--tasks", default="", help="Groups, mteb names, folders in BEIR layout; between commas or blanks."
-            ),
-            click.option(
-                "--language", type=click.Choice(["no", "nb", "nn", "da", "sv"]), help="Language of the folders."
-            ),
-            click.option(
-                "--batch-size",
-                default=32,
-                type=click.IntRange(min=1),
-                show_default=True,
-                help="Texts encoded at a time.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+    """A command with SUBJECT_OPTIONS."""
+    return reduce(lambda decorated, option: option(decorated), reversed(SUBJECT_OPTIONS), command)
 
 
 baseline_option = click.option(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap
 
+from evaluate.scores import table_lines
 from trainer.config import ConfigError
 from trainer.runs.results import System, TaskScore
 
@@ -16,16 +17,15 @@ from trainer.runs.results import System, TaskScore
 BATCH = 500
 # Missing tasks named on one line; a results tree of mteb may hold a hundred. The stored part has all.
 SHOWN = 8
+LEFT_OUT = "left out: only one of the two has a score"
 
 
 def compare(main: str, systems: dict[str, System], seed: int = 0, resamples: int = 10_000) -> dict[str, Any]:
-    """The scores of all systems, and what `main` gains or loses against each of the others.
+    """The scores of all systems, and what `main` gains or loses in nDCG@10 (`delta`) against each of the others.
 
-    `delta` is main's nDCG@10 minus the other's. Where both have scores per query, `delta` and its interval (`low`, `high`:
-    paired_interval()) are over the queries that both have, and `left_out` counts the others. A task counts as a win or a
-    loss only if the interval excludes zero; otherwise, and where the scores are the same to four decimals, it is a tie.
-    Without an interval the sign of `delta` counts. `mean_delta` is over the tasks that both have; `missing` names the
-    others and why. Raises ConfigError when main has no results, and when another system has no task in common with it.
+    Where both have scores per query, `delta` and its interval (`low`, `high`) are over the queries that both have, and
+    `left_out` counts the others. A task is a tie if the interval holds zero, or the scores are equal to four decimals.
+    `missing` names the tasks that are not compared, and why. Raises ConfigError where no task can be compared.
     """
     if not systems.get(main):
         raise ConfigError(f"{main} has no results to compare. Score it first: python -m evaluate mteb")
@@ -91,7 +91,7 @@ def _why_not_comparable(main: str, own: TaskScore, other: str, their: TaskScore)
         return f"other splits: {', '.join(own.parts)} and {', '.join(their.parts)}"
     if own.left_out and not their.per_query:  # their mean is over those queries too
         return f"{other} has no scores per query, and some queries chose the checkpoint"
-    if own.per_query and their.per_query and not shared_queries(own, their):
+    if own.per_query and their.per_query and not own.per_query.keys() & their.per_query.keys():
         return "no query in common"
     languages, their_languages = languages_of(own), languages_of(their)
     if languages and their_languages and languages != their_languages:  # means over different subsets of a task
@@ -99,13 +99,8 @@ def _why_not_comparable(main: str, own: TaskScore, other: str, their: TaskScore)
     return None
 
 
-def shared_queries(own: TaskScore, other: TaskScore) -> set[str]:
-    """The queries that both have scores for, as `split/subset/query`."""
-    return own.per_query.keys() & other.per_query.keys()
-
-
 def _difference(own: TaskScore, other: TaskScore, seed: int, resamples: int) -> dict[str, float]:
-    shared = shared_queries(own, other)
+    shared = own.per_query.keys() & other.per_query.keys()
     parts: dict[str, list[float]] = {}
     for query in sorted(shared):
         split, subset, _ = query.split("/", 2)
@@ -122,8 +117,7 @@ def _difference(own: TaskScore, other: TaskScore, seed: int, resamples: int) -> 
 def paired_interval(parts: list[list[float]], seed: int, resamples: int) -> tuple[float, float]:
     """The percentile bootstrap's 95 % interval of the mean difference (Efron & Tibshirani 1993; Sakai 2006 for search).
 
-    `parts` holds the differences between two systems, query by query, for each split and subset of a task. Every part is
-    resampled on its own, and parts count the same whatever their size, as they do in the task's score.
+    `parts`: the differences per query of each split and subset. Each is resampled on its own, and all count the same.
     """
 
     def mean_of_parts(*samples: np.ndarray, axis: int) -> np.ndarray:
@@ -157,12 +151,7 @@ def compare_lines(values: dict[str, Any]) -> Iterator[str]:
     """A table of main's tasks, and under it one line for each other system."""
     main, systems = values["main"], values["systems"]
     rows = {_label(task, values["languages"][task]): row for task, row in values["tasks"].items() if main in row}
-    width = max(map(len, rows)) + 2
-    widths = [max(len(system), 6) + 2 for system in systems]
-    yield f"compare     {'nDCG@10':<{width}}" + "".join(map(str.rjust, systems, widths))
-    for label, row in rows.items():
-        cells = [f"{row[system]:.4f}" if system in row else "-" for system in systems]
-        yield f"            {label:<{width}}" + "".join(map(str.rjust, cells, widths))
+    yield from table_lines("compare", systems, rows)
     for task, chose in values.get("chose", {}).items():
         yield f"            {task}: {_count(chose, 'query', 'queries')} chose the checkpoint and are left out"
     for other, result in values["against"].items():
@@ -171,7 +160,7 @@ def compare_lines(values: dict[str, Any]) -> Iterator[str]:
         details = [
             f"{task} {row['delta']:+.3f}"
             + (f" [{row['low']:+.3f}, {row['high']:+.3f}]" if "low" in row else "")
-            + (f" ({left_out_words(row)})" if "left_out" in row else "")
+            + (f" ({_count(row['left_out'], 'query', 'queries')} {LEFT_OUT})" if "left_out" in row else "")
             for task, row in result["tasks"].items()
         ]
         yield (
@@ -182,11 +171,6 @@ def compare_lines(values: dict[str, Any]) -> Iterator[str]:
             yield f"            made by different versions of mteb: {', '.join(result['mteb'])}"
         if result["missing"]:
             yield f"            missing: {_shortened(result['missing'])}"
-
-
-def left_out_words(row: dict[str, Any]) -> str:
-    """How many queries a difference leaves out, in words."""
-    return f"{_count(row['left_out'], 'query', 'queries')} left out: only one of the two has a score"
 
 
 def _label(task: str, languages: list[str]) -> str:

@@ -29,8 +29,7 @@ def dense_name(source: str) -> str:
 
 
 def load_dense(source: str, trust_remote_code: bool) -> SearchEncoderWrapper:
-    """A dense model as mteb searches with it: with the prompts of mteb's registry where it is in there (e5 needs them),
-    else with those it was saved with.
+    """A dense model as mteb searches with it, with the prompts of mteb's registry (e5 needs them) or else its own.
 
     Its own code runs only with --trust-remote-code and, from the hub, for a pinned commit: `org/model@commit`.
     """

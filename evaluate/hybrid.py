@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from mteb.models import HybridSearch
 
-from evaluate.scores import mean_ndcg
+from evaluate.scores import mean_ndcg, table_lines
 from evaluate.search import SearchSystem
 from trainer.config import ConfigError
 from trainer.data.choosing import MIN_QUERIES, half_of
@@ -22,14 +22,10 @@ STEPS = 20
 def hybrid(folder: EvalFolder, first: str, second: str, tasks: list[str]) -> dict[str, Any]:
     """nDCG@10 of both systems and of their two fusions on every task, from the rankings in the folder.
 
-    The queries are split in two by a hash of their ids: `dev` and `test`. The weight of `first` is the one with the best
-    nDCG@10 on dev. Queries that chose the checkpoint in training are in dev.
-    Reciprocal rank fusion has nothing to choose (k = 60, equal weights), so it is in `all` too. A task with fewer than 10
-    queries in dev or test has `all` alone, no weight, and the reason in `why`; it is not in `mean_test`. Raises
-    ConfigError when a system has not been run on a task, or the two not on the same data.
+    A hash of a query's id puts it in `dev`, as those that chose the checkpoint, or in `test`. The weight of `first` is the
+    best on dev. A task with fewer than 10 queries in either has scores of `all` queries alone, and the reason in `why`.
+    Raises ConfigError when a system has not been run on a task, or the two not on the same data.
     """
-    if len({first, second, "rrf", "weighted"}) < 4:
-        raise ConfigError(f"{first} and {second} cannot be fused: names must differ from each other, rrf and weighted")
     scores = {task: _fuse_task(folder, first, second, task) for task in tasks}
     tests = [values["test"] for values in scores.values() if "test" in values]
     return {
@@ -55,8 +51,7 @@ def _fuse_task(folder: EvalFolder, first: str, second: str, task: str) -> dict[s
         "all": {name: mean_ndcg(parts) for name, parts in systems.items()},
     }
     if min(counts) < MIN_QUERIES:
-        why = f"{counts[0]} dev and {counts[1]} test queries; a weight needs {MIN_QUERIES} of each"
-        return values | {"why": why}
+        return values | {"why": f"{counts[0]} dev and {counts[1]} test queries; a weight needs {MIN_QUERIES} of each"}
     weight = choose_weight(dev[first], dev[second])
     for split in (dev, test):
         split["weighted"] = fuse(split[first], split[second], "rsf", weight)
@@ -74,8 +69,7 @@ def choose_weight(first: Parts, second: Parts) -> float:
 
 
 def fuse(first: Parts, second: Parts, strategy: Literal["rrf", "rsf"], weight: float = 0.5) -> Parts:
-    """Rankings by mteb's reciprocal rank fusion or relative score fusion, with `weight` for the first and the rest for
-    the second.
+    """Rankings by mteb's reciprocal rank fusion or relative score fusion; the second system has the rest of the weight.
 
     rsf scales each query's scores to 0 … 1 over the passages that are stored (the best 100). A passage only one of them
     found gets 0 from the other, so at weight 1 the second's passages come last, but are not gone.
@@ -110,21 +104,13 @@ def hybrid_lines(values: dict[str, Any]) -> Iterator[str]:
     first, second = values["first"], values["second"]
     names = [first, second, "rrf", "weighted"]
     chosen = {task: row for task, row in values["tasks"].items() if row["weight"] is not None}
-    mean = f"mean over {len(chosen)} of {len(values['tasks'])} tasks"
-    labels = {task: f"{task} ({row['test_queries']:,} test queries)" for task, row in chosen.items()}
-    width = max(map(len, [mean, *labels.values()])) + 2
-    widths = [max(len(name), 6) + 2 for name in names]
     if chosen:
-        yield f"hybrid      {'nDCG@10':<{width}}" + "".join(map(str.rjust, names, widths)) + f"  weight of {first}"
-    for task, row in chosen.items():
-        yield _row(labels[task], width, row["test"], names, widths) + f"  {row['weight']:.2f}"
-    if chosen:
-        yield _row(mean, width, values["mean_test"], names, widths)
+        rows = {f"{task} ({row['test_queries']:,} test queries)": row["test"] for task, row in chosen.items()}
+        rows[f"mean over {len(chosen)} of {len(values['tasks'])} tasks"] = values["mean_test"]
+        weights = [f"  weight of {first}", *(f"  {row['weight']:.2f}" for row in chosen.values()), ""]
+        for line, weight in zip(table_lines("hybrid", names, rows), weights, strict=True):
+            yield line + weight
     for task, row in values["tasks"].items():
         if row["weight"] is None:
             scores = ", ".join(f"{name} {row['all'][name]:.4f}" for name in names[:3])
             yield f"hybrid      {task}, all queries: {scores}; no weight: {row['why']}"
-
-
-def _row(label: str, width: int, scores: dict[str, float], names: list[str], widths: list[int]) -> str:
-    return f"            {label:<{width}}" + "".join(map(str.rjust, (f"{scores[name]:.4f}" for name in names), widths))

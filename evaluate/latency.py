@@ -24,37 +24,35 @@ Clock = Callable[[], float]
 TIMED_QUERIES = 200
 # Calls that are not timed: the first ones load code and caches.
 WARM_UP = 10
-# After so many seconds no further passages are encoded; those that are make up the corpus that is searched.
-ENCODING_SECONDS = 60
-# Batches encoded between two looks at the clock. The encoder sorts a call's texts by length, so more would pad less.
-BATCHES = 4
 DEPTH = 10
 
 
 def measure_latency(
     model: SparseEncoder,
-    queries: Sequence[str],
-    passages: Sequence[str],
+    queries: list[str],
+    passages: list[str],
     language: str | None,
     batch_size: int = 32,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Any]:
     """Milliseconds per query for encoding and for the best 10 of the passages, one query at a time, and BM25's.
 
-    At most 200 queries, and as many passages as are encoded in a minute. `language` is an ISO 639-3 code, for BM25's
-    stemmer; `clock` gives seconds. BM25's search includes its analysis of the query, which the model's search does not:
-    that is its query encoding. Raises ConfigError when there is no query or no passage.
+    `language` is an ISO 639-3 code, for BM25's stemmer; `clock` gives seconds. BM25's search includes its analysis of the
+    query, as the model's encoding is apart. Raises ConfigError when there is no query or no passage.
     """
     if not queries or not passages:
         raise ConfigError(f"latency needs texts, and there are {len(queries)} queries and {len(passages)} passages")
-    queries = list(queries[:TIMED_QUERIES])
+    queries = queries[:TIMED_QUERIES]
 
     def encode_query(query: str) -> sp.csr_matrix:
         return comparable(model, encode(model, [query], "query", 1))
 
     query_encoding = durations(encode_query, queries, clock)
-    vectors, seconds = encode_passages(model, passages, batch_size, clock)
-    passages = list(passages[: vectors.shape[0]])
+    encode(model, passages[:batch_size], "document", batch_size)  # not timed either
+    with ProgressReport(desc=in_columns("latency", "encoding", 12), total=len(passages), unit="passages") as progress:
+        start = clock()
+        vectors = encode(model, passages, "document", batch_size, progress)
+        seconds = clock() - start
     index = InvertedIndex(comparable(model, vectors))
     encoded = [encode_query(query) for query in queries]
     search = durations(lambda query: list(index.search(query, DEPTH)), encoded, clock)
@@ -100,23 +98,6 @@ def durations(call: Callable[[Item], Any], items: Sequence[Item], clock: Clock) 
 def percentiles(values: list[float]) -> dict[str, float]:
     """The median, and what 95 and 99 of 100 stay below."""
     return {f"p{share}": float(np.percentile(values, share)) for share in (50, 95, 99)}
-
-
-def encode_passages(
-    model: SparseEncoder, passages: Sequence[str], batch_size: int, clock: Clock
-) -> tuple[sp.csr_matrix, float]:
-    """Vectors [encoded, dimensions] of the passages whose turn comes within ENCODING_SECONDS, and the seconds taken."""
-    step = BATCHES * batch_size
-    encode(model, passages[:batch_size], "document", batch_size)
-    with ProgressReport(desc=in_columns("latency", "encoding", 12), total=len(passages), unit="passages") as progress:
-        parts: list[sp.csr_matrix] = []
-        start, seconds = clock(), 0.0
-        while len(parts) * step < len(passages) and seconds < ENCODING_SECONDS:
-            chunk = passages[len(parts) * step : (len(parts) + 1) * step]
-            parts.append(encode(model, chunk, "document", batch_size))
-            seconds = clock() - start
-            progress.update(len(chunk))
-    return sp.vstack(parts, format="csr"), seconds
 
 
 def latency_lines(values: dict[str, Any]) -> Iterator[str]:

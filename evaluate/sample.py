@@ -31,10 +31,7 @@ class Sample:
 
 
 def sample_texts(tasks: list[AbsTaskRetrieval], manifest: dict[str, Any] | None = None) -> Sample:
-    """Queries at random over all tasks, the passages that are relevant for them, and others at random; always the same.
-
-    Queries that chose the checkpoint of a run have no relevant passages here, so search is not measured on them.
-    """
+    """Queries at random over all tasks, the passages that are relevant for them, and others at random; always the same."""
     queries: dict[str, str] = {}
     passages: dict[str, str] = {}
     relevant: dict[str, dict[str, int]] = {}
@@ -47,6 +44,7 @@ def sample_texts(tasks: list[AbsTaskRetrieval], manifest: dict[str, Any] | None 
                 queries |= {mark + row["id"]: row["text"] for row in data["queries"]}
                 passages |= {mark + row["id"]: passage_text(row.get("title"), row["text"]) for row in data["corpus"]}
                 for query, judged in data["relevant_docs"].items():
+                    # search is not measured on queries that chose the checkpoint
                     if rules.get(hash_of(queries.get(mark + query, ""))) != "half":
                         relevant[mark + query] = {mark + passage: value for passage, value in judged.items()}
     chance = random.Random(0)

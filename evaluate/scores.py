@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import mteb
@@ -31,9 +32,8 @@ def score_system(
 ) -> dict[str, str]:
     """Score a system on every task into the folder. Returns the reason of each task that failed.
 
-    A task is finished when its result was made by the same system (`fingerprint`), the same data and this mteb; it is
-    not run again. What another state of the system scored is removed, also on other tasks: scores of two models must not
-    stand in one column. `make_search` gives mteb's SearchProtocol; it is called when a task is to be run.
+    A task whose result was made by the same system (`fingerprint`), data and mteb is not run again. All results of another
+    state of the system are removed. `make_search` gives mteb's SearchProtocol; it is called when a task is to be run.
     """
     search, failed = None, {}
     for file in sorted(folder.score_file(name, "any").parent.glob("*.json")):
@@ -47,8 +47,10 @@ def score_system(
             "mteb": mteb.__version__,
             "texts": "NFC, known by their hashes",
         }
-        score = finished(folder, name, task.metadata.name, mark)
-        if score is None:
+        files, made_with = folder.files(name, task.metadata.name), folder.made_with(name, task.metadata.name)
+        if made_with == mark and all(file.is_file() for file in files):
+            score = read_score(folder.score_file(name, task.metadata.name))
+        else:
             search = search or make_search()
             try:
                 score = _run(name, search, task, folder, mark)
@@ -66,16 +68,16 @@ def score_system(
     return failed
 
 
-def finished(folder: EvalFolder, system: str, task: str, mark: dict[str, str]) -> TaskScore | None:
-    """A task's earlier score, when it was measured with what the mark names."""
-    if not all(file.is_file() for file in folder.files(system, task)) or folder.made_with(system, task) != mark:
-        return None
-    return read_score(folder.score_file(system, task))
-
-
 def _run(name: str, search: Any, task: AbsTaskRetrieval, folder: EvalFolder, mark: dict[str, str]) -> TaskScore:
-    recorder = Recorder(search)
     data = load(task)
+    results: dict[tuple[str, str], dict[str, dict[str, float]]] = {}  # of queries, by subset and split
+
+    def search_and_record(queries: Any, **options: Any) -> dict[str, dict[str, float]]:
+        found = search.search(queries, **options)
+        results[options["hf_subset"], options["hf_split"]] = found
+        return found
+
+    recorder = SimpleNamespace(mteb_model_meta=search.mteb_model_meta, index=search.index, search=search_and_record)
     shows_progress = isinstance(search, SearchSystem)
     with contextlib.nullcontext() if shows_progress else going_on(in_columns(name, task.metadata.name, 12)):
         result = mteb.evaluate(
@@ -83,7 +85,7 @@ def _run(name: str, search: Any, task: AbsTaskRetrieval, folder: EvalFolder, mar
         )
     rankings = {
         f"{split}/{subset}": Ranking(best(scores), data[subset][split]["relevant_docs"])
-        for (subset, split), scores in recorder.rankings.items()
+        for (subset, split), scores in results.items()
     }
     folder.write_rankings(name, task.metadata.name, rankings)
     per_query = {
@@ -94,17 +96,14 @@ def _run(name: str, search: Any, task: AbsTaskRetrieval, folder: EvalFolder, mar
     file = folder.score_file(name, task.metadata.name)
     file.parent.mkdir(parents=True, exist_ok=True)
     result.task_results[0].to_disk(file)
-    note = getattr(search, "note", "")
     hashes = {
         f"{split}/{subset}/{row['id']}": hash_of(row["text"])
-        for subset, split in recorder.rankings
+        for subset, split in results
         for row in data[subset][split]["queries"]
         if f"{split}/{subset}/{row['id']}" in per_query
     }
-    write_json(
-        folder.query_file(name, task.metadata.name),
-        {"made_with": mark, "note": note, "queries": hashes, MAIN_METRIC: per_query},
-    )
+    values = {"made_with": mark, "note": getattr(search, "note", ""), "queries": hashes, MAIN_METRIC: per_query}
+    write_json(folder.query_file(name, task.metadata.name), values)
     return read_score(file)
 
 
@@ -127,20 +126,11 @@ def mean_ndcg(parts: dict[str, Ranking]) -> float:
     return fmean(fmean(ndcg_per_query(ranking).values()) for ranking in parts.values())
 
 
-class Recorder:
-    """A search system that remembers its rankings by subset and split."""
-
-    def __init__(self, search: Any) -> None:
-        self.inner = search
-        self.mteb_model_meta = search.mteb_model_meta
-        self.rankings: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-
-    def index(self, corpus: Any, **options: Any) -> None:
-        """As the inner system does."""
-        self.inner.index(corpus, **options)
-
-    def search(self, queries: Any, **options: Any) -> dict[str, dict[str, float]]:
-        """As the inner system does."""
-        ranking = self.inner.search(queries, **options)
-        self.rankings[options["hf_subset"], options["hf_split"]] = ranking
-        return ranking
+def table_lines(part: str, systems: list[str], rows: dict[str, dict[str, float]]) -> list[str]:
+    """A table of nDCG@10 by label and system; - where there is none."""
+    width = max(map(len, rows)) + 2
+    widths = [max(len(system), 6) + 2 for system in systems]
+    cells = {label: [f"{row[name]:.4f}" if name in row else "-" for name in systems] for label, row in rows.items()}
+    lines = [f"{label:<{width}}" + "".join(map(str.rjust, row, widths)) for label, row in cells.items()]
+    header = f"{'nDCG@10':<{width}}" + "".join(map(str.rjust, systems, widths))
+    return [in_columns(part, header, 12), *(in_columns("", line, 12) for line in lines)]

@@ -13,9 +13,6 @@ from trainer.encoding.encode import encode
 from trainer.encoding.inverted_index import InvertedIndex, comparable
 from trainer.system.progress_bar import ProgressReport, in_columns
 
-# Scores of the best passages by query.
-Found = dict[str, dict[str, float]]
-
 
 class SearchSystem:
     """What mteb's SearchProtocol needs, but for index_texts and search_texts."""
@@ -33,7 +30,7 @@ class SearchSystem:
         texts = [passage_text(row.get("title"), row["text"]) for row in corpus]
         self.index_texts(texts, language_of(task_metadata, hf_subset))
 
-    def search(self, queries: Any, *, top_k: int, **kwargs: Any) -> Found:
+    def search(self, queries: Any, *, top_k: int, **kwargs: Any) -> dict[str, dict[str, float]]:
         """mteb's call: scores of the best passages by query id."""
         rankings = self.search_texts(list(queries["text"]), top_k)
         return {

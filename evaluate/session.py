@@ -57,9 +57,7 @@ class Session:
         self.task_names = task_names(tasks) or configured
         self.any_failed = False
         if subject.name in RESERVED:
-            raise ConfigError(
-                f"the model is called '{subject.name}', which is the name of something else. Rename its folder"
-            )
+            raise ConfigError(f"'{subject.name}' is the name of something else in the results. Rename the folder")
 
     @cached_property
     def model(self) -> SparseEncoder:
@@ -94,11 +92,8 @@ class Session:
     # --------------------------------------------------------------------------------------- scores
     def score(self) -> None:
         """The model."""
-        self._score(
-            self.subject.name,
-            lambda: SparseSearch(self.model, self.subject.name, self.batch_size),
-            self.subject.fingerprint,
-        )
+        name = self.subject.name
+        self._score(name, lambda: SparseSearch(self.model, name, self.batch_size), self.subject.fingerprint)
 
     def score_bm25(self) -> None:
         """The lexical baseline."""
@@ -115,9 +110,7 @@ class Session:
             read_system(path)
         if dense:
             if dense_name(dense) in (self.subject.name, *RESERVED):
-                raise ConfigError(
-                    f"--dense {dense}: its results would be those of '{dense_name(dense)}'. Rename the folder"
-                )
+                raise ConfigError(f"--dense {dense}: there are results of '{dense_name(dense)}'. Rename the folder")
             require_trust(*split_dense(dense), self.trust_dense)
             fingerprint_of(*split_dense(dense))
         self.folder.write_part("failed", self.folder.read_part("failed") or {})
@@ -185,10 +178,9 @@ class Session:
 
     def find_leaks(self) -> int:
         """Training texts in the evaluation data; their number."""
-        texts = Run(self.subject.folder).training_texts
         if self.subject.manifest is None:
             raise ConfigError(f"{self.subject.model} is no run of this project: what it was trained on is not known")
-        values = find_leaks(texts, self.loaded_tasks()) | self._made_with
+        values = find_leaks(Run(self.subject.folder).training_texts, self.loaded_tasks()) | self._made_with
         self._store("leakage", values, (in_columns("leakage", line, 12) for line in leakage_lines(values)))
         return values["leaks"]
 

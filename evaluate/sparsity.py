@@ -32,9 +32,8 @@ def measure_sparsity(
     """Active dims of both routes, FLOPS and index size, as they are and pruned to fewer dims per text.
 
     queries, passages: texts by id. With `relevant` (grades by query and passage id), nDCG@10 shows what pruning costs. It
-    is measured within these passages: what is relevant elsewhere does not count, and a query without a relevant passage
-    among them is left out. `part_of` gives the part of the texts in which a query is searched, and the mean is over the
-    parts. Raises ConfigError when there is no query or no passage.
+    is measured within these passages, for queries with a relevant one among them, and is the mean over the parts that
+    `part_of` names. Raises ConfigError when there is no query or no passage.
     """
     if not queries or not passages:
         raise ConfigError(f"sparsity needs texts, and there are {len(queries)} queries and {len(passages)} passages")
@@ -94,10 +93,7 @@ def describe(vectors: sp.csr_matrix, model: SparseEncoder) -> dict[str, Any]:
 
 
 def prune(vectors: sp.csr_matrix, count: int | None) -> sp.csr_matrix:
-    """The `count` weights of each text that are largest by absolute value, as `encode(..., max_active_dims=count)`.
-
-    Of equal weights the lower dimension stays. None is no limit.
-    """
+    """The `count` largest weights of each text by absolute value, of equal ones the lower dimensions; None: all."""
     if count is None:
         return vectors
     rows = np.repeat(np.arange(vectors.shape[0]), np.diff(vectors.indptr))
@@ -129,22 +125,17 @@ def search_parts(
     part_of: Callable[[str], str],
 ) -> dict[str, Ranking]:
     """What every part's queries find among its passages. query, document: vectors, and the ids of their rows."""
+    (queries, query_ids), (passages, passage_ids) = query, document
     rankings = {}
     for part in sorted({part_of(text_id) for text_id in judged}):
-        (queries, query_ids), (passages, passage_ids) = (
-            (
-                vectors[[part_of(text_id) == part for text_id in ids]],
-                [text_id for text_id in ids if part_of(text_id) == part],
-            )
-            for vectors, ids in (query, document)
-        )
-        scores = {
-            text_id: {passage_ids[number]: float(score) for number, score in zip(numbers, scores, strict=True)}
-            for text_id, (numbers, scores) in zip(
-                query_ids, InvertedIndex(passages).search(queries, DEPTH), strict=True
-            )
+        asked = [row for row, text_id in enumerate(query_ids) if text_id in judged and part_of(text_id) == part]
+        searched = [row for row, text_id in enumerate(passage_ids) if part_of(text_id) == part]
+        results = InvertedIndex(passages[searched]).search(queries[asked], DEPTH)
+        found = {
+            query_ids[row]: {passage_ids[searched[n]]: float(score) for n, score in zip(numbers, scores, strict=True)}
+            for row, (numbers, scores) in zip(asked, results, strict=True)
         }
-        rankings[part] = Ranking(scores, {text_id: judged[text_id] for text_id in query_ids if text_id in judged})
+        rankings[part] = Ranking(found, {text_id: judged[text_id] for text_id in found})
     return rankings
 
 

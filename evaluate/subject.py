@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from sentence_transformers import SparseEncoder
+from sentence_transformers.util import load_file_path
 
 from evaluate.trust import require_pinned_code
 from trainer.config import Config, ConfigError, find_config, is_commit, is_local, is_revision, load_config, one_line
@@ -47,45 +48,39 @@ class Subject:
 
     def load(self) -> SparseEncoder:
         """The encoder. Raises ConfigError when it cannot be loaded or is not sparse."""
-        require_sparse(self.model)
         if self.trust_remote_code:
             require_pinned_code("--model", self.model, self.revision)
         try:
+            self._require_sparse()
             with whole_weights("model", self.model):
                 model = SparseEncoder(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"{self.model} cannot be loaded: {one_line(error)}") from None
-        if not any(".sparse_encoder." in type(module).__module__ for module in model.modules() if module is not model):
-            raise ConfigError(f"{self.model} is not a sparse encoder: its vectors have no zeros")
         fuse(model)
         model.model_card_data.model_name = self.name  # mteb's name for it: unnamed models would share results
         return model
 
+    def _require_sparse(self) -> None:
+        """Raise ConfigError for a saved model of another kind: the library would put untrained layers on top of it."""
+        settings = load_file_path(self.model, "config_sentence_transformers.json", revision=self.revision)
+        if settings is None and Path(self.model).is_dir():
+            raise ConfigError(f"{self.model} is no saved sparse encoder: there is no config_sentence_transformers.json")
+        kind = read_json(Path(settings)).get("model_type", "SentenceTransformer") if settings else "SparseEncoder"
+        if kind != "SparseEncoder":
+            raise ConfigError(f"{self.model} is not a sparse encoder but a {kind}. To compare with it: --dense")
+
 
 def fingerprint_of(model: str, revision: str | None) -> str:
     """A hash of a local model's files, or a hub model's commit. Raises ConfigError when the hub does not answer."""
-    folder = Path(model)
-    if not folder.is_dir():
-        known = try_to_load_from_cache(model, "modules.json", revision=revision)
-        if isinstance(known, str):
-            return f"{model}@{Path(known).parent.name}"
-        try:
-            return f"{model}@{HfApi().model_info(model, revision=revision, timeout=10).sha}"
-        except Exception as error:  # whatever the hub and its transport raise
-            raise ConfigError(f"{model} cannot be loaded: {one_line(error)}") from None
-    return hash_of_model(folder)
-
-
-def require_sparse(model: str) -> None:
-    """Raise ConfigError when a local folder holds no saved sparse encoder."""
-    settings = Path(model) / "config_sentence_transformers.json"
-    if not Path(model).is_dir():
-        return
-    if not settings.is_file():
-        raise ConfigError(f"{model} is no saved sparse encoder: there is no {settings.name}")
-    kind = read_json(settings).get("model_type", "SentenceTransformer")
-    if kind != "SparseEncoder":
-        raise ConfigError(f"{model} is not a sparse encoder but a {kind}. To compare with it: --dense {model}")
+    if Path(model).is_dir():
+        return hash_of_model(Path(model))
+    known = try_to_load_from_cache(model, "modules.json", revision=revision)
+    if isinstance(known, str):
+        return f"{model}@{Path(known).parent.name}"
+    try:
+        return f"{model}@{HfApi().model_info(model, revision=revision, timeout=10).sha}"
+    except Exception as error:  # whatever the hub and its transport raise
+        raise ConfigError(f"{model} cannot be loaded: {one_line(error)}") from None
 
 
 def open_subject(
@@ -106,9 +101,7 @@ def open_subject(
         if revision is not None and not is_revision(revision):
             raise ConfigError(f"--revision must be a commit, tag or branch, not {revision!r}")
         if trust_remote_code and not is_commit(revision):
-            raise ConfigError(
-                "--trust-remote-code runs code that comes with the model, so --revision must be a full commit"
-            )
+            raise ConfigError("--trust-remote-code runs the model's own code, so --revision must be a full commit")
         return Subject(model.partition("/")[2], model, revision, trust_remote_code, MODELS / model.replace("/", "__"))
     path = Path(model).expanduser()
     if not path.is_dir():
@@ -121,13 +114,6 @@ def open_subject(
 
 
 def _run(folder: Path) -> Subject:
-    config = load_config(folder / "config.yaml").config
-    return Subject(
-        folder.resolve().name,
-        str(folder / "final"),
-        None,
-        config.model.trust_remote_code,
-        folder,
-        config,
-        read_json(folder / "run.json"),
-    )
+    config, manifest = load_config(folder / "config.yaml").config, read_json(folder / "run.json")
+    trusted = config.model.trust_remote_code
+    return Subject(folder.resolve().name, str(folder / "final"), None, trusted, folder, config, manifest)

@@ -39,10 +39,9 @@ ISO = {"no": "nob-Latn", "nb": "nob-Latn", "nn": "nno-Latn", "da": "dan-Latn", "
 
 
 def select_tasks(names: list[str], language: str | None = None) -> list[AbsTaskRetrieval]:
-    """The tasks that groups, mteb names and folders stand for, each once, in order.
+    """The tasks that groups, mteb names and folders (`folder`, or `folder:no`) stand for, each once, in order.
 
-    A folder's language (no, da, sv, …) stands behind it, `folder:no`, or is `language`. Raises ConfigError for an unknown
-    name, with the nearest one.
+    `language` is that of folders without one. Raises ConfigError for an unknown name, with the nearest one.
     """
     chosen: dict[str, AbsTaskRetrieval] = {}
     for name in names:
@@ -101,17 +100,21 @@ def local_task(folder: Path, language: str | None) -> AbsTaskRetrieval:
     for file in files_of(folder, split):
         digest.update(file.read_bytes())
     name = re.sub(r"\W+", "_", folder.resolve().name)
-    task_class = type(
-        f"{name}Task", (LocalTask,), {"metadata": _metadata(name, split, digest.hexdigest()[:40], language)}
+    metadata = TaskMetadata(
+        name=name,
+        description=f"Local search set {name}",
+        dataset={"path": f"local/{name}", "revision": digest.hexdigest()[:40]},
+        type="Retrieval",
+        category="t2t",
+        eval_splits=[split],
+        eval_langs=[ISO.get(language or "", "mis-Latn")],
+        main_score="ndcg_at_10",
     )
-    return task_class(folder.resolve(), split)
+    return type(f"{name}Task", (LocalTask,), {"metadata": metadata})(folder.resolve(), split)
 
 
 def load(task: AbsTaskRetrieval) -> dict[str, dict[str, Any]]:
-    """A task's data by subset and split, its texts in NFC. Raises ConfigError when it cannot be had.
-
-    mteb drops the data when the task has run; what is returned here stays.
-    """
+    """A task's data by subset and split, its texts in NFC; it stays when mteb drops it. ConfigError when there is none."""
     try:
         with going_on(in_columns("data", task.metadata.name, 12)):
             task.load_data()
@@ -159,46 +162,15 @@ class LocalTask(AbsTaskRetrieval):
         search_set = read_search_set(self.folder, self.split, self.metadata.name)
         self.reading = search_set.reading
         self.reading.pass_over("files", files_beside(self.folder, self.split))
-        rows = list(read_records(files_of(self.folder, self.split).corpus, Reading()))
+        rows = read_records(files_of(self.folder, self.split).corpus, Reading())
         self.dataset = {
             "default": {
                 self.split: {
-                    "corpus": Dataset.from_dict(
-                        {
-                            "id": [row.id for row in rows],
-                            "title": [row.title for row in rows],
-                            "text": [row.text for row in rows],
-                        }
-                    ),
-                    "queries": Dataset.from_dict(
-                        {"id": list(search_set.queries), "text": list(search_set.queries.values())}
-                    ),
+                    "corpus": Dataset.from_list([{"id": row.id, "title": row.title, "text": row.text} for row in rows]),
+                    "queries": Dataset.from_list([{"id": q, "text": text} for q, text in search_set.queries.items()]),
                     "relevant_docs": search_set.relevant,
                     "top_ranked": None,
                 }
             }
         }
         self.data_loaded = True
-
-
-def _metadata(name: str, split: str, revision: str, language: str | None) -> TaskMetadata:
-    return TaskMetadata(
-        name=name,
-        description=f"Local search set {name}",
-        reference=None,
-        dataset={"path": f"local/{name}", "revision": revision},
-        type="Retrieval",
-        category="t2t",
-        modalities=["text"],
-        eval_splits=[split],
-        eval_langs=[ISO.get(language or "", "mis-Latn")],
-        main_score="ndcg_at_10",
-        date=None,
-        domains=None,
-        task_subtypes=None,
-        license=None,
-        annotations_creators=None,
-        dialect=None,
-        sample_creation=None,
-        bibtex_citation=None,
-    )

@@ -288,12 +288,6 @@ def test_rankings_of_different_data_are_not_fused(folder, other):
         hybrid(folder, "splade", "bm25", ["a"])
 
 
-@pytest.mark.parametrize("first,second", [("rrf", "bm25"), ("splade", "weighted"), ("bm25", "bm25")])
-def test_names_that_would_be_one_in_the_results_are_refused(folder, first, second):
-    with pytest.raises(ConfigError, match="names must differ from each other, rrf and weighted"):
-        hybrid(folder, first, second, ["a"])
-
-
 # ---------------------------------------------------------------------------------- lines
 def test_the_lines_are_a_table_of_the_test_halves_and_the_small_tasks_below():
     row = {"splade": 0.43, "my-bm25-run": 0.45, "rrf": 0.47, "weighted": 0.48125}

@@ -90,21 +90,6 @@ def test_documents_per_second_are_those_of_the_encoder(clock):
     assert values["model"]["documents_per_second"] == pytest.approx(2.0)
 
 
-def test_encoding_stops_after_a_minute_and_both_searches_use_what_is_encoded(clock, monkeypatch):
-    indexed = []
-    index = BM25.index_texts
-    monkeypatch.setattr(
-        BM25, "index_texts", lambda self, texts, *rest: (indexed.extend(texts), index(self, texts, *rest))
-    )
-    passages = numbered(1000)
-    values = measure_latency(Slow(clock), numbered(1), passages, None, batch_size=8, clock=clock)
-    # four batches of 8 take 16 s: the clock shows 64 s after the fourth four
-    assert values["passages"] == 128
-    assert values["model"]["documents_per_second"] == pytest.approx(2.0)
-    assert values["model"]["index_bytes"] == 128 * (4 + 4) + 4 * 4
-    assert indexed == passages[:128]
-
-
 def test_searches_are_timed_one_query_at_a_time_and_bm25_in_the_given_language(clock, monkeypatch):
     seen, search, bm25_search = {}, InvertedIndex.search, BM25.search_texts
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from evaluate.report.plots import Plot, Points, bars, finite, histogram, intervals, line_chart, pareto
+from evaluate.report.plots import Plot, Points, bars, histogram, intervals, line_chart, pareto
 from evaluate.subject import Subject
 from trainer.runs.choice import choosers_of
 from trainer.runs.score_table import ROUNDING, ScoreTable, build_table, is_current
@@ -40,20 +40,21 @@ CURVES = {
 }
 
 
-def write_report(subject: Subject, compare: dict[str, Any] | None = None) -> Path:
+def write_report(subject: Subject) -> Path:
     """Write report/index.html and report/summary.md from what the run's folder holds. Returns the page.
 
-    `compare` holds the result of evaluate.compare, by default eval/compare.json; it is shown while it fits the scores. A
-    part that was not measured becomes a line with the command that adds it.
+    A part that was not measured becomes a line with the command that adds it. A comparison is shown while it fits.
     """
     results = subject.results
     parts = {part: results.read_part(part) for part in PARTS}
     systems = results.systems()
-    compare = compare or results.read_part("compare")
+    compare = results.read_part("compare")
     if compare and not is_current(compare, systems):
         compare = None
     failed = parts["failed"] or {}
-    table = with_failed_tasks(build_table(subject.name, systems, compare), failed)
+    table = build_table(subject.name, systems, compare)
+    tried = {task for tasks in failed.values() for task in tasks}  # also without any score
+    table = replace(table, scores={task: table.scores.get(task, {}) for task in sorted(table.scores.keys() | tried)})
     values = parts | {
         "subject": subject,
         "manifest": subject.manifest,
@@ -83,12 +84,6 @@ def write_report(subject: Subject, compare: dict[str, Any] | None = None) -> Pat
     for name in ("summary.md", "index.html"):
         (subject.report / name).write_text(environment.get_template(name).render(values), encoding="utf-8")
     return subject.report / "index.html"
-
-
-def with_failed_tasks(table: ScoreTable, failed: dict[str, dict[str, str]]) -> ScoreTable:
-    """The table with an empty row for each task that no system has a score of, because it failed."""
-    tried = {task for tasks in failed.values() for task in tasks}
-    return replace(table, scores={task: table.scores.get(task, {}) for task in sorted(table.scores.keys() | tried)})
 
 
 # ------------------------------------------------------------------------------------------------- plots
@@ -164,21 +159,22 @@ def histograms(sparsity: dict[str, Any] | None) -> list[Plot]:
 
 
 def read_curves(folder: Path) -> dict[str, Points]:
-    """(step, value) of every scalar in TensorBoard's event files, thinned to CURVE_POINTS; empty without a log."""
+    """(step, value) of every finite scalar in TensorBoard's event files, thinned to CURVE_POINTS; empty without a log."""
     if not any(folder.glob("events.out.tfevents.*")):
         return {}
     log = EventAccumulator(str(folder), size_guidance={"scalars": CURVE_POINTS}).Reload()
-    return {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    curves = {
+        tag: [(event.step, event.value) for event in log.Scalars(tag) if math.isfinite(event.value)]
+        for tag in log.Tags()["scalars"]
+    }
+    return {tag: points for tag, points in curves.items() if points}
 
 
 def training_plots(curves: dict[str, Points]) -> list[Plot]:
-    """The plots of CURVES for which there are scalars: totals and means first, which have the accent colour.
-
-    Of equal curves only the first is drawn: the mean over a single search is that search.
-    """
+    """The plots of CURVES for which there are scalars, totals and means first; of equal curves only the first."""
     plots = []
     for title, pattern in CURVES.items():
-        tags = [tag for tag in curves if re.fullmatch(pattern, tag) and finite(curves[tag])]
+        tags = [tag for tag in curves if re.fullmatch(pattern, tag)]
         tags.sort(key=lambda tag: (not tag.startswith(("loss/total", "eval/search_", "sparsity/")), tag))
         shown: dict[str, Points] = {}
         for tag in tags:
@@ -214,9 +210,7 @@ def signed(value: float) -> str:
 def size(count: float) -> str:
     """A number of bytes."""
     power = min(int(math.log(max(count, 1), 1024)), 4)
-    return (
-        f"{count:,.0f} bytes" if power == 0 else f"{count / 1024**power:,.1f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"
-    )
+    return f"{count / 1024**power:,.{min(power, 1)}f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def known(write: Callable[[float], str]) -> Callable[[Any], str]:

@@ -70,10 +70,7 @@ def _short(value: float, step: float) -> str:
 
 
 def linear(values: Iterable[float], start: float, end: float, least: float = 0.0) -> Axis:
-    """An axis around values, with room on either side; it does not go below zero when no value does.
-
-    It spans `least` at least, so that noise does not look like a trend.
-    """
+    """An axis around values, with room on either side, of at least `least`; below zero only where a value is."""
     values = list(values)
     low, high = min(values), max(values)
     room = max(0.08 * (high - low), (least - (high - low)) / 2) or 0.1 * abs(high) or 1.0
@@ -82,11 +79,7 @@ def linear(values: Iterable[float], start: float, end: float, least: float = 0.0
 
 def line_chart(title: str, curves: dict[str, Points], least: float = 0.0) -> Plot:
     """Curves over training steps, on an axis that spans `least` at least; a curve of one point is a dot."""
-    curves = {name: finite(points) for name, points in curves.items()}
-    curves = {name: points for name, points in curves.items() if points}
     every = [point for points in curves.values() for point in points]
-    if not every:
-        return Plot(title, Markup(""))
     steps = sorted({step for step, _ in every})
     x = linear(steps, 46, 350) if len(steps) == 1 else Axis(steps[0], steps[-1], 46, 350)
     y = linear((value for _, value in every), 178, 12, least)
@@ -104,10 +97,7 @@ def line_chart(title: str, curves: dict[str, Points], least: float = 0.0) -> Plo
 
 
 def pareto(title: str, points: Sequence[tuple[float, float, str]], lines: dict[str, float]) -> Plot:
-    """Quality over active dims on a log axis: (active dims, nDCG@10, label) per point, and systems without dims as lines.
-
-    Points whose active dims are not above zero have no place on a log axis and are left out.
-    """
+    """Quality over active dims on a log axis: (active dims, nDCG@10, label) per point; systems without dims as lines."""
     points = sorted(point for point in points if point[0] > 0 and math.isfinite(point[0]) and math.isfinite(point[1]))
     lines = {name: value for name, value in lines.items() if math.isfinite(value)}
     if not points:
@@ -136,27 +126,24 @@ def pareto(title: str, points: Sequence[tuple[float, float, str]], lines: dict[s
     return Plot(title, _markup(root))
 
 
-def histogram(title: str, edges: Sequence[float], counts: Sequence[int]) -> Plot:
-    """Texts by active dims. Bins are drawn equally wide, so edges may grow by difference or by ratio."""
+def histogram(title: str, edges: Sequence[int], counts: Sequence[int]) -> Plot:
+    """Texts by active dims; edges are whole numbers."""
     y = Axis(0, max(5, *counts), 178, 24)
-    root = _svg(CARD, 214, title, f"{sum(counts):,} texts with {edges[0]:,.0f} to {edges[-1]:,.0f} active dims")
+    root = _svg(CARD, 214, title, f"{sum(counts):,} texts with {edges[0]:,} to {edges[-1]:,} active dims")
     _frame(root, None, y, "active dims", "texts")
     width = (350 - 46) / len(counts)
-    decimals = 0 if max(edges) - min(edges) >= len(counts) else 1
     for number, count in enumerate(counts):
         left, top = 46 + number * width, y(count)
         bar = _add(root, "rect", x=left, y=top, width=max(width - 1, 0.5), height=178 - top, class_="bar main")
-        _add(bar, "title", f"{edges[number]:,.{decimals}f} to {edges[number + 1]:,.{decimals}f}: {count:,} texts")
+        _add(bar, "title", f"{edges[number]:,} to {edges[number + 1]:,}: {count:,} texts")
     every = math.ceil(len(counts) / 5)
     for number in range(0, len(edges), every):
-        label = f"{edges[number]:,.{decimals}f}"
-        _add(root, "text", label, x=46 + number * width, y=193, class_="tick", text_anchor="middle")
+        _add(root, "text", f"{edges[number]:,}", x=46 + number * width, y=193, class_="tick", text_anchor="middle")
     return Plot(title, _markup(root))
 
 
 def bars(title: str, values: dict[str, float], main: str) -> Plot:
     """A bar from 0 to 1 per system, its name above it, in the accent colour for `main`."""
-    values = {name: value for name, value in values.items() if math.isfinite(value)}
     x = Axis(0, 1, 0, 310)
     found = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
     root = _svg(CARD, 34 * len(values) + 2, title, f"nDCG@10: {found}")
@@ -166,15 +153,14 @@ def bars(title: str, values: dict[str, float], main: str) -> Plot:
         label = _add(root, "text", _cut(name), x=0, y=top + 13, class_="label")
         _add(label, "title", name)
         _add(root, "rect", x=0, y=top + 18, width=x.end, height=8, class_="track")
-        _add(root, "rect", x=0, y=top + 18, width=x(min(max(value, 0), 1)), height=8, class_=f"bar {kind}")
+        _add(root, "rect", x=0, y=top + 18, width=x(value), height=8, class_=f"bar {kind}")
         _add(root, "text", f"{value:.3f}", x=CARD, y=top + 26, class_="label strong", text_anchor="end")
     return Plot(title, _markup(root))
 
 
 def intervals(title: str, rows: Sequence[tuple[str, float, float | None, float | None]]) -> Plot:
     """(name, difference, low, high) per row: a dot, and a line from low to high where they are known."""
-    rows = [row for row in rows if math.isfinite(row[1])]
-    ends = [value for row in rows for value in row[1:] if value is not None and math.isfinite(value)]
+    ends = [value for row in rows for value in row[1:] if value is not None]
     x = linear([0, *ends], 8, CARD - 8, least=0.04)
     bottom = 36 * len(rows) + 2
     found = "; ".join(f"{name} {difference:+.3f}" for name, difference, _, _ in rows)
@@ -191,11 +177,6 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float | None, float |
         dot = _add(root, "circle", cx=x(difference), cy=middle, r=4.5, class_="dot series-0")
         _add(dot, "title", f"{name}: {difference:+.3f}")
     return Plot(title, _markup(root))
-
-
-def finite(points: Points) -> list[tuple[float, float]]:
-    """Points without those that are NaN or infinite, as the loss of a run that went astray is."""
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
 
 
 def _frame(root: ET.Element, x: Axis | None, y: Axis, x_name: str, y_name: str = "") -> None:
