@@ -30,7 +30,7 @@ def test_documents_that_were_changed_by_hand_are_noticed(trained, corpus):  # no
     row = json.loads(lines[0])
     row["vector"] = {term: weight + 50 for term, weight in row["vector"].items()}
     file.write_text("".join([json.dumps(row) + "\n", *lines[1:]]))
-    with pytest.raises(ConfigError, match=r"the exported files give another vector than the model for '.*': off by \d"):
+    with pytest.raises(ConfigError, match=r"the files give another vector than the model for '.*': off by \d"):
         run_export("lucene", corpus)
 
 

@@ -44,9 +44,8 @@ class Sample:
         """Figures of documents as read from an export. Raises ConfigError when they rank differently from the model."""
         (accepted, queries), read = self._queries(engine, terms), matrix_of(documents, terms)
         require_same_vectors("the queries give", self.texts, queries, accepted, rounding=engine.query_rounding)
-        passages = [passage.text for passage in self.passages]
-        source = "the exported files give"
-        require_same_vectors(source, passages, read, self.documents, rounding=engine.document_rounding)
+        texts = [passage.text for passage in self.passages]
+        require_same_vectors("the files give", texts, read, self.documents, rounding=engine.document_rounding)
         pairs = (self.queries, self.documents), (accepted, self.documents), (queries, read)
         scores, scores_of_accepted, scores_read = scores_of(*pairs)
         by_itself = [engine.quantisation] if engine.engine_rounds else []

@@ -162,11 +162,9 @@ def _data_row(summary: dict[str, Any]) -> dict[str, str]:
 def active_dims(manifest: dict[str, Any], measured: Measured) -> dict[str, str]:
     """Mean active dims per query and document, from the evaluation or else from the searches of training."""
     found = {}
-    routes = measured.parts.get("sparsity", {}).get("routes", {})
+    routes, after = measured.parts.get("sparsity", {}).get("routes", {}), manifest.get("after", {})
     for side in ("query", "document"):
-        in_training = [
-            value for key, value in manifest.get("after", {}).items() if key.endswith(f"_{side}_active_dims")
-        ]
+        in_training = [value for key, value in after.items() if key.endswith(f"_{side}_active_dims")]
         if side in routes:
             dims, texts = routes[side]["active_dims"], routes[side]["texts"]
             found[side] = f"{dims['mean']:.0f} (p95 {dims['p95']:.0f}) in {texts:,} texts of the evaluation"
