@@ -17,13 +17,12 @@ from tests.test_attention import text_by_text
 from tests.test_models import build_from, config_of, dense_vectors
 from tests.test_remote_code import PINNED
 from trainer.config import ConfigError, load_config
-from trainer.data.buckets import bucket_lengths
 from trainer.encoding.fuse import fuse, transformers_of
 from trainer.models.attention import VARLEN, set_attention
 from trainer.models.compiled import compile_networks, layers_of
 from trainer.runs.run import Run
 
-LENGTHS = bucket_lengths(32, 3)
+LENGTHS = [16, 24, 32]
 
 
 @pytest.fixture(autouse=True)
