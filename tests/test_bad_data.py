@@ -60,6 +60,7 @@ def trained(file):
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_strange_texts_are_trained_on_and_empty_ones_left_out_with_their_number(tiny):
     folder = tiny.parent
     textless = [{"anchor": "hva", "positive": text} for text in TEXTLESS] + [

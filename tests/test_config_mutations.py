@@ -221,6 +221,7 @@ def try_mutants(folder, monkeypatch, count):
     return found, len(seen)
 
 
+@pytest.mark.slow
 def test_three_hundred_mutants_load_and_round_trip_or_are_refused_in_one_line(tmp_path, monkeypatch):
     found, different = try_mutants(tmp_path, monkeypatch, 300)
     assert different > 250

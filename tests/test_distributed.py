@@ -217,6 +217,7 @@ def test_processes_that_cannot_reach_each_other_say_which_setting_to_make(tiny):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_here_is_named_once_for_all_processes(tiny):
     result = run_trainer(tiny.parent, "train", "tiny.yaml", "--processes", "2", "--set", "hardware.device=cuda")
     assert result.returncode == 2

@@ -194,6 +194,7 @@ SparseTrainer.collect_features = poisoned
 """
 
 
+@pytest.mark.slow
 def test_a_nan_in_the_weights_stops_the_run_and_no_checkpoint_holds_one(tiny):
     line = one_line_of(run_python(tiny.parent, NAN_IN_A_BATCH))
     assert line.startswith("Error: the loss became NaN at step 4. The last checkpoint is as good as it was.")

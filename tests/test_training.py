@@ -111,6 +111,7 @@ def test_the_scores_in_the_manifest_are_those_of_the_saved_model(trained):
     assert after["quickstart_query_active_dims"] == pytest.approx((queries > 0).sum(1).float().mean().item(), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_resolved_config_in_the_run_folder_can_be_trained_from(trained):
     resolved = load_config(trained / RUN / "config.yaml")
     assert resolved.config == load_config(trained / "tiny.yaml").config
@@ -257,6 +258,7 @@ def test_every_architecture_trains_saves_and_reloads(tmp_path, monkeypatch, arch
     assert (vectors > 0).any(1).all()
 
 
+@pytest.mark.slow
 def test_csr_leaves_the_dense_model_as_it_was(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = write_dense(tmp_path / "base")
