@@ -261,6 +261,7 @@ def test_every_yaml_snippet_is_part_of_a_config(page, block, tmp_path, monkeypat
 def test_the_snippet_of_the_readme_searches(trained, capsys):
     (block,) = blocks("README.md", "python")
     exec(block.replace("models/quickstart", "models/tiny"), names := {})  # noqa: S102, the README's own lines
-    assert names["queries"].shape == names["documents"].shape
+    assert names["queries"].shape[1] == names["documents"].shape[1]
+    assert names["model"].similarity(names["queries"], names["documents"]).shape == (1, 2)
     assert names["model"].decode(names["documents"][0], top_k=5)
     assert capsys.readouterr().out
