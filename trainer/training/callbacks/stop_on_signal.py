@@ -2,8 +2,10 @@
 
 import contextlib
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -47,7 +49,12 @@ class StopOnSignal(TrainerCallback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if frame is not None and _is_in_a_destructor(frame):  # Python would print what is raised there, and go on
+            again = threading.Timer(0.05, signal.raise_signal, (number,))
+            again.daemon = True
+            again.start()
+            return
         later = time.monotonic() - self._received_at > self.SAME_SECONDS
         if not self._in_steps or (self.received is not None and later and number == signal.SIGINT):
             raise Interrupted(number)
@@ -80,3 +87,11 @@ class StopOnSignal(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """From here on everything is saved."""
         self._in_steps = False
+
+
+def _is_in_a_destructor(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
