@@ -286,7 +286,7 @@ def test_a_second_tensorboard_on_the_same_port_is_one_line(trained):
 
 def test_docker_stop_saves_a_checkpoint_and_resume_goes_on(project):
     process = project.start("docker", "compose", "run", "--rm", "-T", "train", "quickstart", "--name", "stopped")
-    wait_for(project.folder / "models" / "stopped" / "checkpoints" / "checkpoint-50" / "complete.json", process)
+    wait_for(project.folder / "models" / "stopped" / "checkpoints" / "checkpoint-100" / "complete.json", process)
     (container,) = project.container("train")
     begin = time.monotonic()
     docker("stop", container)
