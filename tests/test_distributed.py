@@ -298,7 +298,7 @@ with context():
     [
         ("ending_together", 7, "buffered\nexit functions have run\n"),
         # what it is there for; should this one fail after an update of torch, ending_together is not needed any more
-        ("contextlib.nullcontext", -signal.SIGABRT, None),
+        pytest.param("contextlib.nullcontext", -signal.SIGABRT, None, marks=pytest.mark.slow),
     ],
 )
 def test_a_process_ends_with_its_own_status_while_the_last_numbers_are_still_held(tmp_path, context, status, said):

@@ -25,6 +25,7 @@ REALISTIC = [512, 3, 0, 129, 1, 480, 64, 31, 257]
 CONFIG_LIST = [(precision, config) for precision, configs in CONFIGS.items() for config in configs]
 
 
+@pytest.mark.slow
 def test_the_head_is_right_in_the_interpreter():
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted_triton_head.py"],

@@ -217,7 +217,7 @@ def test_kl_compares_probabilities_at_the_stated_temperature(tmp_path):
     assert found["distillation_loss"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_with_a_teacher_logs_its_loss_and_says_who_taught(tmp_path, monkeypatch, cached):
     monkeypatch.chdir(tmp_path)
     write_cross_encoder(tmp_path / "cross")

@@ -159,6 +159,7 @@ def test_a_run_killed_before_its_final_model_was_written_is_finished_without_ano
     assert not (trained / RUN / "checkpoints/checkpoint-7").exists()
 
 
+@pytest.mark.slow
 def test_a_model_that_gets_worse_ends_with_its_best_checkpoint(tiny):
     overrides = ["training.learning_rate=0.02", "training.lr_scheduler_type=constant", "training.max_grad_norm=0"]
     arguments = [part for pair in overrides for part in ("--set", pair)]
@@ -286,6 +287,7 @@ def test_cached_loss_gives_the_loss_curve_of_the_plain_one(tmp_path, monkeypatch
 
 
 # ---------------------------------------------------------------------------------- resume
+@pytest.mark.slow
 def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped")
     shutil.copytree(trained, folder, dirs_exist_ok=True)
@@ -429,6 +431,7 @@ torch.save = full
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_half_written_checkpoint_is_gone(tiny):
     result = run_python(tiny.parent, FULL_AT_STEP_4)
     assert result.returncode == 2
