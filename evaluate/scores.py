@@ -36,9 +36,9 @@ def score_system(
     state of the system are removed. `make_search` gives mteb's SearchProtocol; it is called when a task is to be run.
     """
     search, failed = None, {}
-    for file in sorted(folder.score_file(name, "any").parent.glob("*.json")):
-        if folder.made_with(name, file.stem).get("system") != fingerprint:
-            folder.remove(name, file.stem)
+    for scored in folder.tasks_of(name):
+        if folder.made_with(name, scored).get("system") != fingerprint:
+            folder.remove(name, scored)
     for task in tasks:
         mark = {
             "system": fingerprint,

@@ -174,10 +174,10 @@ def test_idf_is_counted_on_documents_as_the_model_reads_them(tmp_path, bert):
     settings = ["loss.regularizer=idf-flops", "loss.query_regularizer_weight=null"]
     config = config_of(tmp_path, bert, "inference-free-splade", *settings)
     plain = build_model(config, fetch_base_model(config), QUERIES, BEFORE["document"], "cpu")
-    expected = document_idf(config, plain, BEFORE["document"])
+    expected = document_idf(config, plain, lambda: BEFORE["document"])
     config = config_of(tmp_path, bert, "inference-free-splade", *settings, GIVEN[1])
     model = build_model(config, fetch_base_model(config), QUERIES, DOCUMENTS, "cpu")
-    assert torch.equal(document_idf(config, model, DOCUMENTS), expected)
+    assert torch.equal(document_idf(config, model, lambda: DOCUMENTS), expected)
     assert torch.equal(model[0].sub_modules["query"][0].weight, plain[0].sub_modules["query"][0].weight)
 
 

@@ -197,7 +197,7 @@ def test_idf_flops_presses_common_words_of_the_training_documents_harder(tmp_pat
     bert = write_bert(tmp_path / "bert")
     config = config_of(tmp_path, bert, "inference-free-splade", "loss.regularizer=idf-flops")
     model = build(tmp_path, bert, "inference-free-splade")
-    idf = document_idf(config, model, DOCUMENTS)
+    idf = document_idf(config, model, lambda: DOCUMENTS)
     loss = build_loss(config, model, BatchStatistics(), idf)
     penalty = loss.document_regularizer
     common, rare = model.tokenizer.convert_tokens_to_ids([".", "fjord"])

@@ -15,7 +15,7 @@ from trainer.config.schema import MiningConfig, ModelConfig
 from trainer.data.bm25 import BM25Index
 from trainer.data.rows import Rows
 from trainer.hub.cache import cached_table, cached_tables, digest, folder_of, identity
-from trainer.hub.download import MODEL_FILES, Snapshot, fetch
+from trainer.hub.download import Snapshot, fetch
 from trainer.models.prompts import prompts_of, quoted
 from trainer.models.weights import loading
 from trainer.system.progress_bar import encoding, going_on, in_columns
@@ -123,7 +123,7 @@ def _mined(name: str, search: Search, settings: MiningConfig, base: ModelConfig 
     key = f"datasets.{name}.mine.model"
     why = f"negatives of '{name}'"
     assert settings.model is not None  # the config's checks
-    model = fetch(settings.model, settings.revision, kind="model", why=why, key=key, patterns=MODEL_FILES)
+    model = fetch(settings.model, settings.revision, kind="model", why=why, key=key)
     prompts = prompts_of(settings.model, model.folder, base)
     of_model = digest(identity(model), quoted(prompts)) if quoted(prompts) else identity(model)
     folder = folder_of("mined", digest(VERSION, texts, settings.model_dump_json(), of_model))

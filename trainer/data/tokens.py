@@ -31,7 +31,6 @@ from trainer.hub.cache import folder_of
 from trainer.system.progress_bar import ProgressReport, in_columns
 
 Features = dict[str, Any]
-Echo = Callable[[str], None]
 Preprocess = Callable[[list[str]], Features]
 
 # Texts per call of the tokenizer, which works on them in parallel.
@@ -242,7 +241,9 @@ class TokenCollator:
 class Tokeniser:
     """Makes TokenRows for one model, and counts texts, tokens, bytes and seconds."""
 
-    def __init__(self, model: SparseEncoder, routes: dict[str, str], echo: Echo, *, keep: bool = True) -> None:
+    def __init__(
+        self, model: SparseEncoder, routes: dict[str, str], echo: Callable[[str], None], *, keep: bool = True
+    ) -> None:
         """routes: the task of each column, as in router_mapping. keep: store the ids of large sets on disk."""
         self.model, self.routes, self.echo, self.keep = model, routes, echo, keep
         self.texts = self.tokens = self.texts_found = self.bytes = 0

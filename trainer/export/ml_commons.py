@@ -1,6 +1,5 @@
 """Models that run inside OpenSearch: zips for its ml-commons plug-in, each with the request that registers it."""
 
-import hashlib
 import io
 import json
 import tempfile
@@ -21,6 +20,7 @@ from trainer.export.check import require_same_vectors
 from trainer.export.graph import DocumentGraph, document_modules, document_tokenizer
 from trainer.export.sample import embedded_texts
 from trainer.export.vectors import Encoder, matrix_of
+from trainer.system.files import sha256_of
 from trainer.system.fresh_process import answer_of_a_fresh_process
 
 # What the two zips and their requests are called in an export's folder.
@@ -135,8 +135,6 @@ def write_model(stem: Path, files: dict[str, bytes], name: str, function: str, e
     with ZipFile(target, "w") as zipped:
         for file, content in files.items():
             zipped.writestr(ZipInfo(file), content)
-    with target.open("rb") as data:
-        digest = hashlib.file_digest(data, "sha256").hexdigest()
     request = {
         "name": name,
         "version": "1.0.0",
@@ -144,7 +142,7 @@ def write_model(stem: Path, files: dict[str, bytes], name: str, function: str, e
         "model_format": "TORCH_SCRIPT",
         "function_name": function,
         "model_content_size_in_bytes": target.stat().st_size,
-        "model_content_hash_value": digest,
+        "model_content_hash_value": sha256_of(target),
     }
     stem.with_suffix(".json").write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
     echo(f"model     {target} ({target.stat().st_size / 2**20:.1f} MiB, {function})")

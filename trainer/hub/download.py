@@ -40,9 +40,8 @@ def fetch(
     kind: Literal["model", "dataset"],
     why: str,
     key: str,
-    patterns: list[str] | None = None,
 ) -> Snapshot:
-    """The files of a hub repository (or of the local folder that `source` names).
+    """The files of a hub repository (or of the local folder that `source` names); of a model, MODEL_FILES.
 
     A copy in the Hugging Face cache is used when the hub cannot be reached. `why` and `key` go into the error: what the
     repository is needed for, and which config key to point at a local copy.
@@ -58,7 +57,11 @@ def fetch(
 
     try:
         downloaded = snapshot_download(
-            source, repo_type=kind, revision=revision, allow_patterns=patterns, tqdm_class=bytes_of(source)
+            source,
+            repo_type=kind,
+            revision=revision,
+            allow_patterns=MODEL_FILES if kind == "model" else None,
+            tqdm_class=bytes_of(source),
         )
         folder = Path(downloaded)
     except errors.RevisionNotFoundError:

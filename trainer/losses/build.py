@@ -29,7 +29,7 @@ def build_splade_loss(
     loss = config.loss
     similarities = util.dot_score, util.pairwise_dot_score
     ranking = RankingLoss(model, statistics, loss.scale or 1.0, similarities, loss.teacher)
-    function = {"flops": flops, "l1": l1}.get(loss.regularizer) or idf_flops(idf)
+    function = idf_flops(idf) if loss.regularizer == "idf-flops" else {"flops": flops, "l1": l1}[loss.regularizer]
     parts = {
         # 0 rather than None: None means the same and makes the library warn; with a target it is found in training
         "document_regularizer_weight": loss.document_regularizer_weight or 0.0,

@@ -16,7 +16,7 @@ from trainer.config.schema import ModelConfig, TeacherConfig
 from trainer.data import mining
 from trainer.data.rows import LABEL
 from trainer.hub.cache import cached_table, digest, folder_of, identity
-from trainer.hub.download import MODEL_FILES, HubUnreachable, Snapshot, fetch
+from trainer.hub.download import HubUnreachable, Snapshot, fetch
 from trainer.models.prompts import prompts_of, quoted
 from trainer.models.weights import loading
 from trainer.system.distributed import processes_here, wait
@@ -33,7 +33,7 @@ SCORES = pa.schema([("pair", pa.string()), ("score", pa.float32())])
 
 def fetch_teacher(teacher: TeacherConfig) -> Snapshot:
     """The teacher's files. Raises ConfigError when they cannot be had."""
-    return fetch(teacher.model, teacher.revision, kind="model", why="the teacher", key=KEY, patterns=MODEL_FILES)
+    return fetch(teacher.model, teacher.revision, kind="model", why="the teacher", key=KEY)
 
 
 def pairs_of(rows: Dataset) -> list[Pair]:

@@ -18,7 +18,7 @@ from torch import nn
 from trainer.config import FROM_SCRATCH, Config, ConfigError
 from trainer.config.schema import FromScratchConfig
 from trainer.encoding.fuse import transformers_of
-from trainer.hub.download import MODEL_FILES, fetch
+from trainer.hub.download import fetch
 from trainer.models.card import build_card
 from trainer.models.heads import check_not_dense, decoder_of, silence_special_tokens
 from trainer.models.normalizers import compose_first
@@ -103,9 +103,7 @@ def fetch_base_model(config: Config) -> BaseModel | None:
     name = config.model.base_model
     if name == FROM_SCRATCH:
         return None
-    snapshot = fetch(
-        name, config.model.revision, kind="model", why="the base model", key="model.base_model", patterns=MODEL_FILES
-    )
+    snapshot = fetch(name, config.model.revision, kind="model", why="the base model", key="model.base_model")
     return with_own_code(snapshot, config)
 
 
@@ -126,11 +124,14 @@ def vocabulary_of(model: SparseEncoder) -> int:
     return transformers_of(model)[0].model.get_output_embeddings().out_features
 
 
-def document_idf(config: Config, model: SparseEncoder, documents: list[str]) -> torch.Tensor | None:
-    """IDF of every word in the training documents, [vocabulary]; None unless the loss needs it."""
+def document_idf(config: Config, model: SparseEncoder, documents: Callable[[], list[str]]) -> torch.Tensor | None:
+    """IDF of every word in the training documents, [vocabulary]; None unless the loss needs it.
+
+    documents: collects the texts, which is done for such a loss alone.
+    """
     if config.loss.regularizer != "idf-flops":
         return None
-    return weights_of_idf(model.tokenizer, in_front(model.prompts.get("document") or "", documents))
+    return weights_of_idf(model.tokenizer, in_front(model.prompts.get("document") or "", documents()))
 
 
 def train_only_what_the_config_says(model: SparseEncoder, config: Config) -> None:

@@ -24,7 +24,7 @@ def learned_lines(model: SparseEncoder, searches: list[SearchSet]) -> Iterator[s
 
     Nothing where there is no search set, where dimensions are not words (CSR), and for a passage that gains no word.
     """
-    if not searches:
+    if not searches or not dims_are_words(model):
         return
     passages = list(islice(searches[-1].corpus.values(), PASSAGES_READ))
     texts = spread(passages, DOCUMENTS)
@@ -50,10 +50,10 @@ def added_words(model: SparseEncoder, texts: list[str], words: Iterable[str]) ->
     words: what counts as a word. Of these, only those are found that the tokenizer does not take apart, so that a
     dimension is the whole word. Empty lists where dimensions are not words.
     """
-    with with_padded_attention(model):
-        vectors = model.encode_document(texts, show_progress_bar=False, convert_to_sparse_tensor=False)
     if not dims_are_words(model):
         return [[] for _ in texts]
+    with with_padded_attention(model):
+        vectors = model.encode_document(texts, show_progress_bar=False, convert_to_sparse_tensor=False)
     word_of = whole_words(model, words)
     added = []
     for text, vector in zip(texts, vectors.cpu(), strict=True):

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import transformers
@@ -132,7 +133,9 @@ def make_parts(loaded: LoadedConfig, decisions: Decisions, run: Run | None = Non
     if run and config.training.torch_compile:
         decisions.add(f"compile   {compile_networks(model, forward_passes_of(config, device).lengths)}")
     statistics = BatchStatistics(enabled=config.evaluation.track_sparsity)
-    loss = build_loss(config, model, statistics, document_idf(config, model, data.texts("positive", "negative")))
+    loss = build_loss(
+        config, model, statistics, document_idf(config, model, partial(data.texts, "positive", "negative"))
+    )
     decisions.add(*describe.rate_lines(config, model, loss), *describe.sparsity_lines(config))
     return Parts(config, device, reason, base, data, progress, teacher, model, statistics, loss)
 
@@ -196,9 +199,11 @@ def load(
 
 def check_something_to_learn(config: Config, data: TrainingData) -> None:
     """Raise ConfigError when every training batch is a single pair, so that the contrastive loss is always 0."""
+    if not config.loss.has_regularizers:
+        return  # reconstruction is learned from single rows too
     counts = [data.batches_of_one(name, config) for name in data.train]
     alone, batches = (sum(column) for column in zip(*counts, strict=True))
-    if alone == batches and config.loss.has_regularizers:
+    if alone == batches:
         raise ConfigError(
             f"there is nothing to learn from: {describe.NOTHING_TO_COMPARE}, which is so in every batch. "
             f"{describe.more_rows(config)}"

@@ -50,7 +50,7 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if frame is not None and _is_in_a_destructor(frame):  # Python would print what is raised there, and go on
+        if _is_in_a_destructor(frame):  # Python would print what is raised there, and go on
             again = threading.Timer(0.05, signal.raise_signal, (number,))
             again.daemon = True
             again.start()
