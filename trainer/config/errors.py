@@ -18,10 +18,15 @@ class ConfigError(click.ClickException):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        line = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in message)
+        line = printable(message)
         if len(line) > LONGEST:  # the place is at the start, and what to do is at the end
             line = f"{line[: LONGEST // 2]} […] {line[-LONGEST // 2 :]}"
         super().__init__(line)
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would obey or hide: line breaks, control codes, a change of direction."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

@@ -1,5 +1,6 @@
-"""Reads YAML 1.2 files into plain values, and remembers for every key the file and line it came from."""
+"""Reads YAML 1.2 files into plain values, remembers for every key the file and line it came from, and writes scalars."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -150,6 +151,26 @@ def parse_value(text: str) -> Any:
     return values["value"]
 
 
+def scalar(value: Any) -> str:
+    """A scalar or list in YAML's flow style that reads back as itself."""
+    if isinstance(value, list):
+        return "[" + ", ".join(scalar(item) for item in value) + "]"
+    if isinstance(value, str) and _is_plain(value):
+        return value
+    # YAML refuses some characters that are not printable, and takes others (U+0085, U+2028) for line breaks
+    quoted = json.dumps(value, ensure_ascii=False)
+    return "".join(character if character.isprintable() else f"\\U{ord(character):08x}" for character in quoted)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text can stand in YAML without quotes, also inside a flow list."""
+    if any(c in text for c in "#,[]{}:&*!|>'\"%@`\\") or not text or text != text.strip() or text[0] in "-?~=":
+        return False
+    if not text.isprintable():
+        return False
+    return parse_value(text) == text
+
+
 def merge(base: Any, over: Any, base_origins: Origins, over_origins: Origins, path: Path_ = ()) -> Any:
     """`over` laid over `base`: mappings key by key, everything else replaced. base_origins is updated in place."""
     if isinstance(base, dict) and isinstance(over, dict):
@@ -185,13 +206,18 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def parse_file(file: Path) -> tuple[dict[str, Any], Origins]:
+    """Values and origins of one file alone, without those that it extends."""
+    return parse(_text_of(file), str(file))
+
+
 def read_file(file: Path, chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Origins]:
     """A file's values with those of the files it extends beneath them.
 
     `extends:` names one file or a list of them, relative to the file that says it; later ones win over earlier ones,
     and the file itself wins over all.
     """
-    own, own_origins = parse(_text_of(file), str(file))
+    own, own_origins = parse_file(file)
     parents = own.pop("extends", [])
     line = own_origins.pop(("extends",), Origin(str(file), 1)).line
     own_origins = {path: origin for path, origin in own_origins.items() if path[0] != "extends"}
