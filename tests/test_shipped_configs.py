@@ -32,7 +32,8 @@ def config_of(name):
 
 
 def test_the_shipped_configs_are_these_nine():
-    assert sorted(config_name(file) for file in (ROOT / "configs").glob("*.yaml")) == NAMES
+    files = {file.name for file in (ROOT / "configs").glob("*.yaml")} - {"pins.yaml"}  # a lock file is the user's own
+    assert sorted(config_name(ROOT / "configs" / name) for name in files) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,6 +5,7 @@ loaded.config.training.learning_rate
 """
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,26 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainer.config.checks import dotted, find_contradictions
+from trainer.config.checks import dotted, find_contradictions, is_local
 from trainer.config.errors import ConfigError, did_you_mean
+from trainer.config.pins import FILE_NAME, read_pins
 from trainer.config.schema import Config, section_at
-from trainer.config.tree import MAX_DEPTH, Origin, Origins, Path_, YamlError, is_file, merge, parse_value, read_file
+from trainer.config.tree import (
+    MAX_DEPTH,
+    Origin,
+    Origins,
+    Path_,
+    YamlError,
+    is_file,
+    merge,
+    parse_value,
+    read_file,
+    scalar,
+)
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 PREFIX = "training_config_"
+TRUST = ("model", "trust_remote_code")
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,16 @@ class LoadedConfig:
     def where(self, *path: str | int) -> str:
         """'file:line' of a key, or of the nearest section above it that was written down."""
         return str(_origin(path, self.origins, self.file))
+
+    @property
+    def pin_command(self) -> str:
+        """What to type to pin this config, with the overrides that say which base model it is."""
+        is_shipped = self.file.resolve().parent == CONFIG_DIR and self.file.stem.startswith(PREFIX)
+        keys = (("model", "base_model"), ("model", "revision"))
+        overrides = dict.fromkeys(str(self.origins[key]) for key in keys if key in self.origins)
+        given = " ".join(text.removeprefix("--set ") for text in overrides if text.startswith("--set "))
+        command = f"make pin CONFIG={self.name if is_shipped else shlex.quote(str(self.file))}"
+        return f"{command} SET={shlex.quote(given)}" if given else command
 
 
 def config_name(file: Path) -> str:
@@ -59,8 +83,11 @@ def _short(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def load_config(file: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """The config in `file`, with `key.path=value` overrides on top. Raises ConfigError, one line, for any mistake."""
+def load_config(file: Path, overrides: Sequence[str] = (), *, pinned: bool = True) -> LoadedConfig:
+    """The config in `file`, with `key.path=value` overrides on top. Raises ConfigError, one line, for any mistake.
+
+    pinned: with the commits of the pins.yaml beside it. False is for `make pin`, which reads what was written.
+    """
     values, origins = read_file(file)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -80,16 +107,26 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         leaf = Origin(f"--set {override}", 0)
         values = merge(values, nested, origins, dict.fromkeys((path[: i + 1] for i in range(len(path))), leaf))
     _rename_keys_of_older_runs(values, origins)
+    config = _validated(values, origins, file)
+    if pinned and read_pins(file.parent).apply(config, values, origins):
+        config = _validated(values, origins, file)
+    loaded = LoadedConfig(config_name(file), file, config, origins)
+    for where, message in find_contradictions(config):
+        if where == TRUST and not is_local(config.model.base_model):
+            if not pinned:
+                continue  # make pin finds the commit
+            message += f". Write one, or run: {loaded.pin_command}"
+        raise ConfigError(f"{loaded.where(*where)}: '{dotted(where)}' {message}")
+    _check_siblings(loaded)
+    return loaded
+
+
+def _validated(values: dict[str, Any], origins: Origins, file: Path) -> Config:
     try:
-        config = Config.model_validate(values)
+        return Config.model_validate(values)
     except ValidationError as error:
         where, message = _explain(error)
         raise ConfigError(f"{_origin(where, origins, file)}: {message}") from None
-    for where, message in find_contradictions(config):
-        raise ConfigError(f"{_origin(where, origins, file)}: '{dotted(where)}' {message}")
-    loaded = LoadedConfig(config_name(file), file, config, origins)
-    _check_siblings(loaded)
-    return loaded
 
 
 def _rename_keys_of_older_runs(values: dict[str, Any], origins: Origins) -> None:
@@ -110,7 +147,7 @@ def _origin(path: Path_, origins: Origins, file: Path) -> Origin:
 def _check_siblings(loaded: LoadedConfig) -> None:
     """No two configs in one folder may write to the same run folder or the same hub repository."""
     for sibling in sorted(loaded.file.parent.glob("*.yaml")):
-        if sibling.resolve() == loaded.file.resolve():
+        if sibling.resolve() == loaded.file.resolve() or sibling.name == FILE_NAME:
             continue
         if config_name(sibling) == loaded.name:
             raise ConfigError(
@@ -198,32 +235,12 @@ def _render(values: dict[str, Any], path: Path_, loaded: LoadedConfig | None) ->
         here = (*path, key)
         indent = "  " * len(path)
         if isinstance(value, dict) and value:
-            yield f"{indent}{_scalar(key)}:"
+            yield f"{indent}{scalar(key)}:"
             yield from _render(value, here, loaded)
         elif value is not None:  # a key that is not set has no line: what is not given is not a choice
-            text = f"{indent}{_scalar(key)}: {_scalar(value)}"
+            text = f"{indent}{scalar(key)}: {scalar(value)}"
             origin = "" if loaded is None else loaded.origins.get(here, "default")
             yield f"{text:<60}  # {origin}" if origin else text
-
-
-def _scalar(value: Any) -> str:
-    """A scalar or list in YAML's flow style that reads back as itself."""
-    if isinstance(value, list):
-        return "[" + ", ".join(_scalar(item) for item in value) + "]"
-    if isinstance(value, str) and _is_plain(value):
-        return value
-    # YAML refuses some characters that are not printable, and takes others (U+0085, U+2028) for line breaks
-    quoted = json.dumps(value, ensure_ascii=False)
-    return "".join(character if character.isprintable() else f"\\U{ord(character):08x}" for character in quoted)
-
-
-def _is_plain(text: str) -> bool:
-    """Whether a text can stand in YAML without quotes, also inside a flow list."""
-    if any(c in text for c in "#,[]{}:&*!|>'\"%@`\\") or not text or text != text.strip() or text[0] in "-?~=":
-        return False
-    if not text.isprintable():
-        return False
-    return parse_value(text) == text
 
 
 def json_schema() -> dict[str, Any]:

@@ -34,6 +34,7 @@ RULES: dict[str, Refused | None] = {
     "model": MODEL,
     "model.use_router": APPLIED,  # says what follows from the architecture
     "model.attention": PACKING,
+    "model.code_sha256": APPLIED,  # of the base model; a checkpoint's code has its own seal
     "model.freeze_static_embedding": PARAMETERS,
     "model.csr_train_base": PARAMETERS,
     "model.csr_k_start": APPLIED,

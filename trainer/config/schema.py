@@ -39,6 +39,7 @@ def _findable(name: str) -> str:
 
 Revision = Annotated[str, AfterValidator(_valid_revision)]
 Source = Annotated[str, AfterValidator(_findable)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 NanoBeirTask = Literal[
     "climatefever",
@@ -113,7 +114,9 @@ class ModelConfig(Section):
     """Commit, tag or branch of the repository. The commit it stands for is recorded in run.json."""
     trust_remote_code: bool = False
     """Run Python code that comes with the base model. Needs `revision` to be a full commit hash; for a local folder, the
-    commit it is a copy of."""
+    commit it is a copy of. `make pin` shows the code, asks, and keeps the answer in pins.yaml."""
+    code_sha256: dict[str, Sha256] | None = None
+    """The SHA-256 of each Python file of the base model, by name. Other code is refused. pins.yaml has them."""
     architecture: Literal["inference-free-splade", "splade", "csr"]
     """inference-free-splade: queries need no neural network; splade: both go through it; csr: sparse codes of a dense
     model."""

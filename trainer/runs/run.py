@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config, ConfigError, LoadedConfig, load_config, render, why_refused
+from trainer.config import Config, ConfigError, LoadedConfig, is_commit, load_config, render, why_refused
 from trainer.system.files import sha256_of, write_atomically
 
 MODELS = Path("models")
@@ -157,7 +157,7 @@ class Run:
         started = load_config(self.folder / "config.yaml").config
         changed = list(differences(started.model_dump(), loaded.config.model_dump()))
         for path, old, new in changed:
-            if reason := why_refused(path, old, new):
+            if not self._stood_for(path, old, new) and (reason := why_refused(path, old, new)):
                 raise ConfigError(
                     f"{loaded.where(*path)}: '{'.'.join(path)}' was {old} when {self.folder} was started, and is {new} "
                     f"now. A resume cannot change it: {reason}. Put it back, or copy the config under a new name"
@@ -174,6 +174,15 @@ class Run:
             write_atomically(self.folder / "config.yaml", render(loaded))
         except OSError as error:
             raise cannot_be_written(self.folder, error) from None
+
+    def _stood_for(self, path: tuple[str, ...], old: Any, new: Any) -> bool:
+        """Whether a branch or tag became the commit that it stood for: a run may be pinned after its start.
+
+        Of the rows, whose mining models count too, their fingerprints decide when they are loaded.
+        """
+        if path[-1] != "revision" or is_commit(str(old)) or not is_commit(str(new)):
+            return False
+        return path[0] != "model" or (self.manifest.get("base_model") or {}).get("commit") == new
 
     def take_back(self) -> bool:
         """Make a run that a resume was refused for what it was. False when it has trained since, or is a new one."""
