@@ -1,10 +1,12 @@
 """Downloads from the Hugging Face hub, with one clear line when it cannot be reached."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.config import ConfigError, is_local, one_line
+from trainer.config import ConfigError, is_commit, is_local, one_line
 from trainer.system.progress_bar import ProgressReport, in_columns
 
 # Weights once (safetensors, or the older .bin), the tokenizer, the code; no ONNX, TensorFlow or Flax copies.
@@ -18,6 +20,9 @@ MODEL_FILES = [
     "*.py",
     "*/*.json",
 ]
+# What says which code a model brings, and the code.
+CODE_FILES = ["*.json", "*.py"]
+Kind = Literal["model", "dataset"]
 
 
 class HubUnreachable(ConfigError):
@@ -37,11 +42,12 @@ def fetch(
     source: str,
     revision: str | None,
     *,
-    kind: Literal["model", "dataset"],
+    kind: Kind,
     why: str,
     key: str,
+    patterns: list[str] = MODEL_FILES,
 ) -> Snapshot:
-    """The files of a hub repository (or of the local folder that `source` names); of a model, MODEL_FILES.
+    """The files of a hub repository (or of the local folder that `source` names); of a model, those that fit the patterns.
 
     A copy in the Hugging Face cache is used when the hub cannot be reached. `why` and `key` go into the error: what the
     repository is needed for, and which config key to point at a local copy.
@@ -53,17 +59,38 @@ def fetch(
             raise ConfigError(f"{key}: there is no file or folder {source} ({why}){hint}")
         return Snapshot(source, folder, None)
 
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    try:
+    with _one_line_per_error(source, revision, kind, why, key):
         downloaded = snapshot_download(
             source,
             repo_type=kind,
             revision=revision,
-            allow_patterns=MODEL_FILES if kind == "model" else None,
+            allow_patterns=patterns if kind == "model" else None,
             tqdm_class=bytes_of(source),
         )
-        folder = Path(downloaded)
+    folder = Path(downloaded)
+    return Snapshot(source, folder, folder.name)
+
+
+def newest_commit(source: str, revision: str, *, kind: Kind, why: str, key: str) -> str:
+    """The commit that a branch or tag of a hub repository stands for now. The hub is asked, never the cache."""
+    from huggingface_hub import HfApi
+
+    with _one_line_per_error(source, revision, kind, why, key):
+        commit = HfApi().repo_info(source, repo_type=kind, revision=revision, timeout=30).sha
+    if not is_commit(commit):
+        raise ConfigError(f"{key}: the hub names no commit for {source} at {revision} ({why})")
+    return str(commit)
+
+
+@contextlib.contextmanager
+def _one_line_per_error(source: str, revision: str | None, kind: Kind, why: str, key: str) -> Iterator[None]:
+    """Raise ConfigError for what the hub or the way to it refuses; HubUnreachable when there is no way."""
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.RevisionNotFoundError:
         raise ConfigError(f"{key}: the {kind} repository {source} has no revision {revision} ({why})") from None
     except errors.GatedRepoError:
@@ -85,7 +112,6 @@ def fetch(
             f"Fetch it where the hub is reachable (hf download {source}{repo_type}{at} --local-dir DIR) "
             f"and set {key}=DIR"
         ) from None
-    return Snapshot(source, folder, folder.name)
 
 
 def bytes_of(source: str) -> type[ProgressReport]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.system.files import read_json
+from trainer.system.files import read_json, sha256_of
 
 SETTINGS = (
     "config.json",
@@ -19,6 +19,11 @@ SETTINGS = (
 def code_references(folder: Path) -> set[str]:
     """The classes that a model's settings name outside its libraries: `module.Class`, or `owner/repo--module.Class`."""
     return {reference for file in settings_files(folder) for reference in references_in(read_json(file))}
+
+
+def code_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each Python file of a model, by its path in the folder."""
+    return {str(file.relative_to(folder)): sha256_of(file) for file in sorted(folder.rglob("*.py"))}
 
 
 def settings_files(folder: Path) -> list[Path]:

@@ -95,16 +95,17 @@ def save_model(model: SparseEncoder, folder: Path) -> None:
     keep_code(folder)
 
 
-def fetch_base_model(config: Config) -> BaseModel | None:
+def fetch_base_model(config: Config, pin_command: str = "make pin") -> BaseModel | None:
     """The base model's files in a local folder, its code converted; None for a model from scratch.
 
-    Raises ConfigError when they cannot be had, or hold code that the config does not trust or that cannot be converted.
+    pin_command: what the user types to pin this config. Raises ConfigError when they cannot be had, or hold code that the
+    config does not trust or that cannot be converted.
     """
     name = config.model.base_model
     if name == FROM_SCRATCH:
         return None
     snapshot = fetch(name, config.model.revision, kind="model", why="the base model", key="model.base_model")
-    return with_own_code(snapshot, config)
+    return with_own_code(snapshot, config, pin_command)
 
 
 def static_embedding(model: SparseEncoder) -> SparseStaticEmbedding | None:

@@ -14,7 +14,7 @@ from huggingface_hub.utils.sha import git_hash
 from trainer.config import Config, ConfigError
 from trainer.hub.cache import folder_of
 from trainer.hub.download import Snapshot
-from trainer.hub.own_code import code_references, references_in, settings_files
+from trainer.hub.own_code import code_hashes, code_references, references_in, settings_files
 from trainer.models.norbert import SETTINGS, changes_in, convert_files
 from trainer.system.files import read_json
 
@@ -33,11 +33,11 @@ class BaseModel:
         return {"source": self.source, "commit": self.commit, "code": self.code}
 
 
-def with_own_code(snapshot: Snapshot, config: Config) -> BaseModel:
+def with_own_code(snapshot: Snapshot, config: Config, pin_command: str) -> BaseModel:
     """The base model with its code converted, in a folder of its own under the cache.
 
     Raises ConfigError when the folder holds no model, or code that the config does not trust, that is not the pinned
-    commit's, or that cannot be converted; and when the copy cannot be written.
+    commit's, or that cannot be converted; and when the copy cannot be written. pin_command: the remedy that it names.
     """
     # first of all, or the whole of / might be searched for code
     if not any((snapshot.folder / name).is_file() for name in ("config.json", "modules.json")):
@@ -45,8 +45,9 @@ def with_own_code(snapshot: Snapshot, config: Config) -> BaseModel:
     references = code_references(snapshot.folder)
     if not references:
         return BaseModel(snapshot.source, snapshot.commit, snapshot.folder)
-    _require_trust(snapshot, config)
-    _require_local_code(snapshot, references)
+    _require_trust(snapshot, config, pin_command)
+    require_local_code(snapshot, references)
+    _require_pinned_hashes(snapshot, config, pin_command)
     texts = {}
     for file in sorted(snapshot.folder.glob("*.py")):
         _require_pinned(file, config)
@@ -67,11 +68,16 @@ def _file_of(reference: str) -> str:
     return reference.rpartition("--")[2].split(".")[0] + ".py"
 
 
-def _require_trust(snapshot: Snapshot, config: Config) -> None:
+def _require_trust(snapshot: Snapshot, config: Config, pin_command: str) -> None:
     if config.model.trust_remote_code:
         return
+    if snapshot.commit:
+        raise ConfigError(
+            f"model.base_model: {snapshot.source} comes with Python code of its own, which is not trusted yet. To see it "
+            f"and decide, run: {pin_command}"
+        )
     commits = [found[0] for file in snapshot.folder.glob("*.py") if (found := _commit_and_hash(file))]
-    commit = snapshot.commit or next(iter(commits), "<the commit this folder is a copy of>")
+    commit = next(iter(commits), "<the commit this folder is a copy of>")
     raise ConfigError(
         f"model.base_model: {config.model.base_model} comes with Python code of its own. Read it in {snapshot.folder}; "
         f'to run it, add SET="model.trust_remote_code=true model.revision={commit}", or write both into the config'
@@ -87,7 +93,7 @@ def _commit_and_hash(file: Path) -> tuple[str, str] | None:
     return commit, git_hash
 
 
-def _require_local_code(snapshot: Snapshot, references: set[str]) -> None:
+def require_local_code(snapshot: Snapshot, references: set[str]) -> None:
     """Stop when code is missing, or would be taken from another repository, at whatever commit that has now."""
     for reference in sorted(references):
         if not (snapshot.folder / _file_of(reference)).is_file():
@@ -96,6 +102,22 @@ def _require_local_code(snapshot: Snapshot, references: set[str]) -> None:
             raise ConfigError(
                 f"model.base_model: {snapshot.folder} lacks its code, {_file_of(reference)}{other}. Copy the model into a "
                 "folder of yours, put the file at its root, and point model.base_model at it"
+            )
+
+
+def _require_pinned_hashes(snapshot: Snapshot, config: Config, pin_command: str) -> None:
+    """Stop when a file is missing, added, or not the one whose SHA-256 was pinned."""
+    pinned = config.model.code_sha256
+    if pinned is None:
+        return
+    found = code_hashes(snapshot.folder)
+    for name in sorted(found.keys() | pinned):
+        if found.get(name) != pinned.get(name):
+            remedy = f"run: {pin_command}" if snapshot.commit else "put the file back, or change that key"
+            raise ConfigError(
+                f"model.base_model: {snapshot.folder / name} is not the code that was pinned: its SHA-256 is "
+                f"{found.get(name, 'missing')[:16]}, that in model.code_sha256 {pinned.get(name, 'missing')[:16]}. "
+                f"None of it has run. To see the difference and decide, {remedy}"
             )
 
 

@@ -169,7 +169,7 @@ def load(
     base: BaseModel | None = None
     with first_on_each_machine_first():
         try:  # the base model before the larger data: its code may not be trusted, and then the run stops at once
-            base = None if start.checkpoint else fetch_base_model(config)
+            base = None if start.checkpoint else fetch_base_model(config, loaded.pin_command)
         except HubUnreachable:
             if run:
                 raise
