@@ -5,8 +5,15 @@ import hashlib
 import json
 import re
 import threading
+import urllib.parse
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+def git_hash(data):
+    """As git names a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
 
 # Files from this size on are sent apart from the commit, as large files are.
 LARGE = 20_000
@@ -18,6 +25,11 @@ class Repository:
 
     private: bool
     revisions: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
+
+    def at(self, revision):
+        """Commit and files of a revision, which is a commit or main; None without such a revision."""
+        found = {"main": self.revisions[-1]} | {name: (name, files) for name, files in self.revisions}
+        return found.get(revision)
 
     def commit(self, files):
         name = hashlib.sha1(repr((len(self.revisions), sorted(files))).encode()).hexdigest()
@@ -101,6 +113,9 @@ class Handler(BaseHTTPRequestHandler):
             hub.large[path.rpartition("/")[2]] = body
             self.answer(200)
             return
+        if download := re.fullmatch(r"/(?:api/(?:models|datasets)/)?(.+)/(revision|tree|resolve)/([^/]+)/?(.*)", path):
+            self.download(*download.groups())
+            return
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if token not in hub.tokens:
             self.answer(
@@ -139,6 +154,34 @@ class Handler(BaseHTTPRequestHandler):
                 self.write(repo, rest, body)
         else:
             self.answer(404)
+
+    def download(self, repo, what, revision, name):
+        """What snapshot_download asks: the commit of a revision, its list of files, each file. Needs no token."""
+        found = self.hub.repositories.get(repo)
+        at = found and found.at(urllib.parse.unquote(revision))
+        if not at:
+            code = "RevisionNotFound" if found else "RepoNotFound"
+            self.answer(404, {"error": "not found"}, X_Error_Code=code)
+            return
+        commit, files = at
+        if what == "revision":
+            self.answer(200, {"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
+        elif what == "tree":
+            tree = [
+                {"type": "file", "path": path, "size": len(data), "oid": git_hash(data)} for path, data in files.items()
+            ]
+            self.answer(200, tree)
+        else:
+            data = files[name]
+            self.send_response(200)
+            for header, value in {
+                "ETag": f'"{git_hash(data)}"',
+                "X-Repo-Commit": commit,
+                "Content-Length": len(data),
+            }.items():
+                self.send_header(header, str(value))
+            self.end_headers()
+            self.wfile.write(data if self.command == "GET" else b"")
 
     def create_repository(self, wanted, may_write):
         repo = f"{wanted['organization']}/{wanted['name']}"

@@ -26,6 +26,11 @@ def config_options(command: Callable) -> Callable:
     return click.argument("config", metavar="CONFIG")(command)
 
 
+def has_terminal() -> bool:
+    """Whether somebody is there to answer a question."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """One YAML file to a trained, evaluated, reloadable sparse text encoder.
@@ -86,6 +91,26 @@ def check(config: str, overrides: tuple[str, ...]) -> None:
 def show(config: str, overrides: tuple[str, ...], plain: bool) -> None:
     """Print the flat config, each value with its origin. The output is itself a valid config."""
     click.echo(render(load_config(find_config(config), overrides), origins=not plain), nl=False)
+
+
+@main.command()
+@config_options
+@click.option("--trust", is_flag=True, help="Trust the base model's code, without a question.")
+@click.option("--code", is_flag=True, help="Print the code, not only its hashes.")
+@click.option("--diff", is_flag=True, help="Print what the conversion changes in the code.")
+def pin(config: str, overrides: tuple[str, ...], trust: bool, code: bool, diff: bool) -> None:
+    """Look up the commits that CONFIG's branches and tags stand for, show its base model's code, and ask for trust.
+
+    The answer is kept in pins.yaml beside the config. Run it again to move to newer commits; it prints what changed.
+    """
+    loaded = load_config(find_config(config), overrides, pinned=False)
+    set_up_libraries(verbose=False)
+    from trainer.models.pin import Pinning
+
+    def ask() -> bool:
+        return trust or (has_terminal() and click.confirm("Trust this code?"))
+
+    Pinning(loaded, ask, click.echo, show_code=code, show_diff=diff).run()
 
 
 @main.command()
