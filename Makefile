@@ -26,7 +26,7 @@ RUN     := exec docker/run
 export CONFIG SET RUNTIME VENV NODES PROCS RENDEZVOUS PORT IMAGE
 export MODEL TASKS BASELINE DENSE REPO TO CORPUS QUERIES OUTPUT
 
-.PHONY: help train resume eval check show bm25 publish export tensorboard images test test-docker lint audit smoke bench soak lock schema clean
+.PHONY: help train resume eval check show pin bm25 publish export tensorboard images test test-docker lint audit smoke bench soak lock schema clean
 .DEFAULT_GOAL := help
 
 help: ## this help
@@ -49,6 +49,9 @@ check: ## print the plan of CONFIG without training
 
 show: ## print CONFIG flat, each value with its origin
 	@$(RUN) trainer show "$$CONFIG" $(SETS)
+
+pin: ## look up the commits of CONFIG, show its model's code, ask for trust: TRUST=1 ARGS="--code --diff"
+	@$(RUN) trainer pin "$$CONFIG" $(SETS) $(if $(filter-out 0,$(TRUST)),--trust) $(ARGS)
 
 eval: ## measure the run of CONFIG, or MODEL=path: TASKS=… BASELINE=results DENSE=model
 	@$(RUN) evaluate run $(if $(MODEL),--model "$$MODEL","$$CONFIG") $(if $(TASKS),--tasks "$$TASKS") \

@@ -221,6 +221,24 @@ def test_named_paths_outside_the_mounted_folders_go_into_the_container_read_only
     assert f"--volume {project}/elsewhere:{project}/elsewhere:ro evaluate run" in evaluation
 
 
+def test_pin_alone_may_write_beside_the_config(project):
+    pretend(project)
+    (project / "elsewhere").mkdir()
+    (project / "elsewhere/mine.yaml").touch()
+    run(project, "trainer", "pin", "elsewhere/mine.yaml", "--trust")
+    run(project, "trainer", "check", "elsewhere/mine.yaml")
+    pin, check = ran(project)
+    assert "--file compose.yaml --file docker/compose.pin.yaml " in pin
+    assert f"--volume {project}/elsewhere:/app/elsewhere:rw " in pin
+    assert pin.endswith("train pin elsewhere/mine.yaml --trust")
+    assert "compose.pin.yaml" not in check
+    assert ":rw" not in check
+    services = yaml.safe_load((ROOT / "docker/compose.pin.yaml").read_text())["services"]
+    (configs,) = services["train"]["volumes"]
+    everywhere = yaml.safe_load((ROOT / "compose.yaml").read_text())["x-job"]["volumes"]
+    assert configs | {"read_only": True} == everywhere[0]  # compose lays one over the other by its target
+
+
 def test_output_that_would_be_gone_with_the_container_is_refused(project):
     pretend(project)
     said = one_line_of(run(project, "trainer", "export", "quickstart", "--to", "lucene", "--output", "/tmp/here"))
