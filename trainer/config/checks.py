@@ -92,6 +92,7 @@ def _model(config: Config) -> Iterator[Contradiction]:
         yield from _from_scratch(model.from_scratch or FromScratchConfig(), config.training.max_seq_length)
     yield from _attention(config)
     yield from _prompts(config)
+    yield from _head(config)
     if model.architecture == "csr":
         quarter = f"a quarter of csr_hidden_dim ({model.csr_hidden_dim})"
         if 4 * model.csr_k > model.csr_hidden_dim:
@@ -149,6 +150,17 @@ def _prompts(config: Config) -> Iterator[Contradiction]:
             "would put the same words, with the same weights, into every query of inference-free-splade, "
             "whose queries are only looked up. Remove it",
         )
+
+
+def _head(config: Config) -> Iterator[Contradiction]:
+    model = config.model
+    if model.head == "own":
+        if "head_dims" in model.model_fields_set:
+            yield ("model", "head_dims"), "is of a fitted head. Remove it, or set model.head: fit"
+    elif model.base_model == FROM_SCRATCH:
+        yield ("model", "head"), f"fits a head to the states of a trained encoder; base_model is {FROM_SCRATCH}"
+    elif not config.loss.has_regularizers:
+        yield ("model", "head"), "is for SPLADE; csr has no head over a vocabulary. Remove it"
 
 
 def _attention(config: Config) -> Iterator[Contradiction]:

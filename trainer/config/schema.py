@@ -125,6 +125,11 @@ class ModelConfig(Section):
     prompts: PromptsConfig | None = None
     """What stands in front of every query and document, in training, evaluation, exports and the saved model. null: the
     prompts that the base model was saved with."""
+    head: Literal["own", "fit"] = "own"
+    """SPLADE: own: the base model's masked-language-model head; fit: a head is fitted to the states of the training texts'
+    tokens, for an encoder that has none, as most dense models."""
+    head_dims: Positive = 400
+    """head fit: active dims that documents have on average before training."""
     attention: Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"] = "auto"
     """varlen (torch's own flash attention), flash_attention_2 and 3 (the package flash-attn): texts are packed, and nothing
     is padded (CUDA, bf16 or fp16). auto: varlen where that works, otherwise what the base model comes with."""
