@@ -27,12 +27,17 @@ def steps_of(tokenizer: PreTrainedTokenizerBase) -> list[Normalizer]:
 
 
 def set_normalizer(tokenizer: PreTrainedTokenizerBase, steps: list[Normalizer]) -> None:
-    """Give a tokenizer other normalisers, which are saved with it.
+    """Give a tokenizer other normalisers, which are saved with it."""
+    tokenizer.backend_tokenizer.normalizer = Sequence(steps)
+    read_whole_file(tokenizer)
+
+
+def read_whole_file(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have whoever opens the saved tokenizer take its tokenizer.json as it is.
 
     transformers' classes for single families (BertTokenizer, RobertaTokenizer, XLMRobertaTokenizer) read only the
     vocabulary of a saved tokenizer.json. Its general class takes the file as it is.
     """
-    tokenizer.backend_tokenizer.normalizer = Sequence(steps)
     if type(tokenizer).__module__.startswith("transformers."):  # code that comes with a model reads the whole file
         tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # the family's; saved from here
         tokenizer.__class__ = PreTrainedTokenizerFast
