@@ -80,6 +80,7 @@ def test_every_section_has_a_rule_and_every_rule_a_key():
     [
         ("model.base_model", MODEL),
         ("model.prompts.query", MODEL),
+        ("model.vocabulary", MODEL),
         ("model.from_scratch.hidden_size", MODEL),
         ("loss.teacher.model", None),
         ("loss.regularizer", UNIT),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.config.schema import FROM_SCRATCH, Config, FromScratchConfig, LocalSource, MiningConfig
+from trainer.config.schema import FROM_SCRATCH, Config, FromScratchConfig, LocalSource, MiningConfig, ModelConfig
 from trainer.config.tree import Path_
 
 Contradiction = tuple[Path_, str]  # the key to change, and what is wrong with it: the text that follows its name
@@ -90,6 +90,7 @@ def _model(config: Config) -> Iterator[Contradiction]:
             )
     else:
         yield from _from_scratch(model.from_scratch or FromScratchConfig(), config.training.max_seq_length)
+    yield from _vocabulary(model)
     yield from _attention(config)
     yield from _prompts(config)
     yield from _head(config)
@@ -137,6 +138,16 @@ def most_parameters(shape: FromScratchConfig) -> int:
     width = shape.hidden_size
     layer = 4 * width**2 + 2 * width * shape.intermediate_size
     return (shape.vocab_size + shape.max_position_embeddings) * width + shape.num_hidden_layers * layer
+
+
+def _vocabulary(model: ModelConfig) -> Iterator[Contradiction]:
+    if model.vocabulary == "texts":
+        if model.base_model == FROM_SCRATCH:
+            yield ("model", "vocabulary"), "is texts, but a model from scratch has no other vocabulary. Remove it."
+        return
+    for key in ("vocabulary_texts", "vocabulary_min_count"):
+        if getattr(model, key) != ModelConfig.model_fields[key].default:
+            yield ("model", key), "has no effect with model.vocabulary: keep. Remove it, or set vocabulary: texts."
 
 
 def _prompts(config: Config) -> Iterator[Contradiction]:

@@ -130,6 +130,14 @@ class ModelConfig(Section):
     tokens, for an encoder that has none, as most dense models."""
     head_dims: Positive = 400
     """head fit: active dims that documents have on average before training."""
+    vocabulary: Literal["keep", "texts"] = "keep"
+    """texts: cut the base model's vocabulary to the pieces that texts use, and to those that spell any other text. A model
+    of 250,000 pieces becomes a third of its size. keep: all pieces stay."""
+    vocabulary_texts: list[Source] = []
+    """vocabulary texts: corpora whose pieces are kept: folders in BEIR layout, .jsonl or .parquet files with a column
+    `text`. []: the training texts, queries and documents."""
+    vocabulary_min_count: Positive = 1
+    """vocabulary texts: a piece is kept if the texts use it at least this often."""
     attention: Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"] = "auto"
     """varlen (torch's own flash attention), flash_attention_2 and 3 (the package flash-attn): texts are packed, and nothing
     is padded (CUDA, bf16 or fp16). auto: varlen where that works, otherwise what the base model comes with."""

@@ -20,6 +20,7 @@ from trainer.config.schema import FromScratchConfig
 from trainer.encoding.fuse import transformers_of
 from trainer.hub.download import fetch
 from trainer.models.card import build_card
+from trainer.models.cut_vocabulary import ReadTexts, cut_to_texts
 from trainer.models.heads import check_not_dense, decoder_of, silence_special_tokens
 from trainer.models.normalizers import compose_first
 from trainer.models.prompts import base_prompts, in_front
@@ -35,12 +36,17 @@ FLOAT32 = {"dtype": torch.float32}
 
 
 def build_model(
-    config: Config, base: BaseModel | None, queries: list[str], documents: list[str], device: str
+    config: Config,
+    base: BaseModel | None,
+    queries: list[str],
+    documents: list[str],
+    device: str,
+    corpus: list[str] | None = None,
 ) -> SparseEncoder:
     """The untrained encoder. Raises ConfigError when the base model cannot be loaded or cannot become sparse.
 
     base: from fetch_base_model. queries, documents: the training texts, for the vocabulary of a model from scratch, the
-    IDF of query weights, and the check that the base model can become sparse.
+    IDF of query weights, and the check that the base model can become sparse. corpus: the texts of model.vocabulary_texts.
     """
     name = config.model.base_model
     prompts = base_prompts(config.model, base.folder if base else None)
@@ -54,7 +60,8 @@ def build_model(
                     config.model.from_scratch or FromScratchConfig(), read_queries + read_documents, source
                 )
             share_files(source)
-        modules = ARCHITECTURES[config.model.architecture](config, source, read_documents)
+        texts = ReadTexts(read_queries, read_documents, prompts, corpus)
+        modules = ARCHITECTURES[config.model.architecture](config, source, texts)
     model = SparseEncoder(
         modules=modules,
         trust_remote_code=config.model.trust_remote_code,
@@ -149,27 +156,27 @@ def train_only_what_the_config_says(model: SparseEncoder, config: Config) -> Non
 
 
 # ------------------------------------------------------------------------------------------- architectures
-def build_inference_free_splade(config: Config, source: Path, documents: list[str]) -> list[nn.Module]:
+def build_inference_free_splade(config: Config, source: Path, texts: ReadTexts) -> list[nn.Module]:
     """Queries: a weight per token. Documents: masked language model and SpladePooling (arXiv 2411.04403)."""
-    transformer, pooling = build_splade(config, source, documents)
+    transformer, pooling = build_splade(config, source, texts)
     tokenizer = transformer.tokenizer
-    weights = START_WEIGHTS[config.model.query_init](tokenizer, documents)
+    weights = START_WEIGHTS[config.model.query_init](tokenizer, texts.documents)
     weights[tokenizer.all_special_ids] = 0.0
     frozen = config.model.freeze_static_embedding
     query = SparseStaticEmbedding(query_tokenizer(tokenizer), weight=weights, frozen=frozen)
     return [Router.for_query_document(query_modules=[query], document_modules=[transformer, pooling])]
 
 
-def build_splade(config: Config, source: Path, documents: list[str]) -> list[nn.Module]:
+def build_splade(config: Config, source: Path, texts: ReadTexts) -> list[nn.Module]:
     """Queries and documents both through masked language model and SpladePooling (arXiv 2109.10086)."""
-    transformer = load_transformer(config, source)
+    transformer = load_transformer(config, source, texts)
     silence_special_tokens(transformer, config.model.base_model)
     dimension = transformer.model.get_output_embeddings().out_features
     pooling = SpladePooling(config.model.pooling_strategy, config.model.activation_function, dimension)
     return [transformer, pooling]
 
 
-def build_csr(config: Config, source: Path, documents: list[str]) -> list[nn.Module]:
+def build_csr(config: Config, source: Path, texts: ReadTexts) -> list[nn.Module]:
     """The dense model's own modules, and a sparse autoencoder on top (arXiv 2503.01776)."""
     with loading("model.base_model", config.model.base_model, own_code=True):
         dense = SentenceTransformer(
@@ -177,6 +184,7 @@ def build_csr(config: Config, source: Path, documents: list[str]) -> list[nn.Mod
         )
     _require_what_the_config_needs(dense[0], config)
     compose_first(dense.tokenizer)
+    cut_to_texts(dense[0], config.model, texts)
     dense.max_seq_length = config.training.max_seq_length
     autoencoder = SparseAutoEncoder(
         input_dim=dense.get_embedding_dimension(),
@@ -187,8 +195,8 @@ def build_csr(config: Config, source: Path, documents: list[str]) -> list[nn.Mod
     return [*dense.children(), autoencoder]
 
 
-def load_transformer(config: Config, source: Path) -> Transformer:
-    """The base model with its masked-language-model head, in float32."""
+def load_transformer(config: Config, source: Path, texts: ReadTexts) -> Transformer:
+    """The base model with its masked-language-model head, in float32, its vocabulary cut where the config says so."""
     if (source / "router_config.json").is_file():
         raise ConfigError(
             f"model.base_model: {config.model.base_model} is a trained inference-free model, queries and all. "
@@ -206,6 +214,7 @@ def load_transformer(config: Config, source: Path) -> Transformer:
         )
     _require_what_the_config_needs(transformer, config)
     compose_first(transformer.tokenizer)
+    cut_to_texts(transformer, config.model, texts)
     decoder, words = decoder_of(transformer, config.model.base_model), len(transformer.tokenizer)
     # Vocabularies padded to a round number: the extra dimensions have no word, and query weights are saved one per token.
     if decoder.out_features != words:
@@ -248,7 +257,7 @@ def _require_room_behind_prompts(model: SparseEncoder, config: Config) -> None:
             )
 
 
-ARCHITECTURES: dict[str, Callable[[Config, Path, list[str]], list[nn.Module]]] = {
+ARCHITECTURES: dict[str, Callable[[Config, Path, ReadTexts], list[nn.Module]]] = {
     "inference-free-splade": build_inference_free_splade,
     "splade": build_splade,
     "csr": build_csr,
