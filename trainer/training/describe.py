@@ -12,10 +12,12 @@ from trainer.data.tokens import Tokeniser
 from trainer.data.training_data import TrainingData
 from trainer.hub.cache import folder_of
 from trainer.models.build import vocabulary_of
+from trainer.models.cut_vocabulary import vocabulary_cut
 from trainer.models.normalizers import composes_first
 from trainer.models.prompts import prompt_lines
 from trainer.models.remote_code import BaseModel
 from trainer.system.distributed import processes
+from trainer.system.progress_bar import in_columns
 from trainer.training.arguments import query_rate_mapping
 from trainer.training.progress import Progress
 
@@ -176,10 +178,26 @@ def tokenizer_lines(model: SparseEncoder) -> Iterator[str]:
     )
 
 
+def vocabulary_lines(config: Config, model: SparseEncoder) -> Iterator[str]:
+    """What was cut from the base model's vocabulary: pieces, parameters, memory, and texts that are split differently."""
+    cut = vocabulary_cut(model)
+    if cut is None:
+        return
+    least = config.model.vocabulary_min_count
+    where = f"{cut.texts:,} {'texts of model.vocabulary_texts' if config.model.vocabulary_texts else 'training texts'}"
+    often = f" {least} times or more" if least > 1 else ""
+    pieces = f"{cut.pieces_before:,} pieces → {cut.pieces:,}: {cut.pieces_used:,} that {where} use{often}"
+    yield in_columns("vocabulary", f"{pieces}, the others spell any other text")
+    size = f"{cut.parameters_before:,} → {cut.parameters:,} parameters, {cut.bytes_saved / 2**20:,.0f} MiB less"
+    share = f"{cut.changed / max(cut.compared, 1):.1%} of {cut.compared:,} training texts"
+    yield in_columns("", f"{size}; {share} are split differently")
+
+
 def model_lines(config: Config, base: BaseModel | None, model: SparseEncoder) -> Iterator[str]:
     """Architecture, base model, size, tokenizer and prompts."""
     yield from base_model_lines(config, base)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     yield f"          {vocabulary_of(model):,} dimensions, {parameters:,} parameters"
+    yield from vocabulary_lines(config, model)
     yield from tokenizer_lines(model)
     yield from prompt_lines(config.model, base.folder if base else None, model.prompts)

@@ -15,6 +15,7 @@ from trainer.config import FROM_SCRATCH, Config, ConfigError, LoadedConfig
 from trainer.data.forward_passes import forward_passes_of
 from trainer.data.tokens import Tokeniser
 from trainer.data.training_data import TrainingData, load_data
+from trainer.data.vocabulary_texts import read_vocabulary_texts
 from trainer.encoding.fuse import fuse
 from trainer.hub.download import HubUnreachable
 from trainer.losses.build import build_loss
@@ -123,7 +124,7 @@ def make_parts(loaded: LoadedConfig, decisions: Decisions, run: Run | None = Non
     device, reason = decide_device(config, decisions, must_exist=run is not None)
     base, data, progress = load(loaded, decisions, run, start)
     teacher = decide_teacher(config, data, device, decisions, score=run is not None)
-    model = make_model(config, base, data, start, device if run else "cpu")
+    model = make_model(config, base, data, start, device if run else "cpu", decisions)
     decisions.add(*describe.model_lines(config, base, model))
     decisions.add(*fuse_head(config, model, device))
     # from here on, the model may have an attention that computes in 16 bits only
@@ -226,13 +227,18 @@ def decide_teacher(
     return None
 
 
-def make_model(config: Config, base: BaseModel | None, data: TrainingData, start: Start, device: str) -> SparseEncoder:
+def make_model(
+    config: Config, base: BaseModel | None, data: TrainingData, start: Start, device: str, decisions: Decisions
+) -> SparseEncoder:
     """The untrained model, or the model of the checkpoint that a run is resumed from."""
     transformers.set_seed(config.training.seed)
     if start.checkpoint:
         return load_model(start.checkpoint, config, device)
+    corpus, lines = read_vocabulary_texts(config.model.vocabulary_texts)
+    decisions.add(*(in_columns("vocabulary", line) for line in lines))
+    queries, documents = data.texts("anchor"), data.texts("positive", "negative")
     with going_on(in_columns("model", "building")):
-        return build_model(config, base, data.texts("anchor"), data.texts("positive", "negative"), device)
+        return build_model(config, base, queries, documents, device, corpus or None)
 
 
 def fuse_head(config: Config, model: SparseEncoder, device: str) -> list[str]:

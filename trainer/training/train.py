@@ -4,6 +4,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
@@ -14,6 +15,7 @@ from trainer.config import LoadedConfig
 from trainer.data.tokens import static_routes
 from trainer.models.attention import with_padded_attention
 from trainer.models.build import autoencoder_of, save_model
+from trainer.models.cut_vocabulary import vocabulary_cut
 from trainer.runs.checkpoints import put_in_place
 from trainer.runs.choice import REPORTED
 from trainer.runs.run import Run
@@ -163,6 +165,7 @@ def record_start(prepared: Prepared, run: Run, start: Start) -> None:
         device_reason=prepared.device_reason,
         seed=config.training.seed,
         base_model=base.manifest() if base else run.manifest.get("base_model", {"source": config.model.base_model}),
+        **({"vocabulary": asdict(cut)} if (cut := vocabulary_cut(prepared.model)) else {}),
         prompts={side: text for side, text in prepared.model.prompts.items() if text},
         datasets=prepared.data.manifest(),
         processes=processes(),
