@@ -21,6 +21,7 @@ from trainer.encoding.fuse import transformers_of
 from trainer.hub.download import fetch
 from trainer.models.card import build_card
 from trainer.models.cut_vocabulary import ReadTexts, cut_to_texts
+from trainer.models.fitted_head import fit_head
 from trainer.models.heads import check_not_dense, decoder_of, silence_special_tokens
 from trainer.models.normalizers import compose_first
 from trainer.models.prompts import base_prompts, in_front
@@ -29,6 +30,7 @@ from trainer.models.remote_code import BaseModel, check_code, keep_code, with_ow
 from trainer.models.scratch import build_from_scratch
 from trainer.models.weights import loading
 from trainer.system.distributed import is_first, share_files
+from trainer.system.files import read_json
 
 PROBE_TEXTS = 8
 # transformers 5 loads weights in the precision they were saved in; optimizers need float32 copies of them.
@@ -196,21 +198,22 @@ def build_csr(config: Config, source: Path, texts: ReadTexts) -> list[nn.Module]
 
 
 def load_transformer(config: Config, source: Path, texts: ReadTexts) -> Transformer:
-    """The base model with its masked-language-model head, in float32, its vocabulary cut where the config says so."""
+    """The base model with a masked-language-model head, in float32, cut and fitted where the config says so."""
     if (source / "router_config.json").is_file():
         raise ConfigError(
             f"model.base_model: {config.model.base_model} is a trained inference-free model, queries and all. "
             "Name the masked language model it was made from"
         )
-    trust = {"trust_remote_code": config.model.trust_remote_code}
-    with loading("model.base_model", config.model.base_model, own_code=True):
+    trust, fits = {"trust_remote_code": config.model.trust_remote_code}, config.model.head == "fit"
+    with loading("model.base_model", config.model.base_model, own_code=True, without_head=fits):
         transformer = Transformer(
-            str(source),
+            str(folder_of_encoder(source)),
             transformer_task="fill-mask",
             max_seq_length=config.training.max_seq_length,
             model_kwargs=trust | FLOAT32,
             processor_kwargs=trust,
-            config_kwargs=trust,
+            config_kwargs=trust
+            | ({"tie_word_embeddings": False} if fits else {}),  # a fitted decoder has its own words
         )
     _require_what_the_config_needs(transformer, config)
     compose_first(transformer.tokenizer)
@@ -225,7 +228,16 @@ def load_transformer(config: Config, source: Path, texts: ReadTexts) -> Transfor
             )
         transformer.model.resize_token_embeddings(words)
     transformer.max_seq_length = config.training.max_seq_length
+    if fits:
+        fit_head(transformer, texts.documents, config.model.head_dims, config.model.base_model)
     return transformer
+
+
+def folder_of_encoder(source: Path) -> Path:
+    """The folder with the weights of a base model's first module: some SentenceTransformers have one for each module."""
+    modules = read_json(source / "modules.json") if (source / "modules.json").is_file() else []
+    first = modules[0].get("path") if isinstance(modules, list) and modules and isinstance(modules[0], dict) else ""
+    return source / first if first and not (source / "config.json").is_file() else source
 
 
 def _require_what_the_config_needs(transformer: Transformer, config: Config) -> None:
@@ -237,8 +249,9 @@ def _require_what_the_config_needs(transformer: Transformer, config: Config) -> 
             'Add one to its tokenizer_config.json ("pad_token": "<pad>")'
         )
     positions = getattr(settings, "max_position_embeddings", None) or getattr(settings, "max_sequence_length", None)
-    if positions and settings.model_type in ("roberta", "xlm-roberta", "camembert"):
-        positions -= settings.pad_token_id + 1  # these count positions from behind the padding's
+    for path, table in transformer.model.named_modules():
+        if positions and path.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+            positions -= table.padding_idx + 1  # RoBERTa and its like count positions from behind the padding's
     if positions and config.training.max_seq_length > positions:
         raise ConfigError(
             f"training.max_seq_length: {config.training.max_seq_length} tokens are more than {name} can read ({positions})"

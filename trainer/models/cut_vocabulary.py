@@ -239,10 +239,13 @@ def embedding_of(model: PreTrainedModel) -> nn.Embedding:
 
 
 def weights_by_piece(model: PreTrainedModel) -> list[nn.Parameter]:
-    """The weights with a row for each piece: of the embeddings, and of the decoder where there is one."""
+    """The weights with a row for each piece: of the embeddings, and of the head where there is one."""
     decoder = model.get_output_embeddings()
-    of_decoder = [getattr(decoder, name, None) for name in ("weight", "bias")]
-    return [embedding_of(model).weight, *(each for each in of_decoder if each is not None)]
+    of_head = [getattr(decoder, name, None) for name in ("weight", "bias")]
+    for module in model.modules():  # untied, the heads of BERT and RoBERTa have a second bias, which nothing reads
+        if getattr(module, "decoder", None) is decoder is not None:
+            of_head.append(getattr(module, "bias", None))
+    return [embedding_of(model).weight, *(each for each in of_head if isinstance(each, nn.Parameter))]
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ decoder, so the saved model is a stock one.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from sentence_transformers import SparseEncoder
@@ -21,8 +20,7 @@ from trainer.encoding.fuse import PROBE, transformers_of
 from trainer.encoding.fused_head import splade_max
 from trainer.models.heads import decoder_of
 
-# Tokens that the projection is fitted to. Of 60,000 and 30,000 the held-out accuracy of an encoder of 384 dimensions differed
-# by less than a point.
+# Tokens that the projection is fitted to: a hundred for each of 384 dimensions.
 MOST_TOKENS = 40_000
 # A projection from n dimensions that is fitted to fewer tokens than this times n follows their noise.
 TOKENS_PER_DIMENSION = 4
@@ -30,13 +28,13 @@ TOKENS_PER_DIMENSION = 4
 HELD_OUT_EVERY = 8
 MOST_HELD_OUT_TOKENS, MOST_HELD_OUT_TEXTS = 3_000, 64
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
-# Below this share of held-out tokens whose largest logit is their own word's, the states do not say which token they are of.
+# Below this share of tokens whose largest logit is their own word's, states do not say which token they are of.
 LEAST_OWN = 0.05
-# The projection's length. Around 0, GELU, SiLU and tanh are lines: at 0.5 over 384 dimensions GELU bends by 2 %, whatever the
-# precision. A shift of +8 in front of GELU, exact in float32, leaves 5 of bfloat16's 8 bits to the shift.
+# The projection's length. Around 0, GELU, SiLU and tanh are lines: with 0.5 over 384 dimensions GELU bends by 2 %. (Behind a
+# shift of +8 GELU is a line too, but bfloat16 rounds numbers near 8 to 1/16.)
 PROJECTED_LENGTH = 0.5
-# A word whose own tokens' logits are low is cut off lower, by so much of the difference: at 500 dims 0.86 to 0.92 of a text's own
-# words stay active, against 0.66 to 0.75 with one cut-off for all words.
+# A word whose own tokens' logits are low is cut off lower, by so much of the difference: at 300 dims 0.76 to 0.84 of a
+# text's own words stay active, against 0.66 to 0.75 with one cut-off for all words.
 SHARE_OF_OWN = 0.5
 # Tokens that a word's own mean counts beside those that were seen.
 PRIOR_TOKENS = 3.0
@@ -61,12 +59,9 @@ class HeadFit:
     """Share of a held-out text's own words that are active in its vector."""
 
 
-_FITS: WeakKeyDictionary[nn.Module, HeadFit] = WeakKeyDictionary()
-
-
 def head_fit(model: SparseEncoder) -> HeadFit | None:
-    """How the model's head was fitted; None for a head of its own."""
-    return next((fit for each in transformers_of(model) if (fit := _FITS.get(each)) is not None), None)
+    """How the model's head was fitted when it was built; None for a head of its own, and for a model that was saved."""
+    return next((getattr(network, "head_fit", None) for network in transformers_of(model)), None)
 
 
 @torch.no_grad()
@@ -101,7 +96,7 @@ def fit_head(transformer: Transformer, texts: Sequence[str], active_dims: int, n
     level = SHARE_OF_OWN * _own_level(_project(states, projection), tokens, words)
     dims, own_active = _set_decoder(head, words, level, held_out[:MOST_HELD_OUT_TEXTS], active_dims)
     transformer.train(was_training)
-    _FITS[transformer] = HeadFit(len(fitted) + len(held_out), len(tokens), own, dims, own_active)
+    transformer.head_fit = HeadFit(len(fitted) + len(held_out), len(tokens), own, dims, own_active)
 
 
 class Head:
@@ -115,8 +110,8 @@ class Head:
         kind = type(transformer.model).__name__
         if (parts := self._before_the_decoder()) is None or self.decoder.bias is None:
             raise ConfigError(
-                f"model.head: the head of {name} ({kind}) cannot be fitted: it is not a dense layer, an activation and a norm "
-                "in front of a decoder with a bias. Set model.head: own"
+                f"model.head: the head of {name} ({kind}) cannot be fitted: it is not a dense layer, an activation and a "
+                "norm in front of a decoder with a bias. Set model.head: own"
             )
         self.dense, norm = parts
         for module in (self.dense, norm, self.decoder):  # NorBERT4's linear layers have a scale of their own
@@ -128,8 +123,8 @@ class Head:
             norm.bias.zero_()
         if self.embeddings.shape != self.decoder.weight.shape or len(self.dense.weight) != self.embeddings.shape[1]:
             raise ConfigError(
-                f"model.head: the head of {name} ({kind}) cannot be fitted: its decoder is {list(self.decoder.weight.shape)} "
-                f"and its embeddings are {list(self.embeddings.shape)}. Set model.head: own"
+                f"model.head: the head of {name} ({kind}) cannot be fitted: its decoder is "
+                f"{list(self.decoder.weight.shape)}, its embeddings {list(self.embeddings.shape)}. Set model.head: own"
             )
 
     def set_projection(self, projection: Tensor) -> None:
@@ -154,7 +149,9 @@ class Head:
         self.decoder.weight = nn.Parameter(weight.to(self.decoder.weight))
         self.decoder.bias.copy_(bias)
         for name, parameter in self.transformer.model.named_parameters():
-            if name.endswith("bias") and parameter.shape == bias.shape:  # BERT and RoBERTa have a second one, often tied
+            if (
+                name.endswith("bias") and parameter.shape == bias.shape
+            ):  # BERT and RoBERTa have a second one, often tied
                 parameter.copy_(bias)
 
     def states(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -168,10 +165,16 @@ class Head:
             yield handed, ids, ids != self.transformer.tokenizer.pad_token_id
 
     def _batches(self, texts: list[str]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        tokenizer, seen = self.transformer.tokenizer, {}
-        special = torch.tensor(tokenizer.all_special_ids)
+        """What the dense layer and the decoder read, the token ids, and which are words: no padding, nothing special."""
+        seen: dict[str, Tensor] = {}
+        special = torch.tensor(self.transformer.tokenizer.all_special_ids)
+
+        def read_by_decoder(hidden: Tensor) -> Tensor:
+            seen["decoder"] = hidden.float()
+            return hidden[..., :1].clone()  # stands for logits of all words, which nobody reads
+
         dense = self.dense.register_forward_hook(lambda _, given, __: seen.update(dense=given[0].float()))
-        self.decoder.forward = lambda hidden: seen.update(decoder=hidden.float()) or hidden[..., :1].clone()  # no logits
+        self.decoder.forward = read_by_decoder
         try:
             ordered = sorted(texts, key=len, reverse=True)
             for start in range(0, len(ordered), BATCH):
@@ -206,7 +209,9 @@ def _sample(transformer: Transformer, texts: Sequence[str]) -> tuple[list[str], 
     different = list(dict.fromkeys(texts))
     longest = transformer.max_seq_length
     probe = different[:: max(1, len(different) // 100)]
-    length = sum(min(len(ids), longest) for ids in transformer.tokenizer(probe, verbose=False)["input_ids"]) / len(probe)
+    length = sum(min(len(ids), longest) for ids in transformer.tokenizer(probe, verbose=False)["input_ids"]) / len(
+        probe
+    )
     chosen = different[:: max(1, round(len(different) * length / MOST_TOKENS))]
     return [text for n, text in enumerate(chosen) if n % HELD_OUT_EVERY], chosen[HELD_OUT_EVERY::HELD_OUT_EVERY]
 

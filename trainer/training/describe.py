@@ -13,6 +13,7 @@ from trainer.data.training_data import TrainingData
 from trainer.hub.cache import folder_of
 from trainer.models.build import vocabulary_of
 from trainer.models.cut_vocabulary import vocabulary_cut
+from trainer.models.fitted_head import head_fit
 from trainer.models.normalizers import composes_first
 from trainer.models.prompts import prompt_lines
 from trainer.models.remote_code import BaseModel
@@ -193,11 +194,23 @@ def vocabulary_lines(config: Config, model: SparseEncoder) -> Iterator[str]:
     yield in_columns("", f"{size}; {share} are split differently")
 
 
+def head_lines(model: SparseEncoder) -> Iterator[str]:
+    """What a head was fitted to, and how it does on texts that were held out."""
+    if (fit := head_fit(model)) is None:
+        return
+    yield in_columns("head", f"fitted to {fit.tokens:,} tokens of {fit.texts:,} texts. Of texts that were held out:")
+    own = f"{fit.own:.0%} of the tokens have their own word's logit as the largest"
+    yield in_columns(
+        "", f"{own}; {fit.active_dims:,.0f} active dims, {fit.own_active:.0%} of the text's own words among them"
+    )
+
+
 def model_lines(config: Config, base: BaseModel | None, model: SparseEncoder) -> Iterator[str]:
     """Architecture, base model, size, tokenizer and prompts."""
     yield from base_model_lines(config, base)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     yield f"          {vocabulary_of(model):,} dimensions, {parameters:,} parameters"
     yield from vocabulary_lines(config, model)
+    yield from head_lines(model)
     yield from tokenizer_lines(model)
     yield from prompt_lines(config.model, base.folder if base else None, model.prompts)

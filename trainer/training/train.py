@@ -16,6 +16,7 @@ from trainer.data.tokens import static_routes
 from trainer.models.attention import with_padded_attention
 from trainer.models.build import autoencoder_of, save_model
 from trainer.models.cut_vocabulary import vocabulary_cut
+from trainer.models.fitted_head import head_fit
 from trainer.runs.checkpoints import put_in_place
 from trainer.runs.choice import REPORTED
 from trainer.runs.run import Run
@@ -166,6 +167,7 @@ def record_start(prepared: Prepared, run: Run, start: Start) -> None:
         seed=config.training.seed,
         base_model=base.manifest() if base else run.manifest.get("base_model", {"source": config.model.base_model}),
         **({"vocabulary": asdict(cut)} if (cut := vocabulary_cut(prepared.model)) else {}),
+        **({"head": asdict(fit)} if (fit := head_fit(prepared.model)) else {}),
         prompts={side: text for side, text in prepared.model.prompts.items() if text},
         datasets=prepared.data.manifest(),
         processes=processes(),
