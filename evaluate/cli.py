@@ -1,4 +1,4 @@
-"""python -m evaluate: run, mteb, bm25, sparsity, hybrid, latency, leakage, compare, report.
+"""python -m evaluate: run, mteb, bm25, dense, sparsity, hybrid, latency, leakage, compare, report, prove.
 
 Heavy imports are inside the commands, so help and errors are quick.
 """
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trainer.config.words import split_paths
+from trainer.config import ConfigError, find_config, load_config
+from trainer.config.words import split_pairs, split_paths
 
 if TYPE_CHECKING:
     from evaluate.session import Session
@@ -49,6 +50,14 @@ baseline_option = click.option(
 )
 dense_option = click.option(
     "--dense", help="A dense model to score and to fuse with: a path, or a hub name, org/model@revision."
+)
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=lambda context, option, texts: tuple(pair for text in texts for pair in split_pairs(text)),
+    help="Override a key of the configs, as `python -m trainer train` does.",
 )
 leak_option = click.option(
     "--fail-on-leak", is_flag=True, help="Exit with 1 when training texts are in the evaluation data."
@@ -131,6 +140,36 @@ def bm25(output: Path | None, **options: Any) -> None:
 
 
 @main.command()
+@click.argument("model", required=False, metavar="[MODEL]")
+@click.option("--parent-of", metavar="CONFIG", help="The dense model that this CSR config starts from.")
+@set_option
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run code that comes with MODEL; from the hub, at a full commit."
+)
+@click.option("--tasks", default="", help="Groups, mteb names, folders in BEIR layout; between commas or blanks.")
+@click.option("--language", type=click.Choice(["no", "nb", "nn", "da", "sv"]), help="Language of the folders.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for the results.")
+def dense(
+    model: str | None,
+    parent_of: str | None,
+    overrides: tuple[str, ...],
+    trust_remote_code: bool,
+    **options: Any,
+) -> None:
+    """Scores of a dense model on the same tasks: MODEL is a path, or a hub name, org/model@revision."""
+    if (model is None) == (parent_of is None):
+        raise ConfigError("say which dense model: a path or a hub name, or --parent-of CONFIG; not both")
+    set_up_libraries()
+    from evaluate.session import dense_alone, parent_alone
+
+    where = (options["tasks"], options["language"], options["output"], click.echo)
+    if parent_of is not None:
+        sys.exit(parent_alone(load_config(find_config(parent_of), overrides).config, *where))
+    assert model is not None
+    sys.exit(dense_alone(model, trust_remote_code, *where))
+
+
+@main.command()
 @subject_options
 def sparsity(**options: Any) -> None:
     """Active dims of queries and documents, FLOPS, frequent dims, index size, and what pruning costs."""
@@ -186,3 +225,32 @@ def compare(baseline: tuple[Path, ...], **options: Any) -> None:
 def report(**options: Any) -> None:
     """One HTML page and a Markdown summary of all that was measured."""
     open_session(options).report()
+
+
+@main.command()
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="CONFIG",
+    callback=lambda context, option, texts: tuple(name for text in texts for name in text.replace(",", " ").split()),
+    help="Only these configs, between blanks; all eight by default. The baselines are always measured.",
+)
+@click.option("--tasks", default="", help="Other tasks than the seven Scandinavian ones and NanoBEIR.")
+@set_option
+@click.option("--dry-run", is_flag=True, help="Print steps, downloads, hours and disk, and stop.")
+def prove(only: tuple[str, ...], tasks: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Train the eight configs, measure them beside baselines, and write the table of docs/results.md.
+
+    Run it again after a stop: it goes on where it was.
+    """
+    set_up_libraries()
+    from evaluate.prove.dry_run import plan_lines
+    from evaluate.prove.plan import make_plan
+    from evaluate.prove.prove import prove
+
+    plan = make_plan(only, tasks, overrides, click.echo)
+    if dry_run:
+        for line in plan_lines(plan):
+            click.echo(line)
+        return
+    sys.exit(prove(plan, click.echo))

@@ -25,8 +25,9 @@ from evaluate.subject import Subject, fingerprint_of
 from evaluate.tasks import load, select_tasks, task_names
 from evaluate.terms import terms_lines, top_terms
 from evaluate.trust import require_trust
-from trainer.config import ConfigError
+from trainer.config import Config, ConfigError
 from trainer.data.bm25 import K1, B
+from trainer.models.build import fetch_base_model
 from trainer.runs.results import EvalFolder, read_system
 from trainer.runs.run import Run
 from trainer.runs.score_table import is_current
@@ -219,6 +220,36 @@ class Session:
 
 def bm25_alone(names: str, language: str | None, output: Path | None, echo: Callable[[str], None]) -> bool:
     """BM25 without any model; the exit status: 1 when a task failed."""
+    return _alone(BM25_NAME, BM25, BM25_FINGERPRINT, select_tasks(task_names(names), language), output, echo)
+
+
+def dense_alone(
+    source: str, trust: bool, names: str, language: str | None, output: Path | None, echo: Callable[[str], None]
+) -> bool:
+    """A dense model, by its own similarity, or else by cosine; the exit status: 1 when a task failed."""
+    tasks, fingerprint = select_tasks(task_names(names), language), fingerprint_of(*split_dense(source))
+    return _alone(dense_name(source), lambda: load_dense(source, trust), fingerprint, tasks, output, echo)
+
+
+def parent_alone(
+    config: Config, names: str, language: str | None, output: Path | None, echo: Callable[[str], None]
+) -> bool:
+    """The dense model that a CSR config starts from, its code converted as for training; the exit status."""
+    base = fetch_base_model(config)
+    if base is None or config.loss.has_regularizers:
+        raise ConfigError(f"model.base_model: {config.model.base_model} is no dense model that CSR makes sparse")
+    tasks, folder = select_tasks(task_names(names), language), str(base.folder)
+    load, name = (lambda: load_dense(folder, config.model.trust_remote_code)), dense_name(base.source)
+    return _alone(name, load, fingerprint_of(folder, None), tasks, output, echo)
+
+
+def _alone(
+    name: str,
+    make_search: Callable[[], Any],
+    fingerprint: str,
+    tasks: list[Any],
+    output: Path | None,
+    echo: Callable[[str], None],
+) -> bool:
     with tempfile.TemporaryDirectory() as folder:
-        tasks = select_tasks(task_names(names), language)
-        return bool(score_system(BM25_NAME, BM25, BM25_FINGERPRINT, tasks, EvalFolder(output or Path(folder)), echo))
+        return bool(score_system(name, make_search, fingerprint, tasks, EvalFolder(output or Path(folder)), echo))

@@ -265,10 +265,8 @@ def test_a_negative_column_that_is_asked_for_and_not_there_is_named(tmp_path):
 
 
 # ---------------------------------------------------------------------------------- the three families, from local copies
-@pytest.fixture
-def copies(tmp_path):
-    """Local copies of the hub's data sets, small, in their own columns and layouts."""
-    root = tmp_path / "copies"
+def write_copies(root):
+    """Copies of the hub's data sets, small, in their own columns and layouts."""
 
     def words(prefix, count, **more):
         return [{column: f"{prefix} {text} {i}" for column, text in more.items()} for i in range(count)]
@@ -306,6 +304,11 @@ def copies(tmp_path):
     ]
     write_parquet(root / "ddsc/default/train/0.parquet", ddsc)
     return root
+
+
+@pytest.fixture
+def copies(tmp_path):
+    return write_copies(tmp_path / "copies")
 
 
 def families(root, without=()):

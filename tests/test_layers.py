@@ -30,6 +30,7 @@ EVALUATE = [
     {"sparsity", "latency", "leakage", "hybrid", "compare"},
     {"report"},
     {"session"},
+    {"prove"},  # steps that call the commands
     {"cli"},
     {"__main__"},
 ]
