@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trainer.config import ConfigError, find_config, load_config
-from trainer.config.words import split_pairs, split_paths
+from trainer.config.words import split_names, split_pairs, split_paths
 
 if TYPE_CHECKING:
     from evaluate.session import Session
@@ -81,6 +81,10 @@ def set_up_libraries() -> None:
     from trainer.system.libraries import quiet_libraries
 
     quiet_libraries()
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).is_file()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -232,7 +236,7 @@ def report(**options: Any) -> None:
     "--only",
     multiple=True,
     metavar="CONFIG",
-    callback=lambda context, option, texts: tuple(name for text in texts for name in text.replace(",", " ").split()),
+    callback=lambda context, option, texts: tuple(name for text in texts for name in split_names(text, _is_file)),
     help="Only these configs, between blanks; all eight by default. The baselines are always measured.",
 )
 @click.option("--tasks", default="", help="Other tasks than the seven Scandinavian ones and NanoBEIR.")

@@ -293,6 +293,23 @@ def test_bm25_needs_no_model(tmp_path, folder):
     assert result.stdout.startswith("bm25        four: nDCG@10 ")
 
 
+def test_a_dense_model_is_scored_alone_and_a_csr_config_names_its_parent(tmp_path, folder):
+    dense = write_dense(tmp_path / "model")
+    alone = evaluate(tmp_path, "dense", str(dense), "--tasks", str(folder), "--output", "alone")
+    assert alone.exit_code == 0, alone.output
+    sets = f"model.base_model={dense} model.revision=null hardware.device=cpu"
+    parent = evaluate(
+        tmp_path, "dense", "--parent-of", "csr", "--set", sets, "--tasks", str(folder), "--output", "parent"
+    )
+    assert parent.exit_code == 0, parent.output
+    files = [tmp_path / where / "scores/dense/four.json" for where in ("alone", "parent")]
+    scores = [json.loads(file.read_text())["scores"] for file in files]
+    assert scores[0] == scores[1]
+    refused = evaluate(tmp_path, "dense", "--parent-of", "quickstart", "--tasks", str(folder))
+    assert (refused.exit_code, "is no dense model that CSR makes sparse" in refused.stderr) == (2, True)
+    assert "say which dense model" in evaluate(tmp_path, "dense", "--tasks", str(folder)).stderr
+
+
 def test_the_hub_being_unreachable_is_one_line_per_task_and_status_1(trained):
     result = evaluate(trained, "bm25", "--tasks", "NorQuadRetrieval")
     assert result.exit_code == 1

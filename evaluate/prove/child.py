@@ -123,7 +123,8 @@ class _Passed:
 def _passing_signals() -> Iterator[_Passed]:
     """Hand the signals that stop a program on to the child, which ends in order."""
     passed = _Passed()
-    before = {number: signal.signal(number, passed.hand_on) for number in SIGNALS}
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's stay ignored
+    before = {number: signal.signal(number, passed.hand_on) for number in heeded}
     try:
         yield passed
     finally:

@@ -144,6 +144,7 @@ def fetch_all(plan: Plan, echo: Callable[[str], None]) -> dict[str, str]:
     for task in select_tasks(task_names(plan.tasks)):
         try:
             load(task)
+            task.unload_data()
         except ConfigError as error:
             missing[f"task {task.metadata.name}"] = error.format_message()
     for name, why in missing.items():
