@@ -24,9 +24,9 @@ export PYTORCH_ENABLE_MPS_FALLBACK ?= 1
 # In place of the shell, since make hands on a signal to its own child alone.
 RUN     := exec docker/run
 export CONFIG SET RUNTIME VENV NODES PROCS RENDEZVOUS PORT IMAGE
-export MODEL TASKS BASELINE DENSE REPO TO CORPUS QUERIES OUTPUT
+export MODEL ONLY TASKS BASELINE DENSE REPO TO CORPUS QUERIES OUTPUT
 
-.PHONY: help train resume eval check show pin bm25 publish export tensorboard images test test-docker lint audit smoke bench soak lock schema clean
+.PHONY: help train resume eval check show pin bm25 prove publish export tensorboard images test test-docker lint audit smoke bench soak lock schema clean
 .DEFAULT_GOAL := help
 
 help: ## this help
@@ -59,6 +59,10 @@ eval: ## measure the run of CONFIG, or MODEL=path: TASKS=… BASELINE=results DE
 
 bm25: ## nDCG@10 of BM25: TASKS=folder:no (BEIR layout) or mteb tasks
 	@$(RUN) evaluate bm25 --tasks "$$TASKS" $(if $(LANGUAGE),--language $(LANGUAGE)) $(ARGS)
+
+prove: ## train and measure the eight configs beside baselines, into docs/results.md: ONLY=splade_h100 DRY_RUN=1
+	@$(RUN) evaluate prove $(if $(ONLY),--only "$$ONLY") $(if $(TASKS),--tasks "$$TASKS") $(SETS) \
+	  $(if $(filter-out 0,$(DRY_RUN)),--dry-run)
 
 publish: ## upload the trained model of CONFIG: REPO=owner/name, PUBLIC=1, DRY_RUN=1
 	@$(RUN) trainer publish "$$CONFIG" --repo "$$REPO" \

@@ -269,6 +269,22 @@ def test_each_command_runs_in_its_service(project):
         assert ran(project)[0].endswith(ends)
 
 
+def test_prove_runs_where_a_training_may_take_its_time_to_stop_and_writes_the_page(project):
+    pretend(project, gpus=0)
+    result = run(project, "evaluate", "prove", "--only", "splade_h100", COMPOSE_PROJECT_NAME="p")
+    assert result.returncode == 0, result.stderr
+    (command,) = ran(project)
+    assert "--file docker/compose.cuda.yaml run --detach --name p-train-" in command
+    assert command.endswith(
+        f"--volume {project}/docs:/app/docs --entrypoint python -m evaluate train prove --only splade_h100"
+    )
+
+
+def test_prove_with_several_processes_is_one_line(project):
+    pretend(project)
+    assert "make prove uses one GPU" in one_line_of(run(project, "evaluate", "prove", PROCS="8"))
+
+
 def made(project, *arguments):
     """The words that a make target hands to docker/run."""
     stub = project / "bin" / "words"
@@ -289,7 +305,8 @@ def test_make_maps_every_config_to_docker_run(project):
 def test_no_shell_stands_between_make_and_docker_run(project):
     """make hands on a signal, as of a scheduler that stops a job, to its own child alone."""
     (project / "docker" / "run").write_text("#!/bin/sh\ncat /proc/$PPID/comm\n")
-    for target in ("train", "resume", "check", "show", "eval", "bm25", "publish", "export", "tensorboard", "images"):
+    targets = ("train", "resume", "check", "show", "eval", "bm25")
+    for target in (*targets, "prove", "publish", "export", "tensorboard", "images"):
         command = ["make", target, "SET=a=1", "TASKS=b", "CORPUS=c"]
         assert subprocess.run(command, cwd=project, capture_output=True, text=True).stdout == "make\n", target
 
@@ -323,6 +340,10 @@ def test_make_hands_on_every_path_as_one_word(project):
     assert words[5:] == options("CORPUS", "QUERIES", "OUTPUT")
     assert made(project, "bm25", *given) == ["evaluate", "bm25", "--tasks", paths["TASKS"]]
     assert made(project, "publish", "CONFIG=c", f"REPO={ODD}")[2:] == ["c", "--repo", ODD]
+    assert made(project, "prove", f"ONLY={ODD}", f"TASKS={ODD}", f"SET={ODD}", "DRY_RUN=1") == [
+        *("evaluate", "prove", "--only", ODD, "--tasks", ODD, "--set", ODD, "--dry-run")
+    ]
+    assert made(project, "prove", "DRY_RUN=0") == ["evaluate", "prove"]
 
 
 def test_the_makefile_uses_nothing_that_make_3_81_lacks():
