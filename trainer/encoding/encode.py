@@ -1,6 +1,7 @@
 """Texts to sparse rows: sorted by length, through the fused head, and never more dense vectors than those of one batch."""
 
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -8,6 +9,7 @@ import scipy.sparse as sp
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import Router, SparseStaticEmbedding
 from tokenizers import Tokenizer
+from torch import nn
 
 from trainer.config import ConfigError
 from trainer.system.progress_bar import ProgressReport
@@ -38,6 +40,11 @@ def encode(
         if progress is not None:
             progress.update(len(batch))
     return sp.vstack(parts, format="csr")[np.argsort(order)]
+
+
+def document_modules(model: Any) -> list[nn.Module]:
+    """The modules that documents go through."""
+    return list(model[0].sub_modules["document"] if hasattr(model[0], "sub_modules") else model)
 
 
 class StaticQueries:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trainer.config import ConfigError
+from trainer.encoding.encode import document_modules
 from trainer.encoding.fuse import unfuse
 
 
@@ -31,11 +32,6 @@ class DocumentGraph(nn.Module):
         """Inputs to trace with: two texts of different lengths."""
         features = self.steps[0].preprocess(["to tekster", "med hver sin lengde, den andre lengst"])
         return {name: features[name] for name in ("input_ids", "attention_mask")}
-
-
-def document_modules(model: Any) -> list[nn.Module]:
-    """The modules that documents go through."""
-    return list(model[0].sub_modules["document"] if hasattr(model[0], "sub_modules") else model)
 
 
 def document_tokenizer(model: Any) -> Tokenizer:

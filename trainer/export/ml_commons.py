@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import ConfigError, one_line
+from trainer.encoding.encode import document_modules
 from trainer.encoding.vocabulary import dims_are_words
+from trainer.encoding.windows import reads_in_windows, with_cut_documents
 from trainer.export import ml_commons_reader
 from trainer.export.check import require_same_vectors
-from trainer.export.graph import DocumentGraph, document_modules, document_tokenizer
+from trainer.export.graph import DocumentGraph, document_tokenizer
 from trainer.export.sample import embedded_texts
 from trainer.export.vectors import Encoder, matrix_of
 from trainer.system.files import sha256_of
@@ -68,6 +70,11 @@ def write_models(folder: Path, encoder: Encoder, name: str, echo: Callable[[str]
             (folder / f"{DOCUMENT}{suffix}").unlink()
         raise
     echo(f"checked   {DOCUMENT}.zip in a process of its own: weights off by {largest:.1g} at most")
+    if reads_in_windows(encoder.model):
+        limit = document_modules(encoder.model)[0].max_seq_length
+        echo(
+            f"cuts      {DOCUMENT}.zip reads {limit} tokens of a document. Send longer ones with their exported vectors"
+        )
 
 
 def traced(model: Any) -> bytes:
@@ -155,4 +162,6 @@ def require_same_documents(file: Path, encoder: Encoder) -> float:
     failure = f"{file.name} does not run in a process of its own"
     with answer_of_a_fresh_process(ml_commons_reader.SCRIPT, file, texts, failure=failure) as answer:
         found = matrix_of(json.loads(answer.read_text(encoding="utf-8")), encoder.terms)
-    return require_same_vectors(f"{file.name} gives", texts, found, encoder.documents(texts), TOLERANCE)
+    with with_cut_documents(encoder.model):
+        exact = encoder.documents(texts)
+    return require_same_vectors(f"{file.name} gives", texts, found, exact, TOLERANCE)
