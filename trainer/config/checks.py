@@ -94,6 +94,13 @@ def _model(config: Config) -> Iterator[Contradiction]:
     yield from _attention(config)
     yield from _prompts(config)
     yield from _head(config)
+    if model.long_documents == "windows" and (model.architecture == "csr" or model.pooling_strategy != "max"):
+        what = "csr" if model.architecture == "csr" else f"pooling_strategy {model.pooling_strategy}"
+        yield (
+            ("model", "long_documents"),
+            f"is windows, which is for SPLADE with pooling_strategy max: with {what}, the maximum over the windows is not "
+            "the vector of the text. Set it to cut",
+        )
     if model.architecture == "csr":
         quarter = f"a quarter of csr_hidden_dim ({model.csr_hidden_dim})"
         if 4 * model.csr_k > model.csr_hidden_dim:

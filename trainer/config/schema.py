@@ -138,6 +138,9 @@ class ModelConfig(Section):
     `text`. []: the training texts, queries and documents."""
     vocabulary_min_count: Positive = 1
     """vocabulary texts: a piece is kept if the texts use it at least this often."""
+    long_documents: Literal["cut", "windows"] = "cut"
+    """Documents of more than max_seq_length tokens, in every search and export. cut: only their beginning is read. windows
+    (SPLADE): all of it, in overlapping windows; the weight of a word is its maximum over them. Training always cuts."""
     attention: Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"] = "auto"
     """varlen (torch's own flash attention), flash_attention_2 and 3 (the package flash-attn): texts are packed, and nothing
     is padded (CUDA, bf16 or fp16). auto: varlen where that works, otherwise what the base model comes with."""
@@ -197,7 +200,7 @@ class TrainingConfig(Section):
     query_learning_rate: Rate | None = None
     """Peak learning rate of the static query weights of inference-free-splade, and of nothing else."""
     max_seq_length: Positive = 256
-    """Tokens of a text that are read; the rest is cut off."""
+    """Tokens of a text that are read; the rest is cut off. model.long_documents says what else becomes of documents."""
     warmup_steps: Weight = 0.1
     """Steps of learning-rate warm-up; below 1 a share of all steps."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"

@@ -196,6 +196,10 @@ class TrainingData:
         """Every different training text in the given columns, in a fixed order."""
         return self._texts(self.train, roles).to_pylist()
 
+    def documents(self, name: str) -> pa.Array:
+        """Every different passage that a set trains on."""
+        return self._texts(self.subsets[name], ("positive", "negative"))
+
     def _texts(self, subsets: Iterable[str], roles: Iterable[str]) -> pa.Array:
         chunks: list[pa.Array] = []
         for subset in subsets:

@@ -36,6 +36,8 @@ def best_checkpoint_of(config: Config, data: TrainingData, evaluator: SearchEval
         depends_on |= {f"evaluation.{key}": value for key, value in settings.items()}
         depends_on["searches"] = sorted(evaluator.parts)
         depends_on["queries that choose"] = choices
+        if config.model.long_documents != "cut":  # as in every checkpoint that does not say it
+            depends_on["model.long_documents"] = config.model.long_documents
     elif metric:
         depends_on |= {f"loss.{key}": value for key, value in config.loss.model_dump(exclude=UNSCORED).items()}
         depends_on["rows per batch in evaluation"] = config.training.per_device_eval_batch_size * processes()

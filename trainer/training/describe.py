@@ -10,6 +10,7 @@ from trainer.data.choosing import choice_words
 from trainer.data.mining import mining_words
 from trainer.data.tokens import Tokeniser
 from trainer.data.training_data import TrainingData
+from trainer.encoding.windows import measure_lengths, reads_in_windows
 from trainer.hub.cache import folder_of
 from trainer.models.build import vocabulary_of
 from trainer.models.cut_vocabulary import vocabulary_cut
@@ -109,6 +110,16 @@ def token_line(tokeniser: Tokeniser) -> str:
         how += f", {tokeniser.texts_found:,} of the texts found"
     size = f", {tokeniser.bytes / 2**20:,.0f} MiB in {folder_of('tokens')}" if tokeniser.bytes else ""
     return f"tokens    {tokeniser.tokens:,} in {tokeniser.texts:,} different texts, {how}{size}"
+
+
+def length_lines(data: TrainingData, model: SparseEncoder) -> Iterator[str]:
+    """Per set: the documents that are longer than the model reads, and what becomes of the rest of them."""
+    for name in data.summaries:
+        if lengths := measure_lengths(model, data.documents(name)):
+            yield in_columns("lengths", f"{name}: {lengths.words(in_windows=False)}")
+    for search in data.search:
+        if lengths := measure_lengths(model, list(search.corpus.values())):
+            yield in_columns("lengths", f"search in {search.name}: {lengths.words(reads_in_windows(model))}")
 
 
 def sitting_out_lines(config: Config, data: TrainingData) -> Iterator[str]:

@@ -12,6 +12,7 @@ from sentence_transformers.sparse_encoder.evaluation import SparseInformationRet
 from trainer.config import Config
 from trainer.data.beir import SearchSet
 from trainer.data.texts import Reading
+from trainer.encoding.windows import texts_read
 from trainer.hub.download import why_unreachable
 from trainer.runs.choice import REPORTED, SCORE
 from trainer.system.distributed import processes
@@ -103,7 +104,7 @@ class SearchEvaluator(SentenceEvaluator):
         choosing = []
         for name, part in self.parts.items():
             searches = getattr(part, "evaluators", [part])  # NanoBEIR's topics
-            texts = sum(len(search.queries) + len(search.corpus) for search in searches)
+            texts = sum(len(search.queries) + texts_read(model, search.corpus) for search in searches)
             with encoding(model[0], in_columns("scoring", name), texts, share=processes()):
                 metrics = part(model, None, epoch, steps)
             prefix = part.primary_metric.rpartition("_")[0]

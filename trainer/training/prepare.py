@@ -17,6 +17,7 @@ from trainer.data.tokens import Tokeniser
 from trainer.data.training_data import TrainingData, load_data
 from trainer.data.vocabulary_texts import read_vocabulary_texts
 from trainer.encoding.fuse import fuse
+from trainer.encoding.windows import read_in_windows
 from trainer.hub.download import HubUnreachable
 from trainer.losses.build import build_loss
 from trainer.losses.statistics import BatchStatistics
@@ -130,6 +131,9 @@ def make_parts(loaded: LoadedConfig, decisions: Decisions, run: Run | None = Non
     # from here on, the model may have an attention that computes in 16 bits only
     config = decide_attention(config, model, device, decisions, run, start)
     tokenise(config, data, model, device, decisions, keep=run is not None)
+    if config.model.long_documents == "windows":
+        read_in_windows(model)
+    decisions.add(*describe.length_lines(data, model))
     decisions.add(*memory_lines(config, estimate_memory(config, data.columns, model), device if reason else None))
     if run and config.training.torch_compile:
         decisions.add(f"compile   {compile_networks(model, forward_passes_of(config, device).lengths)}")
