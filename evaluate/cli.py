@@ -29,6 +29,11 @@ SUBJECT_OPTIONS = (
         is_flag=True,
         help="Run code that comes with --model and --dense; from the hub, each at a full commit.",
     ),
+    click.option(
+        "--long-documents",
+        type=click.Choice(["cut", "windows"]),
+        help="How documents longer than the model reads are encoded; by default as the run's config says, else cut.",
+    ),
     click.option("--tasks", default="", help="Groups, mteb names, folders in BEIR layout; between commas or blanks."),
     click.option("--language", type=click.Choice(["no", "nb", "nn", "da", "sv"]), help="Language of the folders."),
     click.option(
@@ -71,7 +76,8 @@ def open_session(options: dict[str, Any]) -> "Session":
     from evaluate.subject import open_subject
 
     trusted = options["trust_remote_code"]
-    subject = open_subject(options["config"], options["model"], options["revision"], trusted)
+    names = ("config", "model", "revision")
+    subject = open_subject(*(options[name] for name in names), trusted, options["long_documents"])
     return Session(subject, options["tasks"], options["language"], options["batch_size"], click.echo, trusted)
 
 

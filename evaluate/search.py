@@ -11,6 +11,7 @@ from sentence_transformers import SparseEncoder
 from trainer.data.beir import passage_text
 from trainer.encoding.encode import encode
 from trainer.encoding.inverted_index import InvertedIndex, comparable
+from trainer.encoding.windows import measure_lengths, reads_in_windows
 from trainer.system.progress_bar import ProgressReport, in_columns
 
 
@@ -55,7 +56,9 @@ class SparseSearch(SearchSystem):
         self.model, self.batch_size = model, batch_size
 
     def index_texts(self, texts: list[str], language: str | None) -> None:
-        """Encode by the document route."""
+        """Encode by the document route; note how many passages are longer than the model reads."""
+        lengths = measure_lengths(self.model, texts)
+        self.note = lengths.words(reads_in_windows(self.model)) if lengths else ""
         vectors = self._encode(texts, "document", "passages")
         self.inverted = InvertedIndex(comparable(self.model, vectors))
 

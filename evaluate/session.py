@@ -27,6 +27,8 @@ from evaluate.terms import terms_lines, top_terms
 from evaluate.trust import require_trust
 from trainer.config import Config, ConfigError
 from trainer.data.bm25 import K1, B
+from trainer.encoding.encode import document_modules
+from trainer.encoding.windows import reads_in_windows
 from trainer.models.build import fetch_base_model
 from trainer.runs.results import EvalFolder, read_system
 from trainer.runs.run import Run
@@ -63,7 +65,11 @@ class Session:
     @cached_property
     def model(self) -> SparseEncoder:
         """The encoder, loaded when it is first needed."""
-        return self.subject.load()
+        model = self.subject.load()
+        if reads_in_windows(model):
+            text = f"longer than {document_modules(model)[0].max_seq_length} tokens are read in overlapping windows"
+            self.echo(in_columns("documents", text, 12))
+        return model
 
     def tasks(self) -> list[Any]:
         """The tasks anew: mteb drops a task's data when it has run."""

@@ -1,6 +1,6 @@
 """What is evaluated: a run of this project, a local model, or one on the hub."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from sentence_transformers.util import load_file_path
 from evaluate.trust import require_pinned_code
 from trainer.config import Config, ConfigError, find_config, is_commit, is_local, is_revision, load_config, one_line
 from trainer.encoding.fuse import fuse
+from trainer.encoding.windows import read_in_windows
 from trainer.models.weights import whole_weights
-from trainer.runs.results import EvalFolder
+from trainer.runs.results import EvalFolder, system_of
 from trainer.runs.run import MODELS, hash_of_model
 from trainer.system.files import read_json
 
@@ -30,6 +31,8 @@ class Subject:
     folder: Path
     config: Config | None = None
     manifest: dict[str, Any] | None = None
+    long_documents: str = "cut"
+    """As model.long_documents of a config."""
 
     @property
     def results(self) -> EvalFolder:
@@ -43,8 +46,8 @@ class Subject:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when the model does."""
-        return fingerprint_of(self.model, self.revision)
+        """Changes when the model does, or when it reads long documents in another way."""
+        return system_of(fingerprint_of(self.model, self.revision), self.long_documents)
 
     def load(self) -> SparseEncoder:
         """The encoder. Raises ConfigError when it cannot be loaded or is not sparse."""
@@ -57,6 +60,8 @@ class Subject:
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"{self.model} cannot be loaded: {one_line(error)}") from None
         fuse(model)
+        if self.long_documents == "windows":
+            read_in_windows(model)
         model.model_card_data.model_name = self.name  # mteb's name for it: unnamed models would share results
         return model
 
@@ -84,9 +89,21 @@ def fingerprint_of(model: str, revision: str | None) -> str:
 
 
 def open_subject(
-    config: str | None, model: str | None, revision: str | None = None, trust_remote_code: bool = False
+    config: str | None,
+    model: str | None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    long_documents: str | None = None,
 ) -> Subject:
-    """The run of a config, or a model by path or hub name. Raises ConfigError when there is nothing to evaluate."""
+    """The run of a config, or a model by path or hub name. Raises ConfigError when there is nothing to evaluate.
+
+    long_documents: by default as the run's config says, and cut for a model that is no run.
+    """
+    subject = _find_subject(config, model, revision, trust_remote_code)
+    return replace(subject, long_documents=long_documents) if long_documents else subject
+
+
+def _find_subject(config: str | None, model: str | None, revision: str | None, trust_remote_code: bool) -> Subject:
     if (config is None) == (model is None):
         raise ConfigError("say what to evaluate: a config's name, or --model with a path or a hub name; not both")
     if config is not None:
@@ -115,5 +132,5 @@ def open_subject(
 
 def _run(folder: Path) -> Subject:
     config, manifest = load_config(folder / "config.yaml").config, read_json(folder / "run.json")
-    trusted = config.model.trust_remote_code
-    return Subject(folder.resolve().name, str(folder / "final"), None, trusted, folder, config, manifest)
+    name, model, trusted = folder.resolve().name, str(folder / "final"), config.model.trust_remote_code
+    return Subject(name, model, None, trusted, folder, config, manifest, config.model.long_documents)

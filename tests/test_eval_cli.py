@@ -81,7 +81,8 @@ def test_the_score_is_the_one_that_training_ended_with_on_queries_that_did_not_c
     for system in ("tiny", "bm25"):
         (line,) = [line for line in result.stdout.splitlines() if line.startswith(f"{system:<12}search: nDCG")]
         assert line.endswith(f"{words})")
-    assert f"tiny        search: nDCG@10 {fmean(odd):.4f} ({words})" in result.stdout
+    longer = "100.0% of the documents have more than 32 tokens; 66.0% of the text is cut off"
+    assert f"tiny        search: nDCG@10 {fmean(odd):.4f} ({longer}; {words})" in result.stdout
     compared = json.loads((run / "eval/compare.json").read_text())
     assert compared["tasks"]["search"]["tiny"] == pytest.approx(fmean(odd))
     assert compared["against"]["bm25"]["tasks"]["search"]["queries"] == 41
@@ -91,12 +92,12 @@ def test_the_score_is_the_one_that_training_ended_with_on_queries_that_did_not_c
     for page in ("summary.md", "index.html"):
         text = (run / "report" / page).read_text()
         assert f"{fmean(odd):.3f}" in text
-        assert f"tiny: {words} (search)." in text
+        assert f"tiny: {longer}; {words} (search)." in text
         assert "31 queries of quickstart (half of dev)" in text
     with contextlib.chdir(where):
         card = build_model_card(Run.finished("tiny"), "org/model", 800).text
     assert f"| search | {fmean(odd):.4f} |" in card
-    assert f"tiny: {words} (search)." in card
+    assert f"tiny: {longer}; {words} (search)." in card
     assert "Against bm25, with 95 % bootstrap intervals: search " in card
     sparsity = json.loads((run / "eval/sparsity.json").read_text())
     assert (sparsity["routes"]["query"]["texts"], sparsity["judged_queries"]) == (72, 41)

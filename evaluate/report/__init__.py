@@ -188,11 +188,13 @@ def training_plots(curves: dict[str, Points]) -> list[Plot]:
 # ------------------------------------------------------------------------------------------------- words and numbers
 def model_options(subject: Subject) -> str:
     """What names the subject on the command line."""
+    by_default = subject.config.model.long_documents if subject.config else "cut"
+    documents = f" --long-documents {subject.long_documents}" if subject.long_documents != by_default else ""
     if subject.manifest is not None:
-        return f"--model {shlex.quote(str(subject.folder))}"
+        return f"--model {shlex.quote(str(subject.folder))}{documents}"
     revision = f" --revision {subject.revision}" if subject.revision else ""
     trust = " --trust-remote-code" if subject.trust_remote_code else ""
-    return f"--model {shlex.quote(subject.model)}{revision}{trust}"
+    return f"--model {shlex.quote(subject.model)}{revision}{trust}{documents}"
 
 
 def best(row: dict[str, float]) -> str | None:

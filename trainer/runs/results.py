@@ -238,6 +238,11 @@ def _per_query(file: Path) -> dict[str, Any]:
     }
 
 
+def system_of(model: str, long_documents: str) -> str:
+    """What stored scores are known by: a model's hash, and how its long documents were read if they were not cut."""
+    return model if long_documents == "cut" else f"{model}, long documents in {long_documents}"
+
+
 @dataclass(frozen=True)
 class Measured:
     """What was measured of the model that a run holds now. `missing` says why there are no scores."""
@@ -254,8 +259,10 @@ def read_measured(run: Run) -> Measured:
     measurements of the model that was scored.
     """
     folder, measure = EvalFolder(run.folder / "eval", run.manifest), f"`make eval CONFIG={run.name}` measures it."
-    model, tasks = hash_of_model(run.final), folder.tasks_of(run.name)
-    scored = bool(tasks) and all(folder.made_with(run.name, task).get("system") == model for task in tasks)
+    weights, tasks = hash_of_model(run.final), folder.tasks_of(run.name)
+    model = system_of(weights, run.config().model.long_documents)
+    systems = {folder.made_with(run.name, task).get("system", "") for task in tasks}
+    scored = systems == {model}
     parts = {name: folder.read_part(name) or {} for name in ("sparsity", "leakage")}
     parts = {
         name: values
@@ -264,5 +271,7 @@ def read_measured(run: Run) -> Measured:
     }
     if scored:
         return Measured(folder.systems(), parts)
-    reason = "The scores in the run folder are those of another model, so they are left out." if tasks else ""
+    same_weights = all(system.startswith(weights) for system in systems)
+    another = "another model.long_documents" if same_weights else "another model"
+    reason = f"The scores in the run folder are those of {another}, so they are left out." if tasks else ""
     return Measured({}, parts, f"{reason or 'Not measured yet.'} {measure}")
