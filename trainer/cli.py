@@ -157,6 +157,11 @@ def publish(config: str, repo: str, public: bool, dry_run: bool, name: str | Non
     help="lucene: weights times this, rounded; by default the first of 100, 200, 500, 1000, … that keeps the order.",
 )
 @click.option(
+    "--long-documents",
+    type=click.Choice(["cut", "windows"]),
+    help="How documents longer than the model reads are encoded; as the run's config says by default.",
+)
+@click.option(
     "--upsert", metavar="URL", help="qdrant: upload the points to this server, into a collection named like the run."
 )
 @click.option("--name", help="Name of the run folder under models/; the config's name by default.")
@@ -169,6 +174,7 @@ def export(
     shard: str,
     processes: str,
     scale: int | None,
+    long_documents: str | None,
     upsert: str | None,
     name: str | None,
 ) -> None:
@@ -186,7 +192,7 @@ def export(
     from trainer.export.qdrant import upsert as upload_points
     from trainer.export.request import Request
 
-    request = Request(run, corpus, queries, output, Shard.parse(shard), scale, click.echo)
+    request = Request(run, corpus, queries, output, Shard.parse(shard), scale, click.echo, long_documents)
     if upsert and to != "qdrant":
         raise ConfigError(f"--upsert is for qdrant; {to} has its own way to take files. Formats: {', '.join(FORMATS)}")
     export_in_processes(to, request, count_processes(processes, click.echo))

@@ -75,7 +75,9 @@ class OpenSearch(Bulk):
         super().write_beside(folder, encoder, request)
         write_query_tokenizer(folder / "query", encoder, for_lucene=True)
         # traced on another device, a model would run on that alone
-        on_cpu = encoder if encoder.model.device.type == "cpu" else Encoder.open(request.run.final, "cpu", 8)
+        on_cpu = encoder
+        if encoder.model.device.type != "cpu":
+            on_cpu = Encoder.open(request.run.final, "cpu", 8, in_windows=request.in_windows)
         write_models(folder, on_cpu, request.run.name, request.echo)
 
 

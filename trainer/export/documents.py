@@ -34,13 +34,15 @@ def export_documents(make_engine: Callable[[int | None], Format], to: str, reque
     if request.scale and not engine.scales:
         raise ConfigError(f"--scale is for whole numbers; {to} takes weights as they are. Leave it out")
     made_with = {"to": to, "model": hash_of_model(run.final), "corpus": describe(corpus), "shards": shard.of}
+    made_with["long_documents"] = "windows" if request.in_windows else "cut"
     for file in filter(None, (corpus, request.queries)):
         for line in survey(file).lines():
             echo(f"{file.name}: {line}")
     queries = list(read_passages(request.queries)) if request.queries else []
     device, reason = find_device("auto")
     echo(f"device    {device} ({reason})")
-    by_token = Encoder.open(run.final, device, run.config().training.per_device_eval_batch_size)
+    batch_size = run.config().training.per_device_eval_batch_size
+    by_token = Encoder.open(run.final, device, batch_size, in_windows=request.in_windows)
     encoder = replace(by_token, terms=engine.terms(by_token.terms))
 
     def scale_for_all_shards() -> int | None:
@@ -121,7 +123,8 @@ def claim(
             write_once(file, json.dumps(made_with | ({"scale": chosen} if chosen else {}), indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror}") from None
-    recorded = json.loads(file.read_text(encoding="utf-8"))
+    # folders of before there were windows do not say it
+    recorded = {"long_documents": "cut"} | json.loads(file.read_text(encoding="utf-8"))
     for key, value in (made_with | {"scale": scale or recorded.get("scale")}).items():
         if recorded.get(key) != value:
             raise ConfigError(f"{folder} holds an export with another {key}. Remove the folder or name another OUTPUT")

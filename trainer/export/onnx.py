@@ -12,6 +12,7 @@ import scipy.sparse as sp
 import torch
 
 from trainer.config import ConfigError
+from trainer.encoding.encode import document_modules
 from trainer.encoding.vocabulary import dims_are_words
 from trainer.export import onnx_example
 from trainer.export.check import compare_scores, scores_of, write_figures
@@ -72,6 +73,11 @@ def export_onnx(request: Request) -> None:
         figures = {"model": graph.file, "quantisation": graph.quantisation} | figures
         write_figures(folder / f"check-{Path(graph.file).stem}.json", figures, echo)
         echo(f"exported  {folder / graph.file} ({(folder / graph.file).stat().st_size / 2**20:.1f} MiB)")
+    if request.in_windows:
+        limit = document_modules(encoder.model)[0].max_seq_length
+        echo(
+            f"cuts      the example reads {limit} tokens of a document. Split longer ones, and keep the largest weights"
+        )
 
 
 def compare_vectors(

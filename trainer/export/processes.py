@@ -47,8 +47,8 @@ def export_in_processes(to: str, request: Request, count: int) -> None:
     if request.corpus is None or request.shard.of > 1:
         raise ConfigError("--processes takes the corpus apart itself: it needs --corpus, and goes without --shard")
     options = {"to": to, "name": request.run.name}
-    options |= {name: getattr(request, name) for name in ("corpus", "queries", "output", "scale")}
-    given = (f"--{name}={value}" for name, value in options.items() if value is not None)
+    options |= {name: getattr(request, name) for name in ("corpus", "queries", "output", "scale", "long_documents")}
+    given = (f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None)
     run_shards(["export", str(request.run.folder / "config.yaml"), *given], count, request.echo)
 
 

@@ -19,6 +19,12 @@ class Request:
     shard: Shard
     scale: int | None  # of whole numbers; None has it chosen
     echo: Callable[[str], None]
+    long_documents: str | None = None  # cut or windows; None: as the run's config says
+
+    @property
+    def in_windows(self) -> bool:
+        """Whether documents longer than the model reads are read in windows."""
+        return (self.long_documents or self.run.config().model.long_documents) == "windows"
 
     def folder(self, to: str) -> Path:
         """Where the files go."""

@@ -11,6 +11,7 @@ import scipy.sparse as sp
 from trainer.config import ConfigError
 from trainer.data.beir import read_search_set
 from trainer.data.sources import QUICKSTART
+from trainer.encoding.windows import Splitter, reads_in_windows, with_cut_documents
 from trainer.export.check import compare_scores, compare_top_10, require_same_vectors, scores_of
 from trainer.export.corpus import Passage, Shard, read_passages
 from trainer.export.formats import Format
@@ -21,6 +22,8 @@ CHUNK = 256
 # What is scored again: the first documents of a shard, and queries of which some are their first words. The documents
 # are one chunk, so their batches are those of the files: in others, float32 may differ in the last digit.
 CHECKED_DOCUMENTS, CHECKED_QUERIES, QUERY_WORDS = CHUNK, 64, 8
+# How many long documents are put together from their windows again, and how far float32 may be off in other batches.
+CHECKED_IN_WINDOWS, OTHER_BATCHES = 4, 1e-4
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,10 @@ class Sample:
         passages = list(islice(shard.of_passages(read_passages(corpus)), CHECKED_DOCUMENTS))
         texts = [query.text for query in queries[:CHECKED_QUERIES]] or embedded_texts()[0]
         texts += [" ".join(passage.text.split()[:QUERY_WORDS]) for passage in passages[:CHECKED_QUERIES]]
-        return cls(passages, texts, encoder.documents([passage.text for passage in passages]), encoder.queries(texts))
+        documents = encoder.documents([passage.text for passage in passages])
+        if reads_in_windows(encoder.model):
+            require_maxima(encoder, [passage.text for passage in passages], documents)
+        return cls(passages, texts, documents, encoder.queries(texts))
 
     def compare(self, engine: Format, terms: list[str], documents: list[Vector]) -> dict[str, Any]:
         """Figures of documents as read from an export. Raises ConfigError when they rank differently from the model."""
@@ -68,6 +74,17 @@ class Sample:
         return accepted, matrix_of(
             [engine.read_query(engine.query("", text, vector)) for text, vector in vectors], terms
         )
+
+
+def require_maxima(encoder: Encoder, texts: list[str], found: sp.csr_matrix) -> None:
+    """Raise ConfigError when a long document's vector is not the maximum of what the library gives for its windows."""
+    windows = Splitter(encoder.model).split(texts)
+    long = [number for number, parts in enumerate(windows) if len(parts) > 1][:CHECKED_IN_WINDOWS]
+    if long:
+        with with_cut_documents(encoder.model):
+            exact = sp.vstack([encoder.documents(windows[number]).max(axis=0) for number in long], format="csr")
+        checked = [texts[number] for number in long]
+        require_same_vectors("windows give", checked, found[long], exact, OTHER_BATCHES)
 
 
 def choose_scale(

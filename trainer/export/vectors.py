@@ -15,6 +15,7 @@ from trainer.encoding.fuse import fuse
 from trainer.encoding.inverted_index import comparable
 from trainer.encoding.stock import carries_code, open_model
 from trainer.encoding.vocabulary import dims_are_words
+from trainer.encoding.windows import read_in_windows
 from trainer.system.progress_bar import ProgressReport
 
 Vector = dict[str, float]
@@ -29,10 +30,12 @@ class Encoder:
     batch_size: int
 
     @classmethod
-    def open(cls, folder: Path, device: str, batch_size: int) -> "Encoder":
-        """The model of a run, its dimensions under their tokens."""
+    def open(cls, folder: Path, device: str, batch_size: int, *, in_windows: bool = False) -> "Encoder":
+        """The model of a run, its dimensions under their tokens. in_windows: long documents are not cut."""
         model = open_model(folder, carries_code(folder), device)
         fuse(model)
+        if in_windows:
+            read_in_windows(model)
         return cls(model, terms_of(model), batch_size)
 
     def documents(self, texts: list[str], progress: ProgressReport | None = None) -> sp.csr_matrix:
