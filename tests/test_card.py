@@ -7,11 +7,13 @@ import runpy
 import shutil
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from tests.conftest import ROOT
 from trainer.config import ConfigError
+from trainer.encoding.windows import read_in_windows
 from trainer.publish.card import build_model_card
 from trainer.runs.run import Run, hash_of_model
 
@@ -211,3 +213,24 @@ def test_leakage_is_told_without_scores_as_long_as_it_is_of_this_model(evaluated
         assert (row in card_of().text) is is_told
     file.write_text(json.dumps(values))  # of an earlier version, which does not say of which model
     assert row not in card_of().text
+
+
+def test_the_code_for_long_documents_gives_nearly_the_vector_that_was_measured(trained):
+    assert "encode_long_document" not in card_of().text
+    file = trained / "models/tiny/config.yaml"
+    file.write_text(file.read_text().replace("long_documents: cut", "long_documents: windows"))
+    card = card_of(repo="models/tiny/final").text
+    found = {"print": lambda *words: None}
+    for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        exec(block, found)  # noqa: S102
+    model = found["model"]
+    words = [word for sentences in (ROOT / "README.md").read_text().splitlines() for word in sentences.split()]
+    text = " ".join(word for word in words if word.isalpha())[:2000]
+    vector, cut = found["encode_long_document"](text), model.encode_document(text).to_dense()
+    read_in_windows(model)
+    measured = model.encode_document(text).to_dense()
+    similarity = torch.nn.functional.cosine_similarity
+    assert similarity(vector, measured, dim=0) > 0.98 > 0.8 > similarity(cut, measured, dim=0)
+    torch.testing.assert_close(
+        found["encode_long_document"]("en kort tekst"), model.encode_document("en kort tekst").to_dense()
+    )

@@ -271,7 +271,10 @@ def limitations(config: Config, manifest: dict[str, Any], measured: Measured) ->
     training = config.training
     found = [
         f"Made for {', '.join(config.model_card.language)}; other languages were not looked at.",
-        f"A text is read up to {training.max_seq_length} tokens; the rest is cut off.",
+        f"A text is read up to {training.max_seq_length} tokens; the rest is cut off"
+        + (
+            ", unless a long document is read in windows as above." if config.model.long_documents == "windows" else "."
+        ),
         ARCHITECTURES[config.model.architecture]["limit"],
     ]
     if manifest.get("base_model", {}).get("source") == FROM_SCRATCH:
