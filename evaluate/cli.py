@@ -76,8 +76,7 @@ def open_session(options: dict[str, Any]) -> "Session":
     from evaluate.subject import open_subject
 
     trusted = options["trust_remote_code"]
-    names = ("config", "model", "revision")
-    subject = open_subject(*(options[name] for name in names), trusted, options["long_documents"])
+    subject = open_subject(options["config"], options["model"], options["revision"], trusted, options["long_documents"])
     return Session(subject, options["tasks"], options["language"], options["batch_size"], click.echo, trusted)
 
 

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SparseEncoder
 
+from evaluate.report import model_options
 from evaluate.search import SparseSearch
 from evaluate.subject import open_subject
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense, write_roberta
@@ -278,7 +279,10 @@ def test_a_run_is_evaluated_as_its_config_says_unless_the_command_says_otherwise
     (trained / "models/tiny/config.yaml").write_text(text.replace("long_documents: cut", "long_documents: windows"))
     subject = open_subject(None, "models/tiny/final")
     assert subject.fingerprint != before.fingerprint
-    assert open_subject(None, "models/tiny", long_documents="cut").fingerprint == before.fingerprint
+    cut = open_subject(None, "models/tiny", long_documents="cut")
+    assert cut.fingerprint == before.fingerprint
+    assert model_options(subject) == "--model models/tiny"
+    assert model_options(cut) == "--model models/tiny --long-documents cut"  # in the report's commands
     assert open_subject(None, "models/tiny/final", long_documents="windows").long_documents == "windows"
     notes = []
     for each in (before, subject):
