@@ -242,9 +242,9 @@ def weights_by_piece(model: PreTrainedModel) -> list[nn.Parameter]:
     """The weights with a row for each piece: of the embeddings, and of the head where there is one."""
     decoder = model.get_output_embeddings()
     of_head = [getattr(decoder, name, None) for name in ("weight", "bias")]
-    for module in model.modules():  # untied, the heads of BERT and RoBERTa have a second bias, which nothing reads
-        if getattr(module, "decoder", None) is decoder is not None:
-            of_head.append(getattr(module, "bias", None))
+    # untied, the heads of BERT and RoBERTa have a second bias, which nothing reads
+    above = (module for module in model.modules() if getattr(module, "decoder", None) is decoder is not None)
+    of_head += [getattr(module, "bias", None) for module in above]
     return [embedding_of(model).weight, *(each for each in of_head if isinstance(each, nn.Parameter))]
 
 
