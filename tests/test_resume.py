@@ -29,7 +29,6 @@ from trainer.config.tree import Origin
 from trainer.data.batches import MixedBatches
 from trainer.data.rows import LABEL
 from trainer.data.training_data import load_data
-from trainer.encoding.windows import reads_in_windows
 from trainer.losses.build import build_csr_loss
 from trainer.losses.dims_controller import DimsController
 from trainer.losses.regularizers import Step
@@ -148,7 +147,6 @@ def test_what_is_refused_is_refused_before_anything_is_announced(trained):
 CHANGES = {
     "model.use_router": "true",
     "model.code_sha256": f"{{modeling.py: {'a' * 64}}}",
-    "model.long_documents": "windows",
     "training.max_steps": 10,
     "training.per_device_train_batch_size": 12,
     "training.per_device_eval_batch_size": 32,
@@ -393,8 +391,6 @@ def teacher_key(key, value):
 SEEN = {
     "model.use_router": lambda resumed: isinstance(resumed.trainer.model[0], Router),
     "model.code_sha256": lambda resumed: resumed.run.config().model.code_sha256 == {"modeling.py": "a" * 64},
-    "model.long_documents": lambda resumed: (
-        reads_in_windows(resumed.trainer.model) and resumed.trainer.depends_on["model.long_documents"] == "windows"),
     "model.csr_k_start": lambda _: (k_at_step_5(), k_at_step_5(csr_k_start=36)) == (8, 12),  # √(16 · 4), √(36 · 4)
     "model.csr_k_share": lambda _: k_at_step_5(csr_k_share=0.5) == 4,
     "model.csr_revive_steps": lambda _: (

@@ -33,7 +33,7 @@ GROUPS = Refused(
 RULES: dict[str, Refused | None] = {
     "model": MODEL,
     "model.use_router": APPLIED,  # says what follows from the architecture
-    "model.long_documents": APPLIED,  # of scores alone; those of before the resume are not compared with later ones
+    "model.long_documents": ORDER,  # texts of about the same length share a batch
     "model.attention": PACKING,
     "model.code_sha256": APPLIED,  # of the base model; a checkpoint's code has its own seal
     "model.freeze_static_embedding": PARAMETERS,

@@ -139,8 +139,8 @@ class ModelConfig(Section):
     vocabulary_min_count: Positive = 1
     """vocabulary texts: a piece is kept if the texts use it at least this often."""
     long_documents: Literal["cut", "windows"] = "cut"
-    """Documents of more than max_seq_length tokens, in every search and export. cut: only their beginning is read. windows
-    (SPLADE): all of it, in overlapping windows; the weight of a word is its maximum over them. Training always cuts."""
+    """Documents of more than max_seq_length tokens. cut: only their beginning is read. windows (SPLADE): searches and exports
+    read all of it, in overlapping windows; the weight of a word is its maximum over them. A row trains on one window."""
     attention: Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"] = "auto"
     """varlen (torch's own flash attention), flash_attention_2 and 3 (the package flash-attn): texts are packed, and nothing
     is padded (CUDA, bf16 or fp16). auto: varlen where that works, otherwise what the base model comes with."""

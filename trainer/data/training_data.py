@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict
 
 from trainer.config import Config, ConfigError
 from trainer.data.batches import Mixture, NoDuplicateBatches, batch_sizes, text_ids
+from trainer.data.best_windows import BestWindows
 from trainer.data.beir import SearchSet, files_beside, is_beir
 from trainer.data.choosing import divide, read_search_splits, search_splits
 from trainer.data.forward_passes import forward_passes_of, padding
@@ -92,16 +93,24 @@ class TrainingData:
         """Rows of a set that sit out each pass, because what is left cannot be shared equally by all processes."""
         return sum(len(self.train[subset]) - sum(self._sizes(subset, config)) for subset in self.subsets[name])
 
-    def tokenise(self, tokeniser: Tokeniser) -> None:
-        """Make the token ids of all rows. Raises ConfigError."""
+    def tokenise(self, tokeniser: Tokeniser, windows: BestWindows | None = None) -> None:
+        """Make the token ids of all rows. Raises ConfigError.
+
+        windows: gives the part of a long passage that a row reads; None: its beginning. The rows themselves keep their
+        passages, so no batch holds two parts of one.
+        """
         self._batches.clear()
         for name, subsets in self.subsets.items():
             for subset in subsets:
-                content = self.summaries[name].fingerprint
-                self.tokens[subset] = tokeniser.rows(subset, self.train[subset], self.text_ids(subset), content)
+                content, rows, ids = self.summaries[name].fingerprint, self.train[subset], self.text_ids(subset)
+                if windows:
+                    rows = windows.rows(rows)
+                    content, ids = fingerprint(rows.with_format("arrow")[:]), text_ids(rows)
+                self.tokens[subset] = tokeniser.rows(subset, rows, ids, content)
         for subset, dataset in self.eval.items():
-            content = fingerprint(dataset.with_format("arrow")[:])
-            self.eval_tokens[subset] = tokeniser.rows(subset, dataset, text_ids(dataset), content)
+            rows = windows.rows(dataset) if windows else dataset
+            content = fingerprint(rows.with_format("arrow")[:])
+            self.eval_tokens[subset] = tokeniser.rows(subset, rows, text_ids(rows), content)
 
     def text_ids(self, subset: str) -> np.ndarray:
         """[rows, columns] numbers of the texts of a subset, the same for equal texts."""

@@ -114,12 +114,14 @@ def token_line(tokeniser: Tokeniser) -> str:
 
 def length_lines(data: TrainingData, model: SparseEncoder) -> Iterator[str]:
     """Per set: the documents that are longer than the model reads, and what becomes of the rest of them."""
+    in_windows = reads_in_windows(model)
     for name in data.summaries:
         if lengths := measure_lengths(model, data.documents(name)):
-            yield in_columns("lengths", f"{name}: {lengths.words(in_windows=False)}")
+            which = "; a row trains on the window that shares most with its query" * in_windows
+            yield in_columns("lengths", f"{name}: {lengths.words(in_windows)}{which}")
     for search in data.search:
         if lengths := measure_lengths(model, list(search.corpus.values())):
-            yield in_columns("lengths", f"search in {search.name}: {lengths.words(reads_in_windows(model))}")
+            yield in_columns("lengths", f"search in {search.name}: {lengths.words(in_windows)}")
 
 
 def sitting_out_lines(config: Config, data: TrainingData) -> Iterator[str]:

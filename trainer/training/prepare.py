@@ -12,6 +12,7 @@ from sentence_transformers.sparse_encoder import SparseEncoderTrainingArguments
 from torch import nn
 
 from trainer.config import FROM_SCRATCH, Config, ConfigError, LoadedConfig
+from trainer.data.best_windows import BestWindows
 from trainer.data.forward_passes import forward_passes_of
 from trainer.data.tokens import Tokeniser
 from trainer.data.training_data import TrainingData, load_data
@@ -285,7 +286,7 @@ def tokenise(
     rows = data if keep else data.sample(CHECKED_ROWS, config.training.seed)
     tokeniser = Tokeniser(model, routes_of(config), decisions.add, keep=keep)
     with first_on_each_machine_first():
-        rows.tokenise(tokeniser)
+        rows.tokenise(tokeniser, BestWindows(model) if config.model.long_documents == "windows" else None)
     if keep:
         decisions.add(describe.token_line(tokeniser))
     if not data.unreachable:
