@@ -90,6 +90,8 @@ def _model(config: Config) -> Iterator[Contradiction]:
             )
     else:
         yield from _from_scratch(model.from_scratch or FromScratchConfig(), config.training.max_seq_length)
+        if model.dropout is not None:
+            yield ("model", "dropout"), "is of a base model. Set model.from_scratch.dropout"
     yield from _vocabulary(model)
     yield from _attention(config)
     yield from _prompts(config)

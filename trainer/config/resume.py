@@ -35,6 +35,7 @@ RULES: dict[str, Refused | None] = {
     "model.use_router": APPLIED,  # says what follows from the architecture
     "model.long_documents": ORDER,  # texts of about the same length share a batch
     "model.attention": PACKING,
+    "model.dropout": APPLIED,
     "model.code_sha256": APPLIED,  # of the base model; a checkpoint's code has its own seal
     "model.freeze_static_embedding": PARAMETERS,
     "model.csr_train_base": PARAMETERS,

@@ -145,7 +145,10 @@ def document_idf(config: Config, model: SparseEncoder, documents: Callable[[], l
 
 
 def train_only_what_the_config_says(model: SparseEncoder, config: Config) -> None:
-    """Freeze CSR's dense model unless csr_train_base, and the query weights if freeze_static_embedding."""
+    """Freeze CSR's dense model unless csr_train_base, and the query weights if freeze_static_embedding. Set the dropout."""
+    if config.model.dropout is not None:
+        for transformer in transformers_of(model):
+            set_dropout(transformer, config.model.dropout)
     if config.model.architecture == "csr" and not config.model.csr_train_base:
         for module in model.children():
             if not isinstance(module, SparseAutoEncoder):
@@ -155,6 +158,16 @@ def train_only_what_the_config_says(model: SparseEncoder, config: Config) -> Non
                         part.p = 0.0  # a frozen model's vectors are data: no noise in them
     if (embedding := static_embedding(model)) is not None:
         embedding.weight.requires_grad_(not config.model.freeze_static_embedding)
+
+
+def set_dropout(network: nn.Module, share: float) -> None:
+    """Drop this share of activations, and of attention weights, in every layer. In memory only."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = share
+        for name in ("attention_dropout", "dropout"):  # some layers keep it as a number
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, share)
 
 
 # ------------------------------------------------------------------------------------------- architectures
