@@ -142,8 +142,9 @@ class ModelConfig(Section):
     """Share of activations dropped in training; null: the base model's own. At 0, steps on a CPU are a third shorter, for
     attention with dropout has no fast kernel there."""
     long_documents: Literal["cut", "windows"] = "cut"
-    """Documents of more than max_seq_length tokens. cut: only their beginning is read. windows (SPLADE): searches and exports
-    read all of it, in overlapping windows; the weight of a word is its maximum over them. A row trains on one window."""
+    """Documents of more than max_seq_length tokens. cut: only their beginning is read. windows (SPLADE): searches and
+    exports read all of it, in overlapping windows; the weight of a word is its maximum over them. A row trains on one
+    window."""
     attention: Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"] = "auto"
     """varlen (torch's own flash attention), flash_attention_2 and 3 (the package flash-attn): texts are packed, and nothing
     is padded (CUDA, bf16 or fp16). auto: varlen where that works, otherwise what the base model comes with."""

@@ -13,8 +13,8 @@ from datasets import Dataset, DatasetDict
 
 from trainer.config import Config, ConfigError
 from trainer.data.batches import Mixture, NoDuplicateBatches, batch_sizes, text_ids
-from trainer.data.best_windows import BestWindows
 from trainer.data.beir import SearchSet, files_beside, is_beir
+from trainer.data.best_windows import BestWindows
 from trainer.data.choosing import divide, read_search_splits, search_splits
 from trainer.data.forward_passes import forward_passes_of, padding
 from trainer.data.held_out import hold_out

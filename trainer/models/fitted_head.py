@@ -30,9 +30,9 @@ MOST_HELD_OUT_TOKENS, MOST_HELD_OUT_TEXTS = 3_000, 64
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 # Below this share of tokens whose largest logit is their own word's, states do not say which token they are of.
 LEAST_OWN = 0.05
-# The projection's length. Around 0, GELU, SiLU and tanh are lines: with 0.5 over 384 dimensions GELU bends by 2 %. (Behind
+# Root mean square of a projection's components. Around 0, GELU, SiLU and tanh are lines: at 0.025 GELU bends by 2 %. (Behind
 # a shift of +8 GELU is a line too, but bfloat16 rounds numbers near 8 to 1/16.)
-PROJECTED_LENGTH = 0.5
+PROJECTED = 0.025
 # A word whose own tokens' logits are low is cut off lower, by so much of the difference: at 300 dims 0.76 to 0.84 of a
 # text's own words stay active, against 0.66 to 0.75 with one cut-off for all words.
 SHARE_OF_OWN = 0.5
@@ -213,7 +213,8 @@ def _sample(transformer: Transformer, texts: Sequence[str]) -> tuple[list[str], 
         probe
     )
     chosen = different[:: max(1, round(len(different) * length / MOST_TOKENS))]
-    return [text for n, text in enumerate(chosen) if n % HELD_OUT_EVERY], chosen[HELD_OUT_EVERY::HELD_OUT_EVERY]
+    held_out = chosen[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    return [text for number, text in enumerate(chosen, 1) if number % HELD_OUT_EVERY], held_out
 
 
 def _best_projection(
@@ -230,7 +231,7 @@ def _best_projection(
     for ridge in RIDGES:
         damped = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.double)
         projection = torch.linalg.solve(damped, targets)
-        projection *= PROJECTED_LENGTH / (inputs @ projection).norm(dim=1).mean()
+        projection *= PROJECTED / (inputs @ projection).square().mean().sqrt()
         logits = _project(held_out[0], projection.float()) @ words.T
         own = (logits.argmax(1) == held_out[1]).float().mean().item()
         if own > best[0]:
