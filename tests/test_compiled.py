@@ -19,6 +19,7 @@ from tests.test_remote_code import PINNED
 from trainer.config import ConfigError, load_config
 from trainer.encoding.fuse import fuse, transformers_of
 from trainer.models.attention import VARLEN, set_attention
+from trainer.models.build import set_dropout
 from trainer.models.compiled import compile_networks, layers_of
 from trainer.runs.run import Run
 
@@ -49,12 +50,7 @@ def models(tmp_path, family, device="cpu"):
         base, pinned = {"bert": write_bert, "modernbert": write_modernbert}[family](tmp_path / "base"), ()
     pair = [build_from(config_of(tmp_path, base, "inference-free-splade", *pinned)) for _ in range(2)]
     for model in pair:
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-            for name in ("dropout_prob", "attention_dropout"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
+        set_dropout(model, 0.0)
         fuse(model.to(device))
     return pair
 

@@ -1,4 +1,4 @@
-"""A head fitted to an encoder without one: own words are active, the dims are as asked for, and the model is a stock one."""
+"""A head fitted to an encoder without one: own words are active, the dims are as asked for, the model is a stock one."""
 
 import random
 

@@ -146,6 +146,7 @@ def test_what_is_refused_is_refused_before_anything_is_announced(trained):
 # ---------------------------------------------------------------------------------- one resume that changes everything
 CHANGES = {
     "model.use_router": "true",
+    "model.dropout": 0.25,
     "model.code_sha256": f"{{modeling.py: {'a' * 64}}}",
     "training.max_steps": 10,
     "training.per_device_train_batch_size": 12,
@@ -390,6 +391,8 @@ def teacher_key(key, value):
 # How each key that is applied is seen: in the resumed run, or in what a resumed run makes anew from the config.
 SEEN = {
     "model.use_router": lambda resumed: isinstance(resumed.trainer.model[0], Router),
+    "model.dropout": lambda resumed: {
+        each.p for each in resumed.trainer.model.modules() if isinstance(each, torch.nn.Dropout)} == {0.25},
     "model.code_sha256": lambda resumed: resumed.run.config().model.code_sha256 == {"modeling.py": "a" * 64},
     "model.csr_k_start": lambda _: (k_at_step_5(), k_at_step_5(csr_k_start=36)) == (8, 12),  # √(16 · 4), √(36 · 4)
     "model.csr_k_share": lambda _: k_at_step_5(csr_k_share=0.5) == 4,

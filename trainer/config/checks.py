@@ -90,8 +90,6 @@ def _model(config: Config) -> Iterator[Contradiction]:
             )
     else:
         yield from _from_scratch(model.from_scratch or FromScratchConfig(), config.training.max_seq_length)
-        if model.dropout is not None:
-            yield ("model", "dropout"), "is of a base model. Set model.from_scratch.dropout"
     yield from _vocabulary(model)
     yield from _attention(config)
     yield from _prompts(config)
@@ -175,7 +173,7 @@ def _prompts(config: Config) -> Iterator[Contradiction]:
 def _head(config: Config) -> Iterator[Contradiction]:
     model = config.model
     if model.head == "own":
-        if "head_dims" in model.model_fields_set:
+        if model.head_dims != ModelConfig.model_fields["head_dims"].default:
             yield ("model", "head_dims"), "is of a fitted head. Remove it, or set model.head: fit"
     elif model.base_model == FROM_SCRATCH:
         yield ("model", "head"), f"fits a head to the states of a trained encoder; base_model is {FROM_SCRATCH}"

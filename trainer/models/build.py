@@ -165,7 +165,7 @@ def set_dropout(network: nn.Module, share: float) -> None:
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = share
-        for name in ("attention_dropout", "dropout"):  # some layers keep it as a number
+        for name in ("attention_dropout", "dropout_prob", "dropout"):  # some layers keep it as a number
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, share)
 

@@ -30,8 +30,8 @@ MOST_HELD_OUT_TOKENS, MOST_HELD_OUT_TEXTS = 3_000, 64
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 # Below this share of tokens whose largest logit is their own word's, states do not say which token they are of.
 LEAST_OWN = 0.05
-# Root mean square of a projection's components. Around 0, GELU, SiLU and tanh are lines: at 0.025 GELU bends by 2 %. (Behind
-# a shift of +8 GELU is a line too, but bfloat16 rounds numbers near 8 to 1/16.)
+# Root mean square of a projection's components. Around 0, GELU, SiLU and tanh are lines: at 0.025 GELU bends by 2 %.
+# (Behind a shift of +8 GELU is a line too, but bfloat16 rounds numbers near 8 to 1/16.)
 PROJECTED = 0.025
 # A word whose own tokens' logits are low is cut off lower, by so much of the difference: at 300 dims 0.76 to 0.84 of a
 # text's own words stay active, against 0.66 to 0.75 with one cut-off for all words.
