@@ -7,7 +7,7 @@ import mteb
 from huggingface_hub import snapshot_download
 
 from trainer.config import ConfigError, is_commit, one_line
-from trainer.hub.own_code import code_references
+from trainer.hub.own_code import code_references, require_own_tokenizer
 
 # mteb's loaders that only hand settings on. The others are programs: most trust a model's code, whatever the registry says.
 PLAIN_LOADERS = ("mteb.models.sentence_transformer_wrapper", "mteb.models.instruct_wrapper")
@@ -50,6 +50,7 @@ def require_pinned_code(option: str, model: str, revision: str | None) -> None:
             folder = Path(snapshot_download(model, revision=revision, allow_patterns=["*.json"]))
     except Exception as error:  # whatever the hub and its transport raise
         raise ConfigError(f"{option} {model} cannot be loaded: {one_line(error)}") from None
+    require_own_tokenizer(option, model, folder)
     for reference in sorted(code_references(folder)):
         repository, _, name = reference.rpartition("--")
         if repository:

@@ -18,15 +18,18 @@ from huggingface_hub import errors
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SparseEncoder
+from transformers import AutoConfig
 
 import trainer.system.device
 import trainer.training.train
+from evaluate.trust import require_pinned_code
 from tests.checkpoints import DOCUMENTS, QUERIES, nfd, write_bert
 from tests.conftest import run_trainer
 from tests.standins import COMMIT, SHAPES, code_of, write_dense_norbert, write_norbert
 from tests.test_models import build_from, config_of, dense_vectors
 from tests.test_training import assert_same_weights, manifest
 from trainer.config import ConfigError, load_config
+from trainer.hub.own_code import references_in
 from trainer.models.build import fetch_base_model, load_model, save_model
 from trainer.runs.run import Run
 from trainer.training.callbacks.regularizer_weights import STATE
@@ -360,6 +363,44 @@ def test_code_that_would_come_from_another_repository_is_refused_or_taken_from_b
         f"model.base_model: {norbert4} lacks its code, modeling_gptbert.py (it is to come from ltg/norbert4-base, which "
         "nothing pins). Copy the model into a folder of yours, put the file at its root, and point model.base_model at it"
     )
+
+
+def test_settings_for_a_version_of_transformers_are_searched_for_code_too(tmp_path):
+    # transformers reads config.4.0.0.json in place of a config.json that names it, code of another repository and all
+    base, other = write_bert(tmp_path / "bert"), tmp_path / "other"
+    other.mkdir()
+    code = (
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import BertConfig\nclass Settings(BertConfig): pass\n"
+    )
+    (other / "harm.py").write_text(code)
+    settings = json.loads((base / "config.json").read_text())
+    hidden = settings | {"auto_map": {"AutoConfig": f"{other}--harm.Settings"}}
+    (base / "config.4.0.0.json").write_text(json.dumps(hidden))
+    (base / "config.json").write_text(json.dumps(settings | {"configuration_files": ["config.4.0.0.json"]}))
+    AutoConfig.from_pretrained(base, trust_remote_code=True)
+    assert (tmp_path / "ran").exists()  # the code is one that would run
+    with pytest.raises(ConfigError, match=r"lacks its code, harm\.py \(it is to come from .*, which nothing pins"):
+        fetch_base_model(config_of(tmp_path, base, "splade", *PINNED))
+
+
+def test_a_trusted_model_with_the_tokenizer_of_another_repository_is_refused(tmp_path, dense):
+    base = shutil.copytree(dense["norbert4"], tmp_path / "dense")
+    file = next(base.rglob("sentence_*_config.json"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_name_or_path": "other/words"}))
+    with pytest.raises(ConfigError, match="takes its tokenizer from other/words, which nothing pins"):
+        fetch_base_model(config_of(tmp_path, base, "csr", *PINNED))
+    with pytest.raises(ConfigError, match="takes its tokenizer from other/words, which nothing pins"):
+        require_pinned_code("--model", str(base), None)
+
+
+@pytest.mark.parametrize("settings", ["text", 1, [1], {"auto_map": 1, "types": 1}, {"auto_map": {"AutoModel": [None]}}])
+def test_settings_of_any_shape_name_no_code(settings):
+    assert [*references_in(settings)] == []
+
+
+def test_code_is_found_however_deep_its_name_stands():
+    classes = {"AutoModel": "a.A", "AutoTokenizer": [None, "b.B"], "AutoImageProcessor": {"torchvision": "c.C"}}
+    assert [*references_in({"auto_map": classes})] == ["a.A", "b.B", "c.C"]
 
 
 def test_code_of_an_unknown_family_runs_as_it_came_and_the_manifest_says_so(tmp_path, norbert4):

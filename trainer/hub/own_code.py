@@ -4,16 +4,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.config import ConfigError
 from trainer.system.files import read_json, sha256_of
 
 SETTINGS = (
     "config.json",
+    "config.*.json",  # read in place of config.json, where that names it for a version of transformers
     "tokenizer_config.json",
     "processor_config.json",
     "preprocessor_config.json",
     "modules.json",
     "router_config.json",
 )
+# Settings of sentence-transformers' Transformer, and the keys by which it takes the tokenizer from somewhere else.
+TRANSFORMER_SETTINGS = "sentence_*_config.json"
+TOKENIZER_KEYS = ("tokenizer_name_or_path", "processor_name")
 
 
 def code_references(folder: Path) -> set[str]:
@@ -33,12 +38,30 @@ def settings_files(folder: Path) -> list[Path]:
 
 def references_in(settings: Any) -> Iterator[str]:
     """auto_map of transformers; `type` of sentence-transformers' modules.json, `types` of its router_config.json."""
-    if isinstance(settings, list):
-        named: list[Any] = [module.get("type") for module in settings if isinstance(module, dict)]
+    if isinstance(settings, dict):
+        yield from _names_in(settings.get("auto_map"))
+        modules = settings.get("types")
     else:
-        auto_map, types = settings.get("auto_map") or {}, settings.get("types") or {}
-        named = [*(auto_map.values() if isinstance(auto_map, dict) else auto_map), *types.values()]
-    for value in named:
-        for reference in value if isinstance(value, list) else [value]:
-            if reference and not reference.startswith("sentence_transformers."):
-                yield reference
+        listed = settings if isinstance(settings, list) else []
+        modules = [module.get("type") for module in listed if isinstance(module, dict)]
+    yield from (name for name in _names_in(modules) if not name.startswith("sentence_transformers."))
+
+
+def _names_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str) and value:
+        yield value
+    elif isinstance(value, (list, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _names_in(each)
+
+
+def require_own_tokenizer(where: str, name: str, folder: Path) -> None:
+    """Raise ConfigError when a trusted model takes its tokenizer, and the tokenizer's code, from another repository."""
+    for file in sorted(folder.rglob(TRANSFORMER_SETTINGS)):
+        settings = read_json(file)
+        for key in TOKENIZER_KEYS:
+            if isinstance(settings, dict) and (other := settings.get(key)):
+                raise ConfigError(
+                    f"{where} {name} takes its tokenizer from {other}, which nothing pins. Copy the model into a folder of "
+                    f"yours with that tokenizer in it, remove {key} from {file.name}, and name that"
+                )

@@ -14,7 +14,7 @@ from huggingface_hub.utils.sha import git_hash
 from trainer.config import Config, ConfigError
 from trainer.hub.cache import folder_of
 from trainer.hub.download import Snapshot
-from trainer.hub.own_code import code_hashes, code_references, references_in, settings_files
+from trainer.hub.own_code import code_hashes, code_references, references_in, require_own_tokenizer, settings_files
 from trainer.models.norbert import SETTINGS, changes_in, convert_files
 from trainer.system.files import read_json
 
@@ -42,6 +42,8 @@ def with_own_code(snapshot: Snapshot, config: Config, pin_command: str) -> BaseM
     # first of all, or the whole of / might be searched for code
     if not any((snapshot.folder / name).is_file() for name in ("config.json", "modules.json")):
         raise ConfigError(f"model.base_model: {snapshot.source} cannot be loaded: no config.json, no modules.json")
+    if config.model.trust_remote_code:
+        require_own_tokenizer("model.base_model:", snapshot.source, snapshot.folder)
     references = code_references(snapshot.folder)
     if not references:
         return BaseModel(snapshot.source, snapshot.commit, snapshot.folder)
