@@ -1,6 +1,7 @@
 """A head fitted to an encoder without one: own words are active, the dims are as asked for, the model is a stock one."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,6 +204,23 @@ def test_too_few_texts_are_refused_with_the_number_that_is_needed(tmp_path):
     base = ENCODERS["bert"](tmp_path)
     with pytest.raises(ConfigError, match=r"model.head: fit needs 128 tokens of text, 4 for each of the 32 dimensions"):
         build(tmp_path, base, texts=TEXTS[:4])
+
+
+@pytest.mark.parametrize("dims", [100_000, 157])
+def test_as_many_dims_as_there_are_words_are_refused(tmp_path, dims):
+    with pytest.raises(
+        ConfigError, match=rf"model.head_dims: {dims:,} is not fewer than the \d+ words of .*\. Lower it"
+    ):
+        build(tmp_path, ENCODERS["bert"](tmp_path), f"model.head_dims={dims}")
+
+
+def test_dims_so_few_that_no_own_word_is_active_are_refused():
+    words, hidden = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([[[2**0.5, 0.0]]])
+    batch = hidden, torch.tensor([[0]]), torch.tensor([[True]])
+    network = SimpleNamespace(tokenizer=SimpleNamespace(all_special_ids=[]))
+    head = SimpleNamespace(transformer=network, projected=lambda _: [batch])
+    with pytest.raises(ConfigError, match=r"model.head_dims: at 1 active dims, no word of a text is active in its own"):
+        module._set_decoder(head, words, torch.zeros(3), [""], 1)
 
 
 def test_states_that_are_all_alike_are_refused(tmp_path):

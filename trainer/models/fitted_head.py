@@ -75,6 +75,9 @@ def fit_head(transformer: Transformer, texts: Sequence[str], active_dims: int, n
     transformer.eval()
     head = Head(transformer, name)
     words = normalize(head.embeddings - head.embeddings.mean(0), dim=1)
+    most = len(words) - len(transformer.tokenizer.all_special_ids)
+    if active_dims >= most:  # then there is no weight to cut off at
+        raise ConfigError(f"model.head_dims: {active_dims:,} is not fewer than the {most:,} words of {name}. Lower it")
     fitted, held_out = _sample(transformer, texts)
     states, tokens = head.states(fitted)
     need = TOKENS_PER_DIMENSION * states.shape[1]
@@ -255,6 +258,10 @@ def _set_decoder(head: Head, words: Tensor, level: Tensor, texts: list[str], act
         own_logits.append(maxima[own])
     maxima, own, logits = torch.cat(highest), torch.cat(own_words), torch.cat(own_logits)
     cut = maxima.flatten().topk(min(active_dims * len(maxima) + 1, maxima.numel())).values[-1]
+    if not (logits > cut).any():
+        raise ConfigError(
+            f"model.head_dims: at {active_dims} active dims, no word of a text is active in its own vector. Raise it"
+        )
     scale = OWN_LOGIT / (logits[logits > cut].median() - cut)
     head.set_decoder(unit * scale, -(level + cut) * scale)
     active = maxima > cut
