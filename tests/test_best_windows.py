@@ -1,11 +1,15 @@
 """With long_documents: windows, a row trains on the part of a long passage that shares most with its query."""
 
+import json
+
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 
 from tests.checkpoints import write_bert, write_modernbert
 from tests.standins import COMMIT, write_norbert
 from tests.test_models import build
+from trainer.config import ConfigError
 from trainer.data.best_windows import BestWindows
 from trainer.data.training_data import SetSummary, TrainingData
 from trainer.encoding.windows import Splitter
@@ -97,3 +101,28 @@ def test_dropout_of_a_base_model_is_what_the_config_says(tmp_path, family):
     assert not differs(without)
     set_dropout(without, 0.5)
     assert differs(without)
+
+
+def test_a_frozen_dense_model_adds_no_noise_where_its_layers_keep_dropout_as_a_number(tmp_path):
+    base = write_modernbert(tmp_path / "base")
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.5}))
+
+    def vectors(*overrides):
+        model = build(tmp_path, base, "csr", *overrides).train()
+        features = model.preprocess([ANSWER], task="document")
+        return [model[1](model[0](dict(features)))["sentence_embedding"] for _ in range(2)]
+
+    frozen, trained = vectors(), vectors("model.csr_train_base=true")
+    assert torch.equal(*frozen)
+    assert not torch.equal(*trained)
+    with pytest.raises(ConfigError, match=r"'model.dropout' has no effect on a frozen base model"):
+        build(tmp_path, base, "csr", "model.dropout=0.1")
+
+
+def test_a_dropout_of_zero_that_is_an_int_is_replaced_too_and_a_network_without_any_is_told():
+    attention = torch.nn.Module()
+    attention.attention_dropout = 0
+    assert set_dropout(torch.nn.Sequential(attention, torch.nn.Dropout(0.1)), 0.5) == 2
+    assert attention.attention_dropout == 0.5
+    assert set_dropout(torch.nn.Linear(2, 2), 0.5) == 0

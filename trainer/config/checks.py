@@ -101,6 +101,8 @@ def _model(config: Config) -> Iterator[Contradiction]:
             f"is windows, which is for SPLADE with pooling_strategy max: with {what}, the maximum over the windows is not "
             "the vector of the text. Set it to cut",
         )
+    if model.architecture == "csr" and model.dropout is not None and not model.csr_train_base:
+        yield ("model", "dropout"), "has no effect on a frozen base model. Remove it, or set csr_train_base: true"
     if model.architecture == "csr":
         quarter = f"a quarter of csr_hidden_dim ({model.csr_hidden_dim})"
         if 4 * model.csr_k > model.csr_hidden_dim:

@@ -148,26 +148,27 @@ def train_only_what_the_config_says(model: SparseEncoder, config: Config) -> Non
     """Freeze CSR's dense model unless csr_train_base, and the query weights if freeze_static_embedding. Set the dropout."""
     if config.model.dropout is not None:
         for transformer in transformers_of(model):
-            set_dropout(transformer, config.model.dropout)
+            if not set_dropout(transformer, config.model.dropout) and config.model.dropout:
+                raise ConfigError(f"model.dropout: {config.model.base_model} has no layer with dropout. Remove it")
     if config.model.architecture == "csr" and not config.model.csr_train_base:
         for module in model.children():
             if not isinstance(module, SparseAutoEncoder):
                 module.requires_grad_(False)
-                for part in module.modules():
-                    if isinstance(part, nn.Dropout):
-                        part.p = 0.0  # a frozen model's vectors are data: no noise in them
+                set_dropout(module, 0.0)  # a frozen model's vectors are data: no noise in them
     if (embedding := static_embedding(model)) is not None:
         embedding.weight.requires_grad_(not config.model.freeze_static_embedding)
 
 
-def set_dropout(network: nn.Module, share: float) -> None:
-    """Drop this share of activations, and of attention weights, in every layer. In memory only."""
+def set_dropout(network: nn.Module, share: float) -> int:
+    """Drop this share of activations, and of attention weights, in every layer. In memory only. Returns how many."""
+    places = 0
     for module in network.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = share
-        for name in ("attention_dropout", "dropout_prob", "dropout"):  # some layers keep it as a number
-            if isinstance(getattr(module, name, None), float):
+        named = {"p"} if isinstance(module, nn.Dropout) else {"attention_dropout", "dropout_prob", "dropout"}
+        for name in named & vars(module).keys():  # some layers keep it as a number; a 0 of JSON is an int
+            if type(getattr(module, name)) in (int, float):
                 setattr(module, name, share)
+                places += 1
+    return places
 
 
 # ------------------------------------------------------------------------------------------- architectures
