@@ -357,7 +357,11 @@ def test_other_code_behind_the_same_commit_is_refused_and_pin_says_so(hub, tmp_p
 
 def test_code_that_cannot_be_read_or_converted_is_one_line_and_nothing_is_pinned(hub, tmp_path):
     repository = hub.repositories[NORBERT]
-    for code, line in ((b"\xff\xfe", "is not text in UTF-8"), (b"x = 1\n", "is not a revision that can be converted")):
+    for code, line in (
+        (b"\xff\xfe", "is not text in UTF-8"),
+        (b"# coding: utf-7\n# +AAo-x = 1\n", "is not text in UTF-8"),
+        (b"x = 1\n", "is not a revision that can be converted"),
+    ):
         repository.commit(repository.files | {"modeling_gptbert.py": code, line: b""})
         result = CliRunner().invoke(trainer.cli.main, ["pin", "ours.yaml", "--trust"])
         assert result.exit_code == 2

@@ -403,6 +403,14 @@ def test_code_is_found_however_deep_its_name_stands():
     assert [*references_in({"auto_map": classes})] == ["a.A", "b.B", "c.C"]
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-7", "no-such-encoding"])
+def test_code_that_python_reads_in_another_encoding_than_utf_8_is_refused(tmp_path, norbert4, encoding):
+    file = next(norbert4.glob("modeling*.py"))
+    file.write_bytes(f"# coding: {encoding}\n# sm\xf8r\n".encode("latin-1") + file.read_bytes())
+    with pytest.raises(ConfigError, match=r"the code in .* is not text in UTF-8"):
+        fetch_base_model(config_of(tmp_path, norbert4, "splade", *PINNED))
+
+
 def test_code_of_an_unknown_family_runs_as_it_came_and_the_manifest_says_so(tmp_path, norbert4):
     config = config_of(tmp_path, norbert4, "splade", *PINNED)
     expected = dense_vectors(build_from(config), DOCUMENTS)

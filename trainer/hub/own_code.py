@@ -1,5 +1,6 @@
 """Which Python code of its own a model's settings name, beside the classes of the libraries."""
 
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,19 @@ def code_references(folder: Path) -> set[str]:
 def code_hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of each Python file of a model, by its path in the folder."""
     return {str(file.relative_to(folder)): sha256_of(file) for file in sorted(folder.rglob("*.py"))}
+
+
+def read_code(file: Path) -> str:
+    """The text of a Python file. Raises ConfigError unless Python reads it as UTF-8 too: in another encoding (UTF-7), what
+    a reader takes for a comment may be code."""
+    try:
+        with file.open("rb") as lines:
+            encoding, _ = tokenize.detect_encoding(lines.readline)
+        if encoding in ("utf-8", "utf-8-sig"):
+            return file.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, SyntaxError):
+        pass
+    raise ConfigError(f"model.base_model: the code in {file} is not text in UTF-8. Use another commit")
 
 
 def settings_files(folder: Path) -> list[Path]:

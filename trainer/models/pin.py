@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from trainer.config import FROM_SCRATCH, ConfigError, LoadedConfig, dotted, is_commit, printable
 from trainer.config.pins import HubReference, Pin, Pins, hub_references, read_pins, render_pins
 from trainer.hub.download import CODE_FILES, Snapshot, fetch, newest_commit
-from trainer.hub.own_code import code_hashes, code_references
+from trainer.hub.own_code import code_hashes, code_references, read_code
 from trainer.models.norbert import changes_in, convert_files
 from trainer.models.remote_code import require_local_code
 from trainer.system.files import write_atomically
@@ -185,10 +185,7 @@ def _fetch_code(reference: HubReference, commit: str) -> Snapshot:
 
 
 def _texts(folder: Path, names: Iterable[str]) -> Texts:
-    try:
-        return {name: (folder / name).read_text(encoding="utf-8") for name in names}
-    except UnicodeDecodeError:
-        raise ConfigError(f"model.base_model: the code in {folder} is not text in UTF-8. Pin another commit") from None
+    return {name: read_code(folder / name) for name in names}
 
 
 def _diff(before: str, after: str, before_name: str, after_name: str) -> Iterable[str]:

@@ -14,7 +14,14 @@ from huggingface_hub.utils.sha import git_hash
 from trainer.config import Config, ConfigError
 from trainer.hub.cache import folder_of
 from trainer.hub.download import Snapshot
-from trainer.hub.own_code import code_hashes, code_references, references_in, require_own_tokenizer, settings_files
+from trainer.hub.own_code import (
+    code_hashes,
+    code_references,
+    read_code,
+    references_in,
+    require_own_tokenizer,
+    settings_files,
+)
 from trainer.models.norbert import SETTINGS, changes_in, convert_files
 from trainer.system.files import read_json
 
@@ -53,7 +60,7 @@ def with_own_code(snapshot: Snapshot, config: Config, pin_command: str) -> BaseM
     texts = {}
     for file in sorted(snapshot.folder.glob("*.py")):
         _require_pinned(file, config)
-        texts[file.name] = file.read_text(encoding="utf-8")
+        texts[file.name] = read_code(file)
     texts = convert_files(texts, snapshot.folder)
     try:
         folder = materialise(snapshot, texts | _settings_with_own_code(snapshot.folder, texts))
