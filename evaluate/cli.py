@@ -173,7 +173,7 @@ def dense(
 
     where = (options["tasks"], options["language"], options["output"], click.echo)
     if parent_of is not None:
-        sys.exit(parent_alone(load_config(find_config(parent_of), overrides).config, *where))
+        sys.exit(parent_alone(load_config(find_config(parent_of), overrides), *where))
     assert model is not None
     sys.exit(dense_alone(model, trust_remote_code, *where))
 

@@ -25,7 +25,7 @@ from evaluate.subject import Subject, fingerprint_of
 from evaluate.tasks import load, select_tasks, task_names
 from evaluate.terms import terms_lines, top_terms
 from evaluate.trust import require_trust
-from trainer.config import Config, ConfigError
+from trainer.config import ConfigError, LoadedConfig
 from trainer.data.bm25 import K1, B
 from trainer.encoding.encode import document_modules
 from trainer.encoding.windows import reads_in_windows
@@ -238,10 +238,11 @@ def dense_alone(
 
 
 def parent_alone(
-    config: Config, names: str, language: str | None, output: Path | None, echo: Callable[[str], None]
+    loaded: LoadedConfig, names: str, language: str | None, output: Path | None, echo: Callable[[str], None]
 ) -> bool:
     """The dense model that a CSR config starts from, its code converted as for training; the exit status."""
-    base = fetch_base_model(config)
+    config = loaded.config
+    base = fetch_base_model(config, loaded.pin_command)
     if base is None or config.loss.has_regularizers:
         raise ConfigError(f"model.base_model: {config.model.base_model} is no dense model that CSR makes sparse")
     tasks, folder = select_tasks(task_names(names), language), str(base.folder)

@@ -28,12 +28,14 @@ from evaluate.prove.journal import Journal
 from evaluate.prove.plan import CONFIGS, DENSE, SPARSE, Subject, make_plan
 from evaluate.prove.results import END, START, between_markers
 from evaluate.prove.rows import Row, against_bm25, mean_of, scores_of
-from evaluate.prove.sources import Source, size_of, sources_of
+from evaluate.prove.sources import Source, fetch_all, size_of, sources_of
 from evaluate.tasks import NANO
 from tests.conftest import ROOT
 from tests.shelf import Shelf
+from tests.standins import write_norbert
 from tests.test_shipped_configs import NAMES
 from trainer.config import ConfigError, find_config, load_config, render
+from trainer.hub.download import Snapshot
 from trainer.runs.results import TaskScore
 from trainer.system.files import write_json
 
@@ -112,6 +114,16 @@ def test_every_source_of_the_configs_the_baselines_and_the_tasks_is_downloaded_o
         assert mteb.get_task(task).metadata.dataset["path"] in sources
     off = sources_of(plan_of("splade", sets=["datasets.nli.enabled=false", "evaluation.nanobeir_datasets=[]"]))
     assert not {"Fremtind/all-nli-norwegian", "lightonai/NanoBEIR-no"} & {source.repository for source in off}
+
+
+def test_code_that_is_not_trusted_stops_with_the_command_that_pins_this_config(tmp_path, monkeypatch):
+    snapshot = Snapshot("ltg/norbert3-xs", write_norbert(tmp_path / "norbert3", "norbert3"), "f" * 40)
+    monkeypatch.setattr("trainer.models.build.fetch", lambda *_, **__: snapshot)
+    with pytest.raises(ConfigError, match=r"which is not trusted yet.* run: make pin CONFIG=splade$"):
+        fetch_all(plan_of("splade"), print)
+    monkeypatch.setattr("evaluate.cli.set_up_libraries", lambda: None)
+    result = CliRunner().invoke(main, ["dense", "--parent-of", "csr", "--tasks", TASK])
+    assert (result.exit_code, result.stderr.strip()[-24:]) == (2, "run: make pin CONFIG=csr")
 
 
 # ------------------------------------------------------------------------------------------- the estimate
@@ -415,7 +427,7 @@ def test_a_page_without_markers_stays_and_the_table_is_in_models(pretend):
 def test_code_that_is_not_trusted_stops_before_anything_runs(pretend, monkeypatch):
     from evaluate.prove import sources
 
-    def refuse(config):
+    def refuse(config, pin_command):
         if not config.model.trust_remote_code:
             raise ConfigError("model.base_model: x comes with Python code of its own")
 

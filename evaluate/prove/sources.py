@@ -126,7 +126,7 @@ def fetch_all(plan: Plan, echo: Callable[[str], None]) -> dict[str, str]:
     bases = {loaded.name: loaded for loaded in plan.configs}
     for name, loaded in bases.items():
         try:
-            fetch_base_model(loaded.config)
+            fetch_base_model(loaded.config, loaded.pin_command)
         except HubUnreachable as error:
             missing[f"model {loaded.config.model.base_model}"] = error.format_message()
         except ConfigError as error:
