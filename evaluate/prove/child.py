@@ -37,10 +37,9 @@ def run_child(arguments: Sequence[str], log: Path, echo: Callable[[str], None]) 
     log.parent.mkdir(parents=True, exist_ok=True)
     began, lines = time.perf_counter(), []
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", *arguments]
     with log.open("a", encoding="utf-8") as file, _passing_signals() as passed:
         passed.child = child = subprocess.Popen(
-            command,
+            [sys.executable, "-m", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
