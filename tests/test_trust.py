@@ -115,6 +115,14 @@ def test_the_flag_on_the_command_line_is_the_word_for_the_dense_model(monkeypatc
 
     monkeypatch.setattr("evaluate.session.Session.__init__", lambda self, *arguments: setattr(self, "got", arguments))
     monkeypatch.setattr("evaluate.subject.open_subject", lambda *_: None)
-    options = {"config": "a", "model": None, "revision": None, "tasks": "", "language": None, "batch_size": 1}
+    options = {
+        "config": "a",
+        "model": None,
+        "revision": None,
+        "tasks": "",
+        "language": None,
+        "batch_size": 1,
+        "long_documents": None,
+    }
     for word in (True, False):
         assert cli.open_session(options | {"trust_remote_code": word}).got[-1] is word
