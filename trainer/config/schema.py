@@ -180,6 +180,12 @@ class ModelConfig(Section):
         return self.architecture == "inference-free-splade"
 
     @property
+    def depends_on_texts(self) -> bool:
+        """Whether the untrained model is made from the training texts: its words, or a part of its weights."""
+        counts_rows = self.vocabulary == "texts" and not self.vocabulary_texts
+        return self.base_model == FROM_SCRATCH or self.head == "fit" or counts_rows
+
+    @property
     def packs_texts(self) -> bool:
         """Whether texts are read one after the other, without padding."""
         return self.attention in PACKED_ATTENTION

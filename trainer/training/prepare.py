@@ -11,7 +11,7 @@ from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder import SparseEncoderTrainingArguments
 from torch import nn
 
-from trainer.config import FROM_SCRATCH, Config, ConfigError, LoadedConfig
+from trainer.config import Config, ConfigError, LoadedConfig
 from trainer.data.best_windows import BestWindows
 from trainer.data.forward_passes import forward_passes_of
 from trainer.data.tokens import Tokeniser
@@ -195,8 +195,8 @@ def load(
         decisions.add(*describe.data_lines(config, data), describe.steps_line(config, progress))
         check_something_to_learn(config, data)
         decisions.add(*describe.lonely_pairs_lines(config, data))
-    if data.unreachable and config.model.base_model == FROM_SCRATCH:
-        needs = "needs the hub: the model is built from the training texts"
+    if data.unreachable and config.model.depends_on_texts:
+        needs = needs or "needs the hub: the model is made from the training texts"
     if needs:
         decisions.add(*describe.base_model_lines(config, None), f"rates     {needs}", f"memory    {needs}")
         raise HubUnreachable(needs)
