@@ -9,7 +9,8 @@ from huggingface_hub.utils import filter_repo_objects
 
 from evaluate.prove.plan import Plan
 from evaluate.tasks import LocalTask, load, select_tasks, task_names
-from trainer.config import FROM_SCRATCH, Config, ConfigError, LoadedConfig, is_commit, is_local
+from trainer.config import Config, ConfigError, LoadedConfig, is_commit, is_local
+from trainer.config.pins import hub_references
 from trainer.hub.download import MODEL_FILES, HubUnreachable, fetch
 from trainer.models.build import fetch_base_model
 from trainer.system.progress_bar import in_columns
@@ -59,32 +60,13 @@ def _all_sources(plan: Plan) -> Iterator[Source]:
 
 
 def _sources_of_config(config: Config) -> Iterator[Source]:
-    model = config.model
-    if model.base_model != FROM_SCRATCH and not is_local(model.base_model):
-        yield Source(model.base_model, model.revision, "model", "the base model")
-    yield from _named_in(config.datasets.model_dump())
-    if config.loss.teacher:
-        yield from _named_in(config.loss.teacher.model_dump())
+    for reference in hub_references(config):
+        why = "a teacher or a model that mines negatives" if reference.kind == "model" else "training data"
+        why = "the base model" if reference.is_base_model else why
+        yield Source(reference.repository, reference.revision, reference.kind, why)
     if config.evaluation.nanobeir_datasets != []:
         for language in config.evaluation.nanobeir_languages:
             yield Source(NANOBEIR.format(language), None, "dataset", "searches during training")
-
-
-def _named_in(section: dict[str, Any]) -> Iterator[Source]:
-    """The repositories that a section and those under it name: data sets by `source`, models by `model`."""
-    if section.get("enabled") is False:
-        return
-    kinds: dict[str, tuple[Kind, str]] = {
-        "source": ("dataset", "training data"),
-        "model": ("model", "a teacher or a model that mines negatives"),
-    }
-    for key, (kind, why) in kinds.items():
-        name = section.get(key)
-        if isinstance(name, str) and not is_local(name):
-            yield Source(name, section.get("revision"), kind, why)
-    for value in section.values():
-        if isinstance(value, dict):
-            yield from _named_in(value)
 
 
 # ------------------------------------------------------------------------------------------- sizes
