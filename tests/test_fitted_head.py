@@ -18,6 +18,7 @@ from transformers import (
     MPNetConfig,
     MPNetModel,
 )
+from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 
 from tests.checkpoints import DOCUMENTS, SHAPE, write_bert, write_dense, write_modernbert, write_roberta
 from tests.standins import COMMIT, write_norbert
@@ -231,6 +232,19 @@ def test_states_that_are_all_alike_are_refused(tmp_path):
     network.save_pretrained(base)
     with pytest.raises(ConfigError, match=r"model.head: the tokens of .* cannot be told apart by their last hidden"):
         build(tmp_path, base)
+
+
+def test_a_head_with_a_further_layer_is_refused(tmp_path, monkeypatch):
+    """The layer would keep its random numbers."""
+    init = BertPredictionHeadTransform.__init__
+
+    def with_another(head, config):
+        init(head, config)
+        head.dense = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
+
+    monkeypatch.setattr(BertPredictionHeadTransform, "__init__", with_another)
+    with pytest.raises(ConfigError, match=r"norm in front of a decoder with a bias, and nothing else"):
+        build(tmp_path, ENCODERS["bert"](tmp_path))
 
 
 def test_an_activation_that_is_no_line_is_refused(tmp_path):

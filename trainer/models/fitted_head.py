@@ -81,13 +81,13 @@ def fit_head(transformer: Transformer, texts: Sequence[str], active_dims: int, n
     fitted, held_out = _sample(transformer, texts)
     states, tokens = head.states(fitted)
     need = TOKENS_PER_DIMENSION * states.shape[1]
-    if not held_out or len(tokens) < need:
+    tried = [each[:MOST_HELD_OUT_TOKENS] for each in head.states(held_out[:MOST_HELD_OUT_TEXTS])]
+    if len(tokens) < need or not len(tried[1]):
         raise ConfigError(
             f"model.head: fit needs {need:,} tokens of text, {TOKENS_PER_DIMENSION} for each of the {states.shape[1]} "
             f"dimensions of {name}, in {HELD_OUT_EVERY} texts or more; the training texts have {len(tokens):,} tokens in "
             f"{len(fitted) + len(held_out):,}. Add texts"
         )
-    tried = [each[:MOST_HELD_OUT_TOKENS] for each in head.states(held_out[:MOST_HELD_OUT_TEXTS])]
     own, projection = _best_projection(states, tokens, words, (tried[0], tried[1]), head.dense.bias is not None)
     if own < LEAST_OWN:
         raise ConfigError(
@@ -111,10 +111,11 @@ class Head:
         self.decoder = decoder_of(transformer, name)
         self.embeddings = transformer.model.get_input_embeddings().weight.detach().float()
         kind = type(transformer.model).__name__
-        if (parts := self._before_the_decoder()) is None or self.decoder.bias is None:
+        parts = self._before_the_decoder()
+        if parts is None or self.decoder.bias is None or self._has_more_than(*parts):
             raise ConfigError(
                 f"model.head: the head of {name} ({kind}) cannot be fitted: it is not a dense layer, an activation and a "
-                "norm in front of a decoder with a bias. Set model.head: own"
+                "norm in front of a decoder with a bias, and nothing else. Set model.head: own"
             )
         self.dense, norm = parts
         for module in (self.dense, norm, self.decoder):  # NorBERT4's linear layers have a scale of their own
@@ -159,7 +160,9 @@ class Head:
 
     def states(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """What the dense layer reads of each token that is not special, [tokens, width], and the tokens."""
-        states, tokens = zip(*((given[real], ids[real]) for given, _, ids, real in self._batches(texts)), strict=True)
+        found = [(given[real], ids[real]) for given, _, ids, real in self._batches(texts)]
+        nothing = torch.empty(0, self.dense.weight.shape[1]), torch.empty(0, dtype=torch.long)
+        states, tokens = zip(nothing, *found, strict=True)
         return torch.cat(states), torch.cat(tokens)
 
     def projected(self, texts: list[str]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -204,6 +207,15 @@ class Head:
             case [nn.Linear() as dense, norm, decoder] if decoder is self.decoder and not isinstance(norm, nn.Linear):
                 return dense, norm
         return None
+
+    def _has_more_than(self, dense: nn.Module, norm: nn.Module) -> bool:
+        """Whether the head has weights besides these layers', which nothing would fit."""
+        model = self.transformer.model
+        if model.base_model is model:  # NorBERT's encoder and head are not told apart by a name
+            return False
+        known = {id(each) for part in (model.base_model, dense, norm, self.decoder) for each in part.parameters()}
+        others = [each for each in model.parameters() if id(each) not in known]
+        return any(each.shape != self.decoder.bias.shape for each in others)
 
 
 # ------------------------------------------------------------------------------------------- the steps
