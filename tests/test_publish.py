@@ -192,7 +192,7 @@ def test_hub_names_prompts_and_numbers_stay_as_they_are(tmp_path, monkeypatch):
 def test_every_text_of_the_schema_is_known_to_name_files_or_not():
     plain = {
         "revision", "query", "document", "anchor", "positive", "negative", "subset", "split", "eval_split", "language",
-        "model_name", "license", "tags", "repo",
+        "model_name", "license", "tags", "repo", "code_sha256",
     }  # fmt: skip
     named = set()
 

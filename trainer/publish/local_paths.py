@@ -10,7 +10,7 @@ from trainer.config import FROM_SCRATCH, is_local
 # What stands in the place of a path. No hub name is written so.
 REMOVED = "<local>"
 # Keys of the config and of run.json whose values may name files; a list's items have its key.
-FILE_KEYS = ("base_model", "source", "model", "cache", "search", "mteb_tasks")
+FILE_KEYS = ("base_model", "vocabulary_texts", "source", "model", "cache", "search", "mteb_tasks")
 # Written like an absolute path, or like one below home or the working directory.
 ROOTED = ("/", "~", "./", "../")
 
