@@ -45,15 +45,11 @@ class Repository:
         return self.revisions[-1][1]
 
 
-class Hub:
-    """`tokens` says where each token may write; `refuse` answers a path that fits a pattern with a status."""
+class Loopback:
+    """A server on this machine, from the `with` to its end."""
 
-    def __init__(self):
-        self.repositories, self.large, self.requests = {}, {}, []
-        self.tokens = {"hf_writer": {"org"}, "hf_reader": set()}
-        self.refuse = {}
-        self.cut_off = None  # a pattern: such a request is read half, and its connection closed
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+    def __init__(self, handler):
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
 
     @property
@@ -67,6 +63,17 @@ class Hub:
     def __exit__(self, *exception):
         self.server.shutdown()
         self.server.server_close()
+
+
+class Hub(Loopback):
+    """`tokens` says where each token may write; `refuse` answers a path that fits a pattern with a status."""
+
+    def __init__(self):
+        super().__init__(type("Handler", (Handler,), {"hub": self}))
+        self.repositories, self.large, self.requests = {}, {}, []
+        self.tokens = {"hf_writer": {"org"}, "hf_reader": set()}
+        self.refuse = {}
+        self.cut_off = None  # a pattern: such a request is read half, and its connection closed
 
     def create(self, repo, private=True):
         self.repositories[repo] = found = Repository(private)

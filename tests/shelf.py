@@ -2,36 +2,24 @@
 
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote
 
 from huggingface_hub.utils.sha import git_hash
+
+from tests.hub import Loopback
 
 KINDS = {"models": "model", "datasets": "dataset"}
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?(?:/.*)?")
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
-class Shelf:
+class Shelf(Loopback):
     """`folders` by kind and name. A full commit that is asked for is the repository's own; `main` is `commit`."""
 
     def __init__(self, commit):
+        super().__init__(type("Handler", (Handler,), {"shelf": self}))
         self.commit, self.folders, self.requests = commit, {}, []
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"shelf": self}))
-        self.server.daemon_threads = True
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *exception):
-        self.server.shutdown()
-        self.server.server_close()
 
     def add(self, name, folder, kind="model"):
         self.folders[kind, name] = folder

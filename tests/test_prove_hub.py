@@ -104,7 +104,7 @@ def test_all_eight_configs_are_trained_and_measured_beside_the_baselines_whateve
     # nothing is trained when code is not trusted
     refused = prove("--only", "splade", "--set", "model.trust_remote_code=false")
     assert refused.returncode == 2
-    assert "ltg/norbert3-xs comes with Python code of its own. Read it in" in refused.stderr
+    assert "ltg/norbert3-xs comes with Python code of its own, which is not trusted yet" in refused.stderr
     assert not (where / "models/splade").exists()
 
     # stopped in the middle of a training
