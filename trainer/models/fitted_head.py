@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from trainer.config import ConfigError
 from trainer.encoding.fuse import PROBE, transformers_of
 from trainer.encoding.fused_head import splade_max
+from trainer.models.cut_vocabulary import weights_by_piece
 from trainer.models.heads import decoder_of
 
 # Tokens that the projection is fitted to: a hundred for each of 384 dimensions.
@@ -151,12 +152,9 @@ class Head:
     def set_decoder(self, weight: Tensor, bias: Tensor) -> None:
         """Give the decoder its own weights, tied to nothing."""
         self.decoder.weight = nn.Parameter(weight.to(self.decoder.weight))
-        self.decoder.bias.copy_(bias)
-        for name, parameter in self.transformer.model.named_parameters():
-            if (
-                name.endswith("bias") and parameter.shape == bias.shape
-            ):  # BERT and RoBERTa have a second one, often tied
-                parameter.copy_(bias)
+        for each in weights_by_piece(self.transformer.model):
+            if each.ndim == 1:  # BERT and RoBERTa have a second bias, often tied
+                each.copy_(bias)
 
     def states(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """What the dense layer reads of each token that is not special, [tokens, width], and the tokens."""
