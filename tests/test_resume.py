@@ -42,6 +42,7 @@ from trainer.training.callbacks.active_dims_annealing import ActiveDimsAnnealing
 from trainer.training.callbacks.dead_dim_reviver import DeadDimReviver
 from trainer.training.callbacks.tensorboard_log import TensorBoardLog
 from trainer.training.evaluators import build_evaluator
+from trainer.training.prepare import Decisions, tokenise
 from trainer.training.progress import Progress
 from trainer.training.train import train
 from trainer.training.trainer import SparseTrainer
@@ -326,6 +327,14 @@ def revives_at(step, **keys):
     return bool(revived)
 
 
+def most_queries(resumed, *overrides):
+    """Queries that a passage may have in the sets that a resumed run tokenises."""
+    config = load_config(resumed.folder / "tiny.yaml", list(overrides)).config
+    data = load_data(config)
+    tokenise(config, data, resumed.trainer.model, "cpu", Decisions(print), keep=True)
+    return {rows.further.most if rows.further else 1 for rows in data.tokens.values()}
+
+
 def weight_with_target(target):
     """The weight that a controller goes on to, from the checkpoint of one whose target is 20 dims, and met."""
     saved, resumed = DimsController(20), DimsController(target)
@@ -454,6 +463,8 @@ SEEN = {
         languages_of(resumed.folder, "nb").languages == {"nb": 18}
         and languages_of(resumed.folder, "da").languages == {"da": 18}
         and languages_of(resumed.folder, "nb").fingerprint == languages_of(resumed.folder, "da").fingerprint),
+    "datasets.queries_per_passage": lambda resumed: (
+        (most_queries(resumed), most_queries(resumed, "datasets.queries_per_passage=3")) == ({1}, {3})),
     "evaluation.nanobeir_datasets": lambda _: searches_with(nanobeir_datasets=["nq"]) == {"no": ["nq"], "sv": ["nq"]},
     "evaluation.nanobeir_languages": lambda _: searches_with(nanobeir_languages=["sv"]) == {"sv": None},
     "evaluation.search": lambda resumed: 10 in logged(resumed, "eval_four_ndcg@10"),

@@ -11,6 +11,7 @@ from trainer.config.schema import LocalSource
 NAMES = [
     "csr",
     "csr_h100",
+    "e5",
     "quickstart",
     "splade",
     "splade_h100",
@@ -31,7 +32,7 @@ def config_of(name):
     return load_config(find_config(name)).config
 
 
-def test_the_shipped_configs_are_these_nine():
+def test_the_shipped_configs_are_these_ten():
     files = {file.name for file in (ROOT / "configs").glob("*.yaml")} - {"pins.yaml"}  # a lock file is the user's own
     assert sorted(config_name(ROOT / "configs" / name) for name in files) == NAMES
 
@@ -51,6 +52,7 @@ def test_a_shipped_config_loads_and_show_prints_it_again(name, tmp_path):
         ("splade_regular", "ltg/norbert3-base", "splade", 256, 16, 16, 1, "mps"),
         ("splade_large", "ltg/norbert4-base", "inference-free-splade", 512, 8, 8, 2, "mps"),
         ("csr", NORBERT_CSR, "csr", 512, 32, 32, 1, "mps"),
+        ("e5", "intfloat/multilingual-e5-small", "inference-free-splade", 224, 12, 16, 1, "mps"),
         ("splade_h100", "ltg/norbert4-large", "inference-free-splade", 512, 32, 64, 1, "cuda"),
         ("splade_regular_h100", "ltg/norbert4-large", "splade", 512, 32, 64, 1, "cuda"),
         ("splade_large_h100", "ltg/norbert4-large", "inference-free-splade", 512, 32, 64, 1, "cuda"),
@@ -86,7 +88,7 @@ def test_the_h100_overlay(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart"])
-def test_all_eight_train_on_the_same_three_sets_with_pinned_sources(name):
+def test_all_but_the_quickstart_train_on_the_same_three_sets_with_pinned_sources(name):
     datasets = config_of(name).datasets
     sources = [datasets.nli, datasets.ddsc, *(getattr(datasets.scandi_qa, s) for s in SCANDI_QA_SOURCES)]
     assert datasets.scandi_qa.enabled

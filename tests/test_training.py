@@ -578,10 +578,12 @@ def test_resume_refuses_another_model_or_other_rows(tiny):
 
 
 @pytest.mark.slow
-def test_a_resume_across_an_epoch_ends_like_an_uninterrupted_run(tiny):
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_resume_across_an_epoch_ends_like_an_uninterrupted_run(tiny, queries):
     folder = tiny.parent
     write_rows(folder)
     epochs = ["--set", "training.num_train_epochs=2", "--set", "training.max_steps=-1"]
+    epochs += ["--set", f"datasets.queries_per_passage={queries}"]
     for name in ("whole", "parts"):
         assert run_trainer(folder, "train", "tiny.yaml", "--name", name, *epochs).returncode == 0
     steps = manifest(folder, "models/whole")["steps_done"]

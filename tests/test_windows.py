@@ -84,6 +84,18 @@ def tokens_read(model, text):
 
 
 # ---------------------------------------------------------------------------------- the vectors
+@pytest.mark.parametrize("as_sparse", [True, False])
+def test_a_document_keeps_the_most_dims_that_are_asked_for_and_not_each_window(bert, as_sparse):
+    texts = [LONG, DOCUMENTS[0]]
+    read_in_windows(bert)
+    vectors = [bert.encode_document(texts, convert_to_sparse_tensor=as_sparse, max_active_dims=k) for k in (None, 9)]
+    whole, pruned = (each.to_dense().numpy() if as_sparse else each.numpy() for each in vectors)
+    for row, kept in zip(whole, pruned, strict=True):
+        expected = np.where(row >= np.sort(row)[-9], row, 0)
+        np.testing.assert_array_equal(kept, expected)
+        assert (row > 0).sum() > 9
+
+
 def test_a_text_that_fits_keeps_every_bit(model):
     texts = [text for text in [*DOCUMENTS, "", "og", *QUERIES] if tokens_read(model, text) <= LIMIT]
     assert len(texts) >= 6

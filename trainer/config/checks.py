@@ -286,6 +286,11 @@ def _datasets(config: Config) -> Iterator[Contradiction]:
     sets = {name: getattr(datasets, name) for name in FAMILIES} | datasets.local
     if not any(source and source.enabled for source in sets.values()):
         yield ("datasets",), "has no set that is enabled"
+    if datasets.queries_per_passage > 1:
+        if config.loss.type == "csr":
+            yield ("datasets", "queries_per_passage"), "is for SPLADE, not for csr. Remove it."
+        elif config.loss.cached:
+            yield ("datasets", "queries_per_passage"), "and 'loss.cached' exclude each other. Remove one of them"
     for name, source in datasets.local.items():
         if not re.fullmatch(r"[A-Za-z0-9_]+", name):
             yield ("datasets", name), "is a name of more than letters, digits and _. Choose another"

@@ -54,6 +54,7 @@ RULES: dict[str, Refused | None] = {
     "datasets.sampling_strategy": ORDER,
     "datasets.epoch": ORDER,
     "datasets.length_window": ORDER,
+    "datasets.queries_per_passage": APPLIED,
     "evaluation": APPLIED,
     "model_card": APPLIED,
     "hardware": APPLIED,

@@ -438,6 +438,9 @@ class DatasetsConfig(BaseModel):
     length_window: Positive = 32
     """Rows of about the same length form a batch, within so many batches of the shuffled order; 1: batches at random, as
     they are where texts are packed."""
+    queries_per_passage: Positive = 1
+    """Queries that a passage of a batch has at most. Those beyond its own row's come from other rows, and the passage goes
+    through the network once for all of them; 1: none. For splade and inference-free-splade."""
     nli: FamilySource | None = None
     """Fremtind/all-nli-norwegian: anchor, positive, negative."""
     scandi_qa: ScandiQaConfig | None = None

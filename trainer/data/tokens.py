@@ -25,6 +25,7 @@ from torch import nn
 from trainer.config import ConfigError, one_line
 from trainer.data.buckets import next_length
 from trainer.data.forward_passes import ForwardPasses
+from trainer.data.further_queries import FurtherQueries
 from trainer.data.rows import LABEL, ROLES, SIDES
 from trainer.data.token_file import TEXTS_PER_PART, TokenFile
 from trainer.hub.cache import folder_of
@@ -175,7 +176,7 @@ class Column:
     layout: Padding | Packing
     is_network: bool  # not looked up in a table of static weights
 
-    def texts(self, rows: Sequence[int]) -> list[np.ndarray]:
+    def texts(self, rows: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """The token ids of these rows."""
         return [self.file[number] for number in self.numbers[rows].tolist()]
 
@@ -186,6 +187,7 @@ class TokenRows:
 
     columns: list[Column]
     labels: np.ndarray | None = None  # [rows, passages]: a teacher's scores
+    further: FurtherQueries | None = None  # None: every passage has its row's query alone
 
     def __len__(self) -> int:
         return len(self.columns[0].numbers)
@@ -194,6 +196,10 @@ class TokenRows:
     def passages(self) -> int:
         """How many columns hold passages: the positive, and the negative if there is one."""
         return len(self.columns) - 1
+
+    def passage_numbers(self) -> np.ndarray:
+        """[rows, passages]: numbers of the passages as they are read, the same for equal texts."""
+        return np.stack([column.numbers for column in self.columns[1:]], axis=1)
 
     def lengths(self) -> np.ndarray:
         """Tokens of each text that goes through the network, [rows, columns]."""
@@ -205,11 +211,12 @@ class TokenRows:
 
     def features(self, rows: Sequence[int], passes: ForwardPasses = BY_COLUMN) -> Features:
         """The features of these rows, named as the library's data collator names them; a shared pass by its number."""
-        batch: Features = {}
-        for column in self.columns[:1] if passes.shared else self.columns:
+        queries, *passages = self.columns
+        asking, shared = self.further.features(np.asarray(rows)) if self.further else (rows, {})
+        batch = _named(queries.name, queries.layout.features(queries.texts(asking), passes.lengths) | shared)
+        for column in [] if passes.shared else passages:
             batch |= _named(column.name, column.layout.features(column.texts(rows), passes.lengths))
         if passes.shared:
-            passages = self.columns[1:]
             texts = [text for column in passages for text in column.texts(rows)]
             for number, places in enumerate(passes.split(np.array([*map(len, texts)]))):
                 features = passages[0].layout.features([texts[place] for place in places], passes.lengths)

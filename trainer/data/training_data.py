@@ -17,9 +17,10 @@ from trainer.data.beir import SearchSet, files_beside, is_beir
 from trainer.data.best_windows import BestWindows
 from trainer.data.choosing import divide, read_search_splits, search_splits
 from trainer.data.forward_passes import forward_passes_of, padding
+from trainer.data.further_queries import FurtherQueries, answers_of
 from trainer.data.held_out import hold_out
 from trainer.data.mining import fill_negatives
-from trainer.data.rows import ROLES, fingerprint
+from trainer.data.rows import ROLES, fingerprint, text_numbers
 from trainer.data.sources import LoadedSource, mining_of, sample, sources_of
 from trainer.data.tokens import Tokeniser, TokenRows
 from trainer.hub.download import HubUnreachable
@@ -30,6 +31,8 @@ from trainer.system.progress_bar import going_on, in_columns
 
 # Batches of a subset that its padding is counted on: a loop over all of those of a million rows takes seconds.
 COUNTED_BATCHES = 1000
+# Batches that queries per passage are counted on.
+COUNTED_QUERIES = 100
 
 
 @dataclass
@@ -93,11 +96,14 @@ class TrainingData:
         """Rows of a set that sit out each pass, because what is left cannot be shared equally by all processes."""
         return sum(len(self.train[subset]) - sum(self._sizes(subset, config)) for subset in self.subsets[name])
 
-    def tokenise(self, tokeniser: Tokeniser, windows: BestWindows | None = None) -> None:
+    def tokenise(
+        self, tokeniser: Tokeniser, windows: BestWindows | None = None, queries: int = 1, seed: int = 0
+    ) -> None:
         """Make the token ids of all rows. Raises ConfigError.
 
         windows: gives the part of a long passage that a row reads; None: its beginning. The rows themselves keep their
-        passages, so no batch holds two parts of one.
+        passages, so no batch holds two parts of one. queries: that a passage of a batch has at most; where there are more
+        than one, the seed draws them.
         """
         self._batches.clear()
         for name, subsets in self.subsets.items():
@@ -107,10 +113,20 @@ class TrainingData:
                     rows = windows.rows(rows)
                     content, ids = fingerprint(rows.with_format("arrow")[:]), text_ids(rows)
                 self.tokens[subset] = tokeniser.rows(subset, rows, ids, content)
+            if queries > 1:
+                self._add_further_queries(subsets, queries, seed)
         for subset, dataset in self.eval.items():
             rows = windows.rows(dataset) if windows else dataset
             content = fingerprint(rows.with_format("arrow")[:])
             self.eval_tokens[subset] = tokeniser.rows(subset, rows, text_ids(rows), content)
+
+    def _add_further_queries(self, subsets: list[str], most: int, seed: int) -> None:
+        numbered = text_numbers([self.train[subset].with_format("arrow")[:] for subset in subsets])
+        answers = answers_of(numbered)
+        for subset, ids in zip(subsets, numbered, strict=True):
+            tokens = self.tokens[subset]
+            further = FurtherQueries(ids, tokens.passage_numbers(), answers, most, seed)
+            self.tokens[subset] = replace(tokens, further=further)
 
     def text_ids(self, subset: str) -> np.ndarray:
         """[rows, columns] numbers of the texts of a subset, the same for equal texts."""
@@ -146,6 +162,28 @@ class TrainingData:
             batches = self.batches(subset, config)
         sizes = [len(batch) for batch in batches.batches(0)]
         return 0 if "negative" in rows.column_names else sizes.count(1), len(sizes)
+
+    def queries_per_passage(self, config: Config, name: str) -> float:
+        """Queries for each passage of a set's batches, negatives too, on average over some batches of a first pass.
+
+        Where the rows are not tokenised, passages count as they are, and not by their windows.
+        """
+        queries = passages = 0
+        for subset in self.subsets[name]:
+            every = self.batches(subset, config).batches(0)
+            further = self.tokens[subset].further if subset in self.tokens else self._further_of_whole(subset, config)
+            assert further is not None, subset
+            for batch in every[:: -(-len(every) // COUNTED_QUERIES)]:
+                for rows in np.split(batch, processes()):
+                    queries += len(rows) + len(further.rows_for(rows)[0])
+                    passages += further.read[rows].size
+        return queries / passages
+
+    def _further_of_whole(self, subset: str, config: Config) -> FurtherQueries:
+        ids = self.text_ids(subset)
+        return FurtherQueries(
+            ids, ids[:, 1:], answers_of([ids]), config.datasets.queries_per_passage, config.training.seed
+        )
 
     def padding(self, config: Config, device: str) -> float:
         """The share of padding in what the network will compute.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import SpladePooling
+from sentence_transformers.util import select_max_active_dims
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -71,7 +72,9 @@ class WindowedDocuments:
         windows = self.splitter.split(texts)
         if all(len(each) == 1 for each in windows):
             return self.cut(inputs, **options)
-        vectors = self._maxima(windows, options | {"convert_to_tensor": True})
+        vectors = self._maxima(windows, options | {"convert_to_tensor": True, "max_active_dims": None})
+        if most := options.get("max_active_dims"):  # of the document, not of each window
+            vectors = heaviest(vectors, most) if vectors.is_sparse else select_max_active_dims(vectors, most)
         if isinstance(inputs, str):
             return vectors[0]
         return vectors if options.get("convert_to_tensor", True) else list(vectors)
@@ -108,6 +111,18 @@ def entries(vectors: Tensor, numbers: list[int]) -> tuple[Tensor, ...]:
     vectors = vectors.coalesce()
     rows, dims = vectors.indices()
     return torch.tensor(numbers, device=rows.device)[rows], dims, vectors.values()
+
+
+def heaviest(vectors: Tensor, most: int) -> Tensor:
+    """The largest values of each row of a sparse tensor; of equal ones the lower dimensions."""
+    vectors = vectors.coalesce()
+    (rows, dims), values = vectors.indices(), vectors.values()
+    order = values.argsort(descending=True, stable=True)
+    order = order[rows[order].argsort(stable=True)]
+    starts = torch.searchsorted(rows, rows)  # rows ascend in a coalesced tensor
+    kept = order[torch.arange(len(order), device=rows.device) - starts < most]
+    places = torch.stack([rows[kept], dims[kept]])
+    return torch.sparse_coo_tensor(places, values[kept], vectors.shape, check_invariants=False).coalesce()
 
 
 def why_no_maximum(model: SparseEncoder) -> str:

@@ -9,12 +9,17 @@ from sentence_transformers.sparse_encoder.losses import (
     SparseMarginMSELoss,
     SparseMultipleNegativesRankingLoss,
 )
+from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
 from torch import Tensor
+from torch.nn import functional
 
 from trainer.config.schema import TeacherConfig
+from trainer.data.further_queries import SharedPassages
 from trainer.losses.statistics import BatchStatistics
 from trainer.system.distributed import processes
 
+# Answers of a query that are compared with the passages at once: a query may have thousands.
+ANSWERS_AT_ONCE = 64
 Similarity = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -50,16 +55,21 @@ class RankingLoss(SparseMultipleNegativesRankingLoss):
             self.distillation = SparseMarginMSELoss(model, scaled)
 
     def compute_loss_from_embeddings(
-        self, embeddings: Iterable[Tensor], labels: Tensor | None = None
+        self, embeddings: Iterable[Tensor], labels: Tensor | None = None, shared: SharedPassages | None = None
     ) -> Tensor | dict[str, Tensor]:
         """embeddings: the queries, the positives and the negatives if any, [rows, vocabulary] each.
 
-        labels: [rows, 2], the teacher's scores of positive and negative.
+        labels: [rows, 2], the teacher's scores of positive and negative. shared: where passages have further queries,
+        which then follow those of the rows.
         """
         embeddings = list(embeddings)
         if self.model.training:
             self.statistics.add(embeddings)
-        contrastive = super().compute_loss_from_embeddings(embeddings, None)
+        if shared is None:
+            contrastive = super().compute_loss_from_embeddings(embeddings, None)
+        else:
+            contrastive = self._over_shared_passages(embeddings[0], torch.cat(embeddings[1:]), shared)
+            embeddings[0] = embeddings[0][: shared.rows]
         losses = {"base_loss": contrastive}
         if self.teacher and labels is not None:
             distillation = self.distillation.compute_loss_from_embeddings(embeddings, self.teacher.score_scale * labels)
@@ -67,3 +77,22 @@ class RankingLoss(SparseMultipleNegativesRankingLoss):
         if self.recorded_losses is not None and self.model.training and torch.is_grad_enabled():
             self.recorded_losses.append(sum(loss.detach() for loss in losses.values()))
         return losses if len(losses) > 1 else contrastive
+
+    def _over_shared_passages(self, queries: Tensor, passages: Tensor, shared: SharedPassages) -> Tensor:
+        """The library's loss where a passage may answer several queries. Other answers to a query are left out.
+
+        Every query counts the same, whichever process has it. queries: [queries, vocabulary]. passages: [passages,
+        vocabulary], of this process.
+        """
+        texts, targets = shared.passages, shared.targets
+        count = torch.tensor(float(len(queries)), device=texts.device)
+        if self.gather_across_devices:
+            targets = targets + get_rank() * len(texts)
+            passages, texts = all_gather_with_grad(passages), all_gather(texts)
+            count = all_gather(count.reshape(1)).mean()  # the gradients of processes are averaged
+        is_answer = torch.zeros(len(queries), len(texts), dtype=torch.bool, device=texts.device)
+        for answers in shared.answers.split(ANSWERS_AT_ONCE, dim=1):
+            is_answer |= (answers.unsqueeze(2) == texts).any(1)
+        is_answer.scatter_(1, targets.unsqueeze(1), False)
+        scores = self.scale * self.similarity_fct(queries, passages)
+        return functional.cross_entropy(scores.masked_fill(is_answer, -torch.inf), targets, reduction="sum") / count

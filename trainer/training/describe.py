@@ -139,6 +139,16 @@ def padding_line(config: Config, data: TrainingData, device: str) -> str:
     return f"padding   {data.padding(config, device):.0%} of the positions that go through the network"
 
 
+def query_lines(config: Config, data: TrainingData) -> Iterator[str]:
+    """Per set: how many queries the passages of a batch have. Before rows are tokenised, the number is about right."""
+    most = config.datasets.queries_per_passage
+    if most > 1:
+        for name, subsets in data.subsets.items():
+            about = "" if data.tokens.keys() >= set(subsets) else "about "
+            queries = f"{about}{data.queries_per_passage(config, name):.1f}"
+            yield in_columns("queries", f"{name}: {queries} for each passage of a batch, negatives too; at most {most}")
+
+
 def rate_lines(config: Config, model: SparseEncoder, loss: nn.Module) -> Iterator[str]:
     """The learning rates, and the number of parameters that each one trains."""
     rates = query_rate_mapping(config, loss)

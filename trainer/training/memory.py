@@ -23,6 +23,9 @@ LOGIT_COPIES = 4
 # Copies of a [texts, vocabulary] tensor at the peak of the fused head's backward pass, when every word is active (with 1 in
 # 1,000 active it was 7): measured with 128 texts and a vocabulary of 50,000.
 VECTOR_COPIES = 24
+# Bytes of a query's cell where its vector is looked up: an int64, three floats and their sum's gradient. 800 queries of a
+# vocabulary of 60,000 took 24.4 for each.
+STATIC_QUERY = 24
 # The texts that are tried, as parts of the longest that training reads.
 TRIED = (1 / 16, 1 / 8, 1 / 4)
 # Bytes of a trained number: weight, gradient, and Adam's two moments, in float32.
@@ -47,10 +50,13 @@ class MemoryEstimate:
 def estimate_memory(config: Config, columns: int, model: SparseEncoder) -> MemoryEstimate:
     """Memory of the weights, the head, and the layers' activations for the texts of one step. columns: texts per row."""
     training = config.training
-    columns -= config.model.has_static_queries  # they cost nothing
-    texts = training.per_device_train_batch_size * columns
+    rows = training.per_device_train_batch_size
     if config.loss.cached:
-        texts = min(texts, config.loss.mini_batch_size * columns)
+        rows = min(rows, config.loss.mini_batch_size)
+    passages, most = columns - 1, config.datasets.queries_per_passage
+    queries = rows * (passages * most if most > 1 else 1)
+    is_static = config.model.has_static_queries
+    texts = rows * passages + (0 if is_static else queries)
     precision = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     parts = {
         "weights and optimizer": float(
@@ -60,7 +66,7 @@ def estimate_memory(config: Config, columns: int, model: SparseEncoder) -> Memor
     if config.loss.has_regularizers:
         size = precision.itemsize if precision else 4
         per_word = VECTOR_COPIES * 4 if is_fused(model) else LOGIT_COPIES * training.max_seq_length * size
-        parts["head"] = per_word * texts * vocabulary_of(model)
+        parts["head"] = (per_word * texts + STATIC_QUERY * queries * is_static) * vocabulary_of(model)
     transformer = transformers_of(model)[0]
     with going_on(in_columns("memory", "trying three texts")):
         per_text, once = activations_per_text(transformer, training.max_seq_length, precision)

@@ -286,11 +286,13 @@ def tokenise(
     rows = data if keep else data.sample(CHECKED_ROWS, config.training.seed)
     tokeniser = Tokeniser(model, routes_of(config), decisions.add, keep=keep)
     with first_on_each_machine_first():
-        rows.tokenise(tokeniser, BestWindows(model) if config.model.long_documents == "windows" else None)
+        windows = BestWindows(model) if config.model.long_documents == "windows" else None
+        rows.tokenise(tokeniser, windows, config.datasets.queries_per_passage, config.training.seed)
     if keep:
         decisions.add(describe.token_line(tokeniser))
     if not data.unreachable:
         decisions.add(*describe.sitting_out_lines(config, data), describe.padding_line(config, rows, device))
+        decisions.add(*describe.query_lines(config, data))
 
 
 def share_evaluator(config: Config, data: TrainingData, decisions: Decisions) -> SearchEvaluator | None:

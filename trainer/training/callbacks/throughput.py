@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trainer.data.further_queries import ROWS
 from trainer.system.distributed import total
 
 
@@ -65,7 +66,8 @@ class Throughput:
     def add(self, features: list[dict[str, Any]]) -> None:
         """The columns of one batch, with their attention masks [rows, length], or packed: with where each text begins."""
         first = features[0]
-        self.rows += len(first["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in first else len(first["input_ids"])
+        texts = len(first["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in first else len(first["input_ids"])
+        self.rows += first.get(ROWS, texts)
         for column in features:
             # the sums stay on the device: reading them here would wait for the GPU at every step
             positions = column["input_ids"].numel()
