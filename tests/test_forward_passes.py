@@ -141,7 +141,7 @@ def test_loss_and_gradients_are_those_of_the_library_with_a_pass_for_each_column
         loss = build_loss(config, model, BatchStatistics())
         model.zero_grad()
         for _ in range(2):  # the penalty's second step has a slope
-            parts = forward(loss, columns)
+            parts = forward(loss, [dict(each) for each in columns])  # the library writes its vectors into them
             loss.document_regularizer.finish_step()
         sum(parts.values()).backward()
         found.append(
