@@ -376,6 +376,7 @@ SearchEvaluator.__call__ = endless
 """
 
 
+@pytest.mark.slow
 def test_a_signal_cuts_an_evaluation_short_and_saves_a_checkpoint(tiny):
     begin = time.monotonic()
     result = run_python(tiny.parent, SIGNAL_IN_EVALUATION)
@@ -405,6 +406,7 @@ SparseEncoderTrainer.compute_loss = poisoned
 """
 
 
+@pytest.mark.slow
 def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tiny):
     result = run_python(tiny.parent, NAN_AT_STEP_4)
     assert result.returncode == 2
@@ -514,6 +516,7 @@ def write_rows(folder, text="hva er"):
     (folder / "tiny.yaml").write_text(local)
 
 
+@pytest.mark.slow
 def test_without_a_search_set_the_checkpoint_with_the_lowest_evaluation_loss_wins(tiny):
     write_rows(tiny.parent)
     result = run_trainer(tiny.parent, "train", "tiny.yaml")
@@ -534,6 +537,7 @@ def test_without_a_search_set_the_checkpoint_with_the_lowest_evaluation_loss_win
     assert best["value"] == pytest.approx(min(means.values()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_accumulation_checkpointing_and_loader_workers_train_too(tiny):
     overrides = ["training.gradient_accumulation_steps=2", "training.dataloader_num_workers=2", "training.max_steps=2"]
     overrides += ["hardware.gradient_checkpointing=true", "training.dataloader_prefetch_factor=2"]
@@ -548,6 +552,7 @@ def test_accumulation_checkpointing_and_loader_workers_train_too(tiny):
 
 
 # ---------------------------------------------------------------------------------- what a resumed run may change
+@pytest.mark.slow
 def test_resume_remembers_overrides_takes_over_changed_keys_and_says_so(trained):
     started = run_trainer(trained, "train", "tiny.yaml", "--name", "b", "--set", "training.max_steps=2")
     assert started.returncode == 0, started.stderr
