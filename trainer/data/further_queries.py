@@ -30,7 +30,7 @@ class SharedPassages:
         """What comes with these queries; None where every passage has its row's query alone."""
         if ROWS not in features:
             return None
-        return cls(*(features[name] for name in (ROWS, TARGETS, ANSWERS, PASSAGES)))
+        return cls(*(features[name] for name in NAMES))
 
 
 def answers_of(ids: Sequence[np.ndarray]) -> np.ndarray:
