@@ -251,6 +251,13 @@ def test_what_show_prints_is_the_same_config(tmp_path):
     assert "# default" in next(line for line in shown.splitlines() if "weight_decay" in line)
 
 
+def test_show_keeps_a_section_in_which_nothing_is_set(tmp_path):
+    first = load_config(write(tmp_path, TINY), ["model.prompts={query: null, document: null}"])
+    assert first.config.model.prompts is not None
+    for shown in (render(first), render(first, origins=False)):
+        assert load_config(write(tmp_path / "again", shown)).config == first.config
+
+
 @pytest.mark.parametrize(
     "name", ["no", "true", "2e-5", "a: b", "#1", "", " x", "null", "- a", "[x]", "it's", "å\\n", "a\nb"]
 )

@@ -234,11 +234,12 @@ def _render(values: dict[str, Any], path: Path_, loaded: LoadedConfig | None) ->
     for key, value in values.items():
         here = (*path, key)
         indent = "  " * len(path)
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and (lines := list(_render(value, here, loaded))):
             yield f"{indent}{scalar(key)}:"
-            yield from _render(value, here, loaded)
+            yield from lines
         elif value is not None:  # a key that is not set has no line: what is not given is not a choice
-            text = f"{indent}{scalar(key)}: {scalar(value)}"
+            # braces for a section in which nothing is set: without them it would read as not set itself
+            text = f"{indent}{scalar(key)}: {scalar({} if isinstance(value, dict) else value)}"
             origin = "" if loaded is None else loaded.origins.get(here, "default")
             yield f"{text:<60}  # {origin}" if origin else text
 
