@@ -14,7 +14,7 @@ import pyarrow as pa
 from trainer.config.schema import MiningConfig, ModelConfig
 from trainer.data.bm25 import BM25Index
 from trainer.data.rows import Rows
-from trainer.hub.cache import cached_table, cached_tables, digest, folder_of, identity
+from trainer.hub.cache import cached_table, cached_tables, cached_vectors, digest, folder_of, identity
 from trainer.hub.download import Snapshot, fetch
 from trainer.models.prompts import prompts_of, quoted
 from trainer.models.weights import loading
@@ -238,17 +238,10 @@ class Remembered:
 
     def _encode(self, task: str, texts: list[str], options: dict) -> np.ndarray:
         encode = partial(getattr(self.model, f"encode_{task}"), **(options | {"show_progress_bar": False}))
-
-        def encode_part(part: list[str]) -> pa.Table:
-            vectors = encode(part).astype(np.float32)
-            return pa.table({"vector": pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1])})
-
         folder = self.folder / f"{task}-{digest(*texts)}"
         what = in_columns("mining", "queries" if task == "query" else "passages")
         with encoding(self.model[0], what, len(texts)) as progress:
-            parts = cached_tables(folder, texts, TEXTS_PER_PART, encode_part, progress)
-        columns = [chunk for part in parts for chunk in part["vector"].chunks]
-        return np.concatenate([chunk.flatten().to_numpy().reshape(len(chunk), -1) for chunk in columns])
+            return cached_vectors(folder, texts, TEXTS_PER_PART, encode, progress)
 
 
 def load_dense(snapshot: Snapshot, key: str, prompts: dict[str, str], device: str | None = None) -> Any:

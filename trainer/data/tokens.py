@@ -40,6 +40,8 @@ TEXTS_PER_CALL = 1_000
 MIN_TEXTS_ON_DISK = 10_000
 # The feature of a shared pass that says which of the batch's passages, counted column by column, its texts are.
 PLACE = "place"
+# The feature that is a text's vector, as the library's modules call it.
+VECTOR = "sentence_embedding"
 BY_COLUMN = ForwardPasses()
 # Rows of each set whose features are compared with the library's.
 CHECKED_ROWS = 8
@@ -175,10 +177,17 @@ class Column:
     numbers: np.ndarray  # [rows]: which of the file's texts a row has
     layout: Padding | Packing
     is_network: bool  # not looked up in a table of static weights
+    vectors: np.ndarray | None = None  # [texts of the file, width]: a frozen dense model's, where it has encoded them
 
     def texts(self, rows: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """The token ids of these rows."""
         return [self.file[number] for number in self.numbers[rows].tolist()]
+
+    def features(self, rows: Sequence[int] | np.ndarray, shapes: Sequence[int] | None = None) -> Features:
+        """The features of these rows, or their vectors, [rows, width]."""
+        if self.vectors is not None:
+            return {VECTOR: torch.from_numpy(self.vectors[self.numbers[rows]])}
+        return self.layout.features(self.texts(rows), shapes)
 
 
 @dataclass(frozen=True)
@@ -213,9 +222,9 @@ class TokenRows:
         """The features of these rows, named as the library's data collator names them; a shared pass by its number."""
         queries, *passages = self.columns
         asking, shared = self.further.features(np.asarray(rows)) if self.further else (rows, {})
-        batch = _named(queries.name, queries.layout.features(queries.texts(asking), passes.lengths) | shared)
+        batch = _named(queries.name, queries.features(asking, passes.lengths) | shared)
         for column in [] if passes.shared else passages:
-            batch |= _named(column.name, column.layout.features(column.texts(rows), passes.lengths))
+            batch |= _named(column.name, column.features(rows, passes.lengths))
         if passes.shared:
             texts = [text for column in passages for text in column.texts(rows)]
             for number, places in enumerate(passes.split(np.array([*map(len, texts)]))):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -68,3 +69,17 @@ def cached_tables(
         tables.append(cached_table(folder / f"part-{number:05d}.parquet", partial(make, part)))
         progress.reach(start + len(part))
     return tables
+
+
+def cached_vectors(
+    folder: Path, items: list, size: int, encode: Callable[[list], np.ndarray], progress: ProgressReport
+) -> np.ndarray:
+    """Vectors of the items, [items, width], float32; those of each `size` items are kept in a file of their own."""
+
+    def make(part: list) -> pa.Table:
+        vectors = encode(part).astype(np.float32)
+        return pa.table({"vector": pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1])})
+
+    tables = cached_tables(folder, items, size, make, progress)
+    chunks = [chunk for table in tables for chunk in table["vector"].chunks]
+    return np.concatenate([chunk.flatten().to_numpy() for chunk in chunks]).reshape(len(items), -1)

@@ -1,11 +1,13 @@
 """Makes everything that a run needs. `make check` prints the decisions; `make train` prints them and goes on."""
 
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 import transformers
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder import SparseEncoderTrainingArguments
@@ -13,6 +15,7 @@ from torch import nn
 
 from trainer.config import Config, ConfigError, LoadedConfig
 from trainer.data.best_windows import BestWindows
+from trainer.data.dense_vectors import DenseVectors, let_vectors_pass, pays, texts_to_encode
 from trainer.data.forward_passes import forward_passes_of
 from trainer.data.tokens import Tokeniser
 from trainer.data.training_data import TrainingData, load_data
@@ -131,13 +134,19 @@ def make_parts(loaded: LoadedConfig, decisions: Decisions, run: Run | None = Non
     decisions.add(*fuse_head(config, model, device))
     # from here on, the model may have an attention that computes in 16 bits only
     config = decide_attention(config, model, device, decisions, run, start)
-    tokenise(config, data, model, device, decisions, keep=run is not None)
+    once = pays(config, data)
+    tokenise(config, data, model, device, decisions, keep=run is not None, in_batches=not once)
+    if once:
+        decisions.add(encode_once(config, data, model, keep=run is not None))
     if config.model.long_documents == "windows":
         read_in_windows(model)
     decisions.add(*describe.length_lines(data, model))
-    decisions.add(*memory_lines(config, estimate_memory(config, data.columns, model), device if reason else None))
+    estimate = estimate_memory(config, data.columns, model, in_batches=not once)
+    decisions.add(*memory_lines(config, estimate, device if reason else None))
     if run and config.training.torch_compile:
         decisions.add(f"compile   {compile_networks(model, forward_passes_of(config, device).lengths)}")
+    if once:
+        let_vectors_pass(model)
     statistics = BatchStatistics(enabled=config.evaluation.track_sparsity)
     loss = build_loss(
         config, model, statistics, document_idf(config, model, partial(data.texts, "positive", "negative"))
@@ -277,11 +286,19 @@ def decide_attention(
 
 
 def tokenise(
-    config: Config, data: TrainingData, model: SparseEncoder, device: str, decisions: Decisions, *, keep: bool
+    config: Config,
+    data: TrainingData,
+    model: SparseEncoder,
+    device: str,
+    decisions: Decisions,
+    *,
+    keep: bool,
+    in_batches: bool,
 ) -> None:
     """Make the token ids of all rows. Each different text is tokenised once.
 
-    keep: False for `make check`, which tokenises CHECKED_ROWS rows of each set and keeps no ids.
+    keep: False for `make check`, which tokenises CHECKED_ROWS rows of each set and keeps no ids. in_batches: whether the
+    network encodes the texts of every batch; otherwise there is no padding to speak of.
     """
     rows = data if keep else data.sample(CHECKED_ROWS, config.training.seed)
     tokeniser = Tokeniser(model, routes_of(config), decisions.add, keep=keep)
@@ -291,8 +308,27 @@ def tokenise(
     if keep:
         decisions.add(describe.token_line(tokeniser))
     if not data.unreachable:
-        decisions.add(*describe.sitting_out_lines(config, data), describe.padding_line(config, rows, device))
+        decisions.add(*describe.sitting_out_lines(config, data))
+        decisions.add(*([describe.padding_line(config, rows, device)] if in_batches else []))
         decisions.add(*describe.query_lines(config, data))
+
+
+def encode_once(config: Config, data: TrainingData, model: SparseEncoder, *, keep: bool) -> str:
+    """Have the frozen dense model encode each different text once, for all steps. Returns the line that says so.
+
+    keep: False for `make check`, which only says what training will do.
+    """
+    different, drawn = texts_to_encode(config, data)
+    how = f"vectors   the frozen model encodes {different:,} different texts once, not {drawn:,} step by step"
+    if not keep:
+        return how
+    training, began = config.training, time.perf_counter()
+    precision = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+    with first_on_each_machine_first():
+        vectors = DenseVectors(model, precision)
+        for name, tokens in data.tokens.items():
+            data.tokens[name] = vectors.add_to(name, tokens)
+    return f"{how}: {vectors.bytes / 2**20:,.0f} MiB in {time.perf_counter() - began:.0f} s"
 
 
 def share_evaluator(config: Config, data: TrainingData, decisions: Decisions) -> SearchEvaluator | None:

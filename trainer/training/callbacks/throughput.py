@@ -64,8 +64,14 @@ class Throughput:
         return rows, tokens, encoded, positions
 
     def add(self, features: list[dict[str, Any]]) -> None:
-        """The columns of one batch, with their attention masks [rows, length], or packed: with where each text begins."""
+        """The columns of one batch, with their attention masks [rows, length], or packed: with where each text begins.
+
+        Columns of vectors [rows, width] have no tokens.
+        """
         first = features[0]
+        if "input_ids" not in first:
+            self.rows += len(first["sentence_embedding"])
+            return
         texts = len(first["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in first else len(first["input_ids"])
         self.rows += first.get(ROWS, texts)
         for column in features:
@@ -84,5 +90,5 @@ class Throughput:
         return {
             "samples_per_second": rows / seconds,
             "tokens_per_second": tokens / seconds,
-            "padding_share": 1 - encoded / max(positions, 1),
+            "padding_share": 1 - encoded / positions if positions else 0.0,
         }

@@ -1,0 +1,137 @@
+"""The vectors of CSR's frozen dense model: each different text goes through it once, and a step reads the vectors.
+
+The vectors do not change while the autoencoder on top of them is trained (arXiv 2503.01776).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SparseEncoder
+from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
+from sentence_transformers.util import batch_to_device
+from torch import nn
+
+from trainer.config import Config
+from trainer.data.forward_passes import ForwardPasses
+from trainer.data.tokens import Column, Features, Packing, Padding, TokenRows
+from trainer.data.training_data import TrainingData
+from trainer.hub.cache import cached_vectors, digest, folder_of
+from trainer.system.distributed import processes
+from trainer.system.progress_bar import ProgressReport, in_columns
+
+# Texts whose vectors are one file. A run that is killed encodes so many again.
+TEXTS_PER_FILE = 500
+# Positions of one pass through the network, on a CPU and elsewhere: its weights are read once for so many.
+POSITIONS = {"cpu": 2_048}
+MANY_POSITIONS = 16_384
+# Stands between the ids of two texts: no id is -1.
+END = np.int32(-1).tobytes()
+
+
+def texts_to_encode(config: Config, data: TrainingData) -> tuple[int, int]:
+    """How many different texts training reads, and how many each process would encode in all its steps.
+
+    Both are 0 where the dense model is trained too. data: with the rows that the run will have drawn.
+    """
+    if config.model.architecture != "csr" or config.model.csr_train_base or data.unreachable:
+        return 0, 0
+    different = sum(len(np.unique(data.text_ids(subset))) for subset in data.train)
+    drawn = sum(summary.rows_drawn for summary in data.summaries.values()) * data.columns
+    return different, drawn // processes()
+
+
+def pays(config: Config, data: TrainingData) -> bool:
+    """Whether encoding each different text once is less work than encoding those of every step."""
+    different, drawn = texts_to_encode(config, data)
+    return different < drawn
+
+
+@dataclass
+class DenseVectors:
+    """Encodes texts with the frozen modules of a CSR model. Vectors are kept in the cache, by weights and token ids."""
+
+    model: SparseEncoder
+    precision: torch.dtype | None
+    """Of autocast, as in training; None without."""
+    texts: int = 0
+    bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.modules = [module for module in self.model.children() if not isinstance(module, SparseAutoEncoder)]
+        self.identity = _identity(self.modules, self.precision)
+        self.made: dict[int, np.ndarray] = {}  # by the file of token ids: several columns may share one
+
+    def add_to(self, name: str, tokens: TokenRows) -> TokenRows:
+        """The rows with the vectors of their texts. Raises ConfigError when the cache cannot be written."""
+        for column in tokens.columns:
+            if id(column.file) not in self.made:
+                self.made[id(column.file)] = self._vectors(name, column)
+        columns = [replace(column, vectors=self.made[id(column.file)]) for column in tokens.columns]
+        return replace(tokens, columns=columns)
+
+    def _vectors(self, name: str, column: Column) -> np.ndarray:
+        """Vectors of all texts of the column's file, [texts, width]; texts of about one length go through together."""
+        file = column.file
+        longest_first = np.argsort(-file.lengths(), kind="stable")
+        ids = hashlib.blake2b(digest_size=16)
+        for number in longest_first.tolist():
+            ids.update(file[number].astype(np.int32).tobytes() + END)
+
+        def encode(numbers: list[int]) -> np.ndarray:
+            return np.concatenate([*self._encode([file[number] for number in numbers], column.layout)])
+
+        folder = folder_of("dense", digest(self.identity, ids.hexdigest()))
+        with ProgressReport(desc=in_columns("vectors", name), total=len(file), unit="texts") as progress:
+            in_order = cached_vectors(folder, longest_first.tolist(), TEXTS_PER_FILE, encode, progress)
+        vectors = np.empty_like(in_order)
+        vectors[longest_first] = in_order
+        self.texts, self.bytes = self.texts + len(vectors), self.bytes + vectors.nbytes
+        return vectors
+
+    @torch.inference_mode()
+    def _encode(self, texts: list[np.ndarray], layout: Padding | Packing) -> Iterator[np.ndarray]:
+        """Vectors of these texts, the longest of which come first, pass by pass."""
+        device = self.model.device
+        positions = POSITIONS.get(device.type, MANY_POSITIONS)
+        autocast = torch.autocast(device.type, self.precision, enabled=self.precision is not None)
+        training = self.model.training
+        self.model.eval()
+        try:
+            for places in ForwardPasses(positions=positions).split(np.array([*map(len, texts)])):
+                features: Features = batch_to_device(layout.features([texts[place] for place in places]), device)
+                with autocast:
+                    for module in self.modules:
+                        features = module(features)
+                yield features["sentence_embedding"].float().cpu().numpy()
+        finally:
+            self.model.train(training)
+
+
+def let_vectors_pass(model: SparseEncoder) -> None:
+    """Have the frozen modules hand on features that are a vector already. In memory only."""
+    for module in model.children():
+        if not isinstance(module, SparseAutoEncoder):
+            vars(module)["forward"] = _Passing(module)
+
+
+class _Passing:
+    """A module's `forward`, for features without token ids too."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.forward = module.forward
+
+    def __call__(self, features: Features, **options: Any) -> Features:
+        return features if "input_ids" not in features else self.forward(features, **options)
+
+
+def _identity(modules: list[nn.Module], precision: torch.dtype | None) -> str:
+    """What the vectors of token ids depend on."""
+    hasher = hashlib.blake2b(f"{modules} {precision}".encode(), digest_size=16)
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            hasher.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()
