@@ -15,6 +15,7 @@ from tests.checkpoints import write_dense
 from tests.test_models import build_from, config_of
 from trainer.config import load_config
 from trainer.data import dense_vectors
+from trainer.data.batches import text_ids
 from trainer.data.dense_vectors import DenseVectors, let_vectors_pass, pays, texts_to_encode
 from trainer.data.tokens import Tokeniser
 from trainer.data.training_data import load_data
@@ -128,28 +129,44 @@ def test_other_weights_texts_or_precision_have_other_vectors(tmp_path):
     name, tokens = next(iter(data.tokens.items()))
     DenseVectors(model, None).add_to(name, tokens)
     folder = tmp_path / "hub" / "nordsparse" / "dense"
-    first = len(list(folder.iterdir()))
+    first, anchor = len(list(folder.iterdir())), data.train[name]["anchor"][0]
+    model[0].model.register_buffer("scalar", torch.tensor(1.0))  # no dimension to view as bytes
     DenseVectors(model, torch.bfloat16).add_to(name, tokens)
     with torch.no_grad():
         next(model[0].parameters()).add_(0.5)
     DenseVectors(model, None).add_to(name, tokens)
     assert len(list(folder.iterdir())) == 3 * first
+    other = data.train[name].map(lambda row: {"anchor": row["anchor"] + "!"} if row["anchor"] == anchor else {})
+    tokeniser = Tokeniser(model, routes_of(config), lambda line: None)
+    DenseVectors(model, None).add_to(name, tokeniser.rows(name, other, text_ids(other), "other"))
+    assert len(list(folder.iterdir())) == 3 * first + 1  # both columns share a file
+    model[0].model.config.layer_norm_eps = 0.5
+    DenseVectors(model, None).add_to(name, tokens)
+    assert len(list(folder.iterdir())) == 4 * first + 1
 
 
-def test_vectors_are_made_only_where_that_is_less_work_and_the_dense_model_is_frozen(tmp_path):
+def test_vectors_are_made_only_where_that_is_less_work_and_the_dense_model_is_frozen(tmp_path, monkeypatch):
     for steps, expected in ((1, False), (200, True)):
         config = csr(tmp_path, f"training.max_steps={steps}")
         data = load_data(config)
         Progress(config, data).plan()
         different, drawn = texts_to_encode(config, data)
-        columns = 3 if any("negative" in rows.column_names for rows in data.train.values()) else 2
-        most = steps * config.training.per_device_train_batch_size * columns
-        assert 0.9 * most < drawn <= most  # a set's last batch may be smaller
+        # a set's last batch may be smaller, and its rows have two texts or three
+        rows = steps * config.training.per_device_train_batch_size
+        assert 0.9 * 2 * rows < drawn <= 3 * rows
+        exact = sum(
+            summary.rows_drawn * (2 * summary.pairs + 3 * summary.triplets) / summary.rows
+            for summary in data.summaries.values()
+        )
+        assert drawn == pytest.approx(exact, abs=1)
         assert different == len({text for rows in data.train.values() for c in rows.column_names
                                  if c in ("anchor", "positive", "negative") for text in rows[c]})  # fmt: skip
         assert pays(config, data) is expected
-    config = csr(tmp_path, "training.max_steps=200", "model.csr_train_base=true")
+    monkeypatch.setattr(dense_vectors, "processes", lambda: 2)
     assert not pays(config, data)
+    monkeypatch.setattr(dense_vectors, "processes", lambda: 1)
+    assert pays(config, data)
+    assert not pays(csr(tmp_path, "training.max_steps=200", "model.csr_train_base=true"), data)
 
 
 def test_check_says_so_and_encodes_nothing(tmp_path, monkeypatch):
@@ -164,6 +181,7 @@ def test_check_says_so_and_encodes_nothing(tmp_path, monkeypatch):
     )
     memory = next(line for line in lines if line.startswith("memory"))
     assert "activations" not in memory
+    assert "vectors 0.0 GiB" in memory
 
 
 def test_a_model_whose_modules_hand_vectors_on_still_encodes_texts(tmp_path):
@@ -193,6 +211,7 @@ def test_a_resumed_run_reads_the_same_vectors_and_ends_with_the_same_weights(tmp
     last = max(run.checkpoints.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
     for folder in (last, run.final):
         folder.rename(tmp_path / folder.name)
+    monkeypatch.setattr(DenseVectors, "_encode", None)  # the vectors are found
     train(loaded, run, resume=True, echo=lambda line: None)
     again = load_file(next(run.final.glob("*SparseAutoEncoder/model.safetensors")))
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())

@@ -423,7 +423,7 @@ def test_two_processes_give_the_loss_curve_of_one_for_csr_too(even):
     options = [
         *(f"model.base_model={base}", "model.from_scratch=null", "model.architecture=csr", "loss.type=csr"),
         *("loss.document_regularizer_weight=null", "training.query_learning_rate=null", "model.csr_k=8"),
-        *("model.csr_hidden_dim=64", "model.csr_k_aux=16", "loss.scale=20.0"),
+        *("model.csr_hidden_dim=64", "model.csr_k_aux=16", "loss.scale=20.0", "loss.similarity_weight=1.0"),
     ]
     pairs = [part for option in options for part in ("--set", option)]
     train(even, "one", *pairs)

@@ -346,6 +346,7 @@ def weight_with_target(target):
 
 def csr_loss(**keys):
     loss = {"scale": None, "teacher": None, "beta": 0.1, "gamma": 1.0} | keys
+    loss = {"similarity_weight": 0.0, "similarity_temperature": 0.02} | loss
     return build_csr_loss(SimpleNamespace(loss=SimpleNamespace(**loss)), nn.Linear(1, 1), BatchStatistics(), None)
 
 
@@ -459,6 +460,8 @@ SEEN = {
     "loss.mini_batch_size": lambda resumed: resumed.trainer.loss.mini_batch_size == 4,
     "loss.beta": lambda _: csr_loss(beta=0.7).beta == csr_loss(beta=0.7).reconstruction_loss.beta == 0.7,
     "loss.gamma": lambda _: csr_loss(gamma=0.7).gamma == 0.7,
+    "loss.similarity_weight": lambda _: csr_loss(similarity_weight=0.7).reconstruction_loss.weight == 0.7,
+    "loss.similarity_temperature": lambda _: csr_loss(similarity_temperature=0.7).reconstruction_loss.temperature == 0.7,
     "datasets.mine.language": lambda resumed: (
         languages_of(resumed.folder, "nb").languages == {"nb": 18}
         and languages_of(resumed.folder, "da").languages == {"da": 18}

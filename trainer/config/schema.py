@@ -302,6 +302,10 @@ class LossConfig(Section):
     """csr: weight of the auxiliary reconstruction loss."""
     gamma: Weight = 1.0
     """csr: weight of the contrastive loss."""
+    similarity_weight: Weight = 0.0
+    """csr: weight of a loss that teaches codes to rank the passages of a batch as the dense vectors do."""
+    similarity_temperature: Rate = 0.02
+    """csr: cosines of dense vectors are divided by this before the softmax; those of codes are multiplied by scale."""
 
     @property
     def has_regularizers(self) -> bool:
@@ -311,7 +315,7 @@ class LossConfig(Section):
     @property
     def is_contrastive(self) -> bool:
         """Whether queries are compared with the passages of other rows."""
-        return self.has_regularizers or self.gamma > 0
+        return self.has_regularizers or self.gamma > 0 or self.similarity_weight > 0
 
 
 class MiningConfig(Section):

@@ -4,19 +4,24 @@ The vectors do not change while the autoencoder on top of them is trained (arXiv
 """
 
 import hashlib
+import inspect
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers import SparseEncoder
-from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
+from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, Transformer
 from sentence_transformers.util import batch_to_device
 from torch import nn
 
 from trainer.config import Config
 from trainer.data.forward_passes import ForwardPasses
+from trainer.data.token_file import TokenFile
 from trainer.data.tokens import Column, Features, Packing, Padding, TokenRows
 from trainer.data.training_data import TrainingData
 from trainer.hub.cache import cached_vectors, digest, folder_of
@@ -33,15 +38,19 @@ END = np.int32(-1).tobytes()
 
 
 def texts_to_encode(config: Config, data: TrainingData) -> tuple[int, int]:
-    """How many different texts training reads, and how many each process would encode in all its steps.
+    """How many different texts training reads, and how many go through the model in all steps together.
 
-    Both are 0 where the dense model is trained too. data: with the rows that the run will have drawn.
+    Both are 0 where the dense model is trained too, and where several processes train: one would encode alone, and the
+    others wait longer than they may. data: with the rows that the run will have drawn.
     """
-    if config.model.architecture != "csr" or config.model.csr_train_base or data.unreachable:
+    if config.model.architecture != "csr" or config.model.csr_train_base or data.unreachable or processes() > 1:
         return 0, 0
     different = sum(len(np.unique(data.text_ids(subset))) for subset in data.train)
-    drawn = sum(summary.rows_drawn for summary in data.summaries.values()) * data.columns
-    return different, drawn // processes()
+    drawn = 0.0
+    for name, subsets in data.subsets.items():
+        texts = sum(data.text_ids(subset).size for subset in subsets)
+        drawn += texts * data.summaries[name].rows_drawn / data.summaries[name].rows
+    return different, round(drawn)
 
 
 def pays(config: Config, data: TrainingData) -> bool:
@@ -62,29 +71,29 @@ class DenseVectors:
 
     def __post_init__(self) -> None:
         self.modules = [module for module in self.model.children() if not isinstance(module, SparseAutoEncoder)]
-        self.identity = _identity(self.modules, self.precision)
-        self.made: dict[int, np.ndarray] = {}  # by the file of token ids: several columns may share one
+        self.identity = _identity(self.modules, self.precision, self.model.device)
+        self.made: dict[TokenFile, np.ndarray] = {}  # several columns may share a file
 
     def add_to(self, name: str, tokens: TokenRows) -> TokenRows:
         """The rows with the vectors of their texts. Raises ConfigError when the cache cannot be written."""
         for column in tokens.columns:
-            if id(column.file) not in self.made:
-                self.made[id(column.file)] = self._vectors(name, column)
-        columns = [replace(column, vectors=self.made[id(column.file)]) for column in tokens.columns]
+            if column.file not in self.made:
+                self.made[column.file] = self._vectors(name, column)
+        columns = [replace(column, vectors=self.made[column.file]) for column in tokens.columns]
         return replace(tokens, columns=columns)
 
     def _vectors(self, name: str, column: Column) -> np.ndarray:
         """Vectors of all texts of the column's file, [texts, width]; texts of about one length go through together."""
-        file = column.file
+        file, layout = column.file, column.layout
         longest_first = np.argsort(-file.lengths(), kind="stable")
         ids = hashlib.blake2b(digest_size=16)
         for number in longest_first.tolist():
             ids.update(file[number].astype(np.int32).tobytes() + END)
 
         def encode(numbers: list[int]) -> np.ndarray:
-            return np.concatenate([*self._encode([file[number] for number in numbers], column.layout)])
+            return np.concatenate([*self._encode([file[number] for number in numbers], layout)])
 
-        folder = folder_of("dense", digest(self.identity, ids.hexdigest()))
+        folder = folder_of("dense", digest(self.identity, f"{type(layout).__name__} {layout.constants}", ids.hexdigest()))
         with ProgressReport(desc=in_columns("vectors", name), total=len(file), unit="texts") as progress:
             in_order = cached_vectors(folder, longest_first.tolist(), TEXTS_PER_FILE, encode, progress)
         vectors = np.empty_like(in_order)
@@ -128,10 +137,17 @@ class _Passing:
         return features if "input_ids" not in features else self.forward(features, **options)
 
 
-def _identity(modules: list[nn.Module], precision: torch.dtype | None) -> str:
-    """What the vectors of token ids depend on."""
-    hasher = hashlib.blake2b(f"{modules} {precision}".encode(), digest_size=16)
+def _identity(modules: list[nn.Module], precision: torch.dtype | None, device: torch.device) -> str:
+    """What the vectors of token ids depend on: weights, settings, code, libraries, and how numbers are rounded."""
+    versions = [version(name) for name in ("sentence-transformers", "transformers", "torch")]
+    settings = f"{modules} {precision} {device.type} {versions} {TEXTS_PER_FILE}"
+    hasher = hashlib.blake2b(settings.encode(), digest_size=16)
     for module in modules:
+        if isinstance(module, Transformer):
+            config = module.model.config
+            attention = config._attn_implementation
+            hasher.update(json.dumps([config.to_dict() | {"_name_or_path": ""}, attention], default=str).encode())
+            hasher.update(Path(inspect.getfile(type(module.model))).read_bytes())
         for name, tensor in module.state_dict().items():
-            hasher.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            hasher.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()

@@ -48,7 +48,7 @@ def build_csr_loss(config: Config, model: SparseEncoder, statistics: BatchStatis
     similarities = util.cos_sim, util.pairwise_cos_sim
     ranking = RankingLoss(model, statistics, loss.scale or 20.0, similarities, loss.teacher)
     csr = CSRLoss(model, ranking, beta=loss.beta, gamma=loss.gamma)
-    csr.reconstruction_loss = SharedReconstructionLoss(model, beta=loss.beta)
+    csr.reconstruction_loss = SharedReconstructionLoss(model, loss, ranking.scale)
     return csr
 
 

@@ -47,10 +47,10 @@ class MemoryEstimate:
         return sum(self.parts.values())
 
 
-def estimate_memory(config: Config, columns: int, model: SparseEncoder, *, in_batches: bool = True) -> MemoryEstimate:
+def estimate_memory(config: Config, columns: int, model: SparseEncoder, *, vectors: int = 0) -> MemoryEstimate:
     """Memory of the weights, the head, and the layers' activations for the texts of one step. columns: texts per row.
 
-    in_batches: whether the network encodes them in the step. A frozen one may have done so before.
+    vectors: how many texts a frozen network encodes before the first step. It then encodes none in a step.
     """
     training = config.training
     rows = training.per_device_train_batch_size
@@ -70,8 +70,9 @@ def estimate_memory(config: Config, columns: int, model: SparseEncoder, *, in_ba
         size = precision.itemsize if precision else 4
         per_word = VECTOR_COPIES * 4 if is_fused(model) else LOGIT_COPIES * training.max_seq_length * size
         parts["head"] = (per_word * texts + STATIC_QUERY * queries * is_static) * vocabulary_of(model)
-    if not in_batches:
-        return MemoryEstimate(parts, texts, 0.0)
+    if vectors:
+        width = transformers_of(model)[0].get_embedding_dimension()
+        return MemoryEstimate(parts | {"vectors": float(vectors * width * 4)}, texts, 0.0)
     transformer = transformers_of(model)[0]
     with going_on(in_columns("memory", "trying three texts")):
         per_text, once = activations_per_text(transformer, training.max_seq_length, precision)
@@ -90,10 +91,12 @@ def memory_lines(config: Config, estimate: MemoryEstimate, device: str | None) -
     training, gib = config.training, 2**30
     sizes = ", ".join(f"{name} {size / gib:.1f} GiB" for name, size in estimate.parts.items())
     less = " (torch_compile keeps less)" if training.torch_compile else ""
-    of_texts = f", for {estimate.texts} texts of {training.max_seq_length} tokens per step"
-    yield f"memory    at most about {sizes}{less}{of_texts if 'activations' in estimate.parts else ''}"
     if "activations" not in estimate.parts:
+        yield f"memory    at most about {sizes}"
         return
+    yield (
+        f"memory    at most about {sizes}{less}, for {estimate.texts} texts of {training.max_seq_length} tokens per step"
+    )
     shares = processes_here() if device == "cpu" else 1
     if device and shares * estimate.total > (here := memory_of(device)):
         advice = "lower training.per_device_train_batch_size"

@@ -141,9 +141,11 @@ def make_parts(loaded: LoadedConfig, decisions: Decisions, run: Run | None = Non
     if config.model.long_documents == "windows":
         read_in_windows(model)
     decisions.add(*describe.length_lines(data, model))
-    estimate = estimate_memory(config, data.columns, model, in_batches=not once)
+    estimate = estimate_memory(config, data.columns, model, vectors=texts_to_encode(config, data)[0] if once else 0)
     decisions.add(*memory_lines(config, estimate, device if reason else None))
-    if run and config.training.torch_compile:
+    if run and config.training.torch_compile and once:
+        decisions.add("compile   nothing: no step goes through the network")
+    elif run and config.training.torch_compile:
         decisions.add(f"compile   {compile_networks(model, forward_passes_of(config, device).lengths)}")
     if once:
         let_vectors_pass(model)
@@ -324,10 +326,9 @@ def encode_once(config: Config, data: TrainingData, model: SparseEncoder, *, kee
         return how
     training, began = config.training, time.perf_counter()
     precision = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
-    with first_on_each_machine_first():
-        vectors = DenseVectors(model, precision)
-        for name, tokens in data.tokens.items():
-            data.tokens[name] = vectors.add_to(name, tokens)
+    vectors = DenseVectors(model, precision)
+    for name, tokens in data.tokens.items():
+        data.tokens[name] = vectors.add_to(name, tokens)
     return f"{how}: {vectors.bytes / 2**20:,.0f} MiB in {time.perf_counter() - began:.0f} s"
 
 
