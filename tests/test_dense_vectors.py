@@ -89,6 +89,7 @@ def test_a_run_that_reads_vectors_learns_what_a_run_that_encodes_every_batch_doe
     assert not any(line.startswith("vectors") for line in others)
 
 
+@pytest.mark.slow
 def test_a_second_run_finds_the_vectors_and_its_network_encodes_nothing(tmp_path, monkeypatch):
     _, losses, _ = trained(tmp_path, monkeypatch, "first")
 
