@@ -4,9 +4,11 @@ import time
 
 import pytest
 import torch
+from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 from transformers import TrainerControl, TrainerState
 
 from trainer.losses.statistics import BatchStatistics
+from trainer.training.callbacks.progress import short
 from trainer.training.callbacks.stop_on_signal import Interrupted, StopOnSignal
 from trainer.training.callbacks.throughput import Throughput
 from trainer.training.callbacks.watchdog import SIGNS, Watchdog
@@ -28,12 +30,12 @@ def healthy(rows=40, vocabulary=200):
     return queries, documents
 
 
-def warnings_of(queries, documents, step=50, steps=100):
+def warnings_of(queries, documents, step=50, steps=100, **found):
     statistics, said = BatchStatistics(), []
     statistics.add([queries, documents])
     watchdog = Watchdog(statistics, said.append)
     state = TrainerState(global_step=step, max_steps=steps)
-    watchdog.on_log(None, state, TrainerControl(), logs={"loss": 1.0})
+    watchdog.on_log(None, state, TrainerControl(), logs={"loss": 1.0}, **found)
     return [warning["sign"] for warning in watchdog.warnings], said
 
 
@@ -70,6 +72,31 @@ def test_each_sign_of_collapse_is_named_with_its_step(sign, says):
     assert sign in signs
     line = next(line for line in said if says in line)
     assert line.startswith("Warning: step 50: ")
+
+
+def test_the_advice_names_a_key_that_the_architecture_has():
+    queries, documents = healthy()
+    documents[:, 7] = 0.01
+    csr = torch.nn.Sequential(SparseAutoEncoder(8, 200, k=4, k_aux=4))
+    words = "Warning: step 50: dimension 7 is active in 100% of the documents, so it tells nothing apart. "
+    assert warnings_of(queries, documents, model=csr)[1] == [words + "Lower model.csr_k"]
+    splade = "Raise loss.document_regularizer_weight or lower loss.target_document_dims"
+    assert warnings_of(queries, documents)[1] == [words + splade]
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (1.23456, "1.235"),
+        (0.0123, "0.012"),
+        (0.00123, "0.0012"),
+        (4.56e-7, "4.6e-07"),
+        (0.0, "0.000"),
+        (-2.5, "-2.500"),
+    ],
+)
+def test_a_small_loss_is_not_shown_as_zero(loss, words):
+    assert short(loss) == words
 
 
 def test_a_sign_is_printed_once_and_its_last_step_kept():

@@ -175,6 +175,11 @@ class ModelConfig(Section):
     """Size of the model that `base_model: from-scratch` builds."""
 
     @property
+    def has_frozen_base(self) -> bool:
+        """Whether the base model is not trained, so that its vectors never change."""
+        return self.architecture == "csr" and not self.csr_train_base
+
+    @property
     def has_static_queries(self) -> bool:
         """Whether queries are looked up in a table of weights, without a network."""
         return self.architecture == "inference-free-splade"

@@ -43,7 +43,7 @@ def texts_to_encode(config: Config, data: TrainingData) -> tuple[int, int]:
     Both are 0 where the dense model is trained too, and where several processes train: one would encode alone, and the
     others wait longer than they may. data: with the rows that the run will have drawn.
     """
-    if config.model.architecture != "csr" or config.model.csr_train_base or data.unreachable or processes() > 1:
+    if not config.model.has_frozen_base or data.unreachable or processes() > 1:
         return 0, 0
     different = sum(len(np.unique(data.text_ids(subset))) for subset in data.train)
     drawn = 0.0
@@ -93,7 +93,9 @@ class DenseVectors:
         def encode(numbers: list[int]) -> np.ndarray:
             return np.concatenate([*self._encode([file[number] for number in numbers], layout)])
 
-        folder = folder_of("dense", digest(self.identity, f"{type(layout).__name__} {layout.constants}", ids.hexdigest()))
+        folder = folder_of(
+            "dense", digest(self.identity, f"{type(layout).__name__} {layout.constants}", ids.hexdigest())
+        )
         with ProgressReport(desc=in_columns("vectors", name), total=len(file), unit="texts") as progress:
             in_order = cached_vectors(folder, longest_first.tolist(), TEXTS_PER_FILE, encode, progress)
         vectors = np.empty_like(in_order)

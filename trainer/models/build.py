@@ -150,7 +150,7 @@ def train_only_what_the_config_says(model: SparseEncoder, config: Config) -> Non
         for transformer in transformers_of(model):
             if not set_dropout(transformer, config.model.dropout) and config.model.dropout:
                 raise ConfigError(f"model.dropout: {config.model.base_model} has no layer with dropout. Remove it")
-    if config.model.architecture == "csr" and not config.model.csr_train_base:
+    if config.model.has_frozen_base:
         for module in model.children():
             if not isinstance(module, SparseAutoEncoder):
                 module.requires_grad_(False)

@@ -41,7 +41,7 @@ class ProgressBar(ProgressCallback):
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """Show the loss."""
         if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
+            self.training_bar.set_postfix_str(f"loss {short(logs['loss'])}")
 
 
 class ProgressLines(TrainerCallback):
@@ -66,6 +66,10 @@ class ProgressLines(TrainerCallback):
             return
         self.last = now
         left = (now - self.start) / max(state.global_step - self.first_step, 1) * (state.max_steps - state.global_step)
-        self.echo(
-            f"step {state.global_step:,} of {state.max_steps:,}, loss {float(logs['loss']):.3f}, {left:.0f} s left"
-        )
+        self.echo(f"step {state.global_step:,} of {state.max_steps:,}, loss {short(logs['loss'])}, {left:.0f} s left")
+
+
+def short(loss: float) -> str:
+    """Three decimals, or two digits where these would be zeros."""
+    loss = float(loss)
+    return f"{loss:.3f}" if loss == 0 or abs(loss) >= 0.01 else f"{loss:.2g}"

@@ -8,6 +8,7 @@ from transformers import TrainerCallback, TrainerState
 
 from trainer.encoding.vocabulary import token_of
 from trainer.losses.statistics import BatchStatistics
+from trainer.models.build import autoencoder_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ SIGNS = (
         "dense documents",
         lambda s: s["document"]["active_share"] > 0.2,
         "documents are dense: {document[active_dims_mean]:.0f} active dims on average, {document[active_share]:.0%} of "
-        "the vocabulary. Raise loss.document_regularizer_weight or lower loss.target_document_dims",
+        "the vocabulary. {advice}",
     ),
     Sign(
         "empty queries",
@@ -45,7 +46,7 @@ SIGNS = (
         "a dim in every document",
         lambda s: s["document"]["busiest_dim_share"] > 0.95,
         "dimension {busiest_term} is active in {document[busiest_dim_share]:.0%} of the documents, so it "
-        "tells nothing apart. Raise loss.document_regularizer_weight or lower loss.target_document_dims",
+        "tells nothing apart. {advice}",
     ),
     Sign(
         "documents alike",
@@ -53,6 +54,10 @@ SIGNS = (
         "documents look alike: their mean cosine is {both[document_cosine_mean]:.2f}. Lower the learning rate",
     ),
 )
+
+
+# How a model that is not CSR, and one that is, becomes sparser.
+SPARSER = "Raise loss.document_regularizer_weight or lower loss.target_document_dims", "Lower model.csr_k"
 
 
 class Watchdog(TrainerCallback):
@@ -82,7 +87,8 @@ class Watchdog(TrainerCallback):
             model, dimension = kwargs.get("model"), int(summary["document"]["busiest_dim"])
             token = token_of(model, dimension) if model is not None else None
             busiest_term = f"{dimension} ('{token}')" if token else str(dimension)
-            message = sign.message.format(**summary, busiest_term=busiest_term)
+            is_csr = model is not None and autoencoder_of(model) is not None
+            message = sign.message.format(**summary, busiest_term=busiest_term, advice=SPARSER[is_csr])
             self.warnings.append(
                 {"sign": sign.name, "step": state.global_step, "last_step": state.global_step, "message": message}
             )
