@@ -295,7 +295,7 @@ def tokenise(
     decisions: Decisions,
     *,
     keep: bool,
-    in_batches: bool,
+    in_batches: bool = True,
 ) -> None:
     """Make the token ids of all rows. Each different text is tokenised once.
 
