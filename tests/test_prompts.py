@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer, SparseEncoder
 
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert, write_dense
@@ -210,9 +211,13 @@ def test_a_run_with_prompts_is_the_run_whose_texts_have_them_written_in_front(tm
                   f"datasets.own.source={name}/rows.jsonl", *overrides)  # fmt: skip
         run = Run.create(load_config(tmp_path / "config.yaml"), name)
         train(load_config(tmp_path / "config.yaml"), run, echo=said.append if name == "prompts" else lambda line: None)
-        weights[name] = [file.read_bytes() for file in sorted(run.final.rglob("*.safetensors"))]
+        files = [load_file(file) for file in sorted(run.final.rglob("*.safetensors"))]
+        weights[name] = torch.cat([tensor.flatten().float() for tensors in files for tensor in tensors.values()])
         scores[name] = run.manifest["before"], run.manifest["after"]
-    assert weights["prompts"] == weights["written"] != weights["without"]
+    # a frozen model encodes queries and documents with prompts apart, so sums are rounded otherwise in the last digit
+    tolerance = 1e-5 if architecture == "csr" else 0.0
+    torch.testing.assert_close(weights["prompts"], weights["written"], rtol=0.0, atol=tolerance)
+    assert (weights["prompts"] - weights["without"]).abs().max() > 10 * tolerance
     assert scores["prompts"] == scores["written"]
     assert 'prompts   query "hva er: ", document "tekst: " (model.prompts)' in said
     assert json.loads((tmp_path / "models/prompts/run.json").read_text())["prompts"] == PROMPTS
