@@ -66,8 +66,8 @@ class DenseVectors:
     model: SparseEncoder
     precision: torch.dtype | None
     """Of autocast, as in training; None without."""
-    texts: int = 0
     bytes: int = 0
+    """Of all vectors so far."""
 
     def __post_init__(self) -> None:
         self.modules = [module for module in self.model.children() if not isinstance(module, SparseAutoEncoder)]
@@ -100,7 +100,7 @@ class DenseVectors:
             in_order = cached_vectors(folder, longest_first.tolist(), TEXTS_PER_FILE, encode, progress)
         vectors = np.empty_like(in_order)
         vectors[longest_first] = in_order
-        self.texts, self.bytes = self.texts + len(vectors), self.bytes + vectors.nbytes
+        self.bytes += vectors.nbytes
         return vectors
 
     @torch.inference_mode()
