@@ -162,12 +162,13 @@ def test_vectors_are_made_only_where_that_is_less_work_and_the_dense_model_is_fr
         assert drawn == pytest.approx(exact, abs=1)
         assert different == len({text for rows in data.train.values() for c in rows.column_names
                                  if c in ("anchor", "positive", "negative") for text in rows[c]})  # fmt: skip
-        assert pays(config, data) is expected
+        assert pays(different, drawn) is expected
     monkeypatch.setattr(dense_vectors, "processes", lambda: 2)
-    assert not pays(config, data)
+    assert not pays(*texts_to_encode(config, data))
     monkeypatch.setattr(dense_vectors, "processes", lambda: 1)
-    assert pays(config, data)
-    assert not pays(csr(tmp_path, "training.max_steps=200", "model.csr_train_base=true"), data)
+    assert pays(*texts_to_encode(config, data))
+    trained_too = csr(tmp_path, "training.max_steps=200", "model.csr_train_base=true")
+    assert not pays(*texts_to_encode(trained_too, data))
 
 
 def test_check_says_so_and_encodes_nothing(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from torch import nn
 from trainer.config import Config
 from trainer.data.forward_passes import ForwardPasses
 from trainer.data.token_file import TokenFile
-from trainer.data.tokens import Column, Features, Packing, Padding, TokenRows
+from trainer.data.tokens import VECTOR, Column, Features, Packing, Padding, TokenRows
 from trainer.data.training_data import TrainingData
 from trainer.hub.cache import cached_vectors, digest, folder_of
 from trainer.system.distributed import processes
@@ -53,9 +53,8 @@ def texts_to_encode(config: Config, data: TrainingData) -> tuple[int, int]:
     return different, round(drawn)
 
 
-def pays(config: Config, data: TrainingData) -> bool:
+def pays(different: int, drawn: int) -> bool:
     """Whether encoding each different text once is less work than encoding those of every step."""
-    different, drawn = texts_to_encode(config, data)
     return different < drawn
 
 
@@ -117,7 +116,7 @@ class DenseVectors:
                 with autocast:
                     for module in self.modules:
                         features = module(features)
-                yield features["sentence_embedding"].float().cpu().numpy()
+                yield features[VECTOR].float().cpu().numpy()
         finally:
             self.model.train(training)
 

@@ -47,6 +47,11 @@ class MemoryEstimate:
         return sum(self.parts.values())
 
 
+def precision_of(config: Config) -> torch.dtype | None:
+    """The precision of training's autocast; None without."""
+    return torch.bfloat16 if config.training.bf16 else torch.float16 if config.training.fp16 else None
+
+
 def estimate_memory(config: Config, columns: int, model: SparseEncoder, *, vectors: int = 0) -> MemoryEstimate:
     """Memory of the weights, the head, and the layers' activations for the texts of one step. columns: texts per row.
 
@@ -60,7 +65,7 @@ def estimate_memory(config: Config, columns: int, model: SparseEncoder, *, vecto
     queries = rows * (passages * most if most > 1 else 1)
     is_static = config.model.has_static_queries
     texts = rows * passages + (0 if is_static else queries)
-    precision = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+    precision = precision_of(config)
     parts = {
         "weights and optimizer": float(
             sum(p.numel() * (TRAINED if p.requires_grad else FROZEN) for p in model.parameters())

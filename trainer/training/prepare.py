@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import transformers
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder import SparseEncoderTrainingArguments
@@ -38,7 +37,7 @@ from trainer.training import describe
 from trainer.training.arguments import build_arguments, routes_of
 from trainer.training.best_checkpoint import BestCheckpoint, best_checkpoint_of, checkpoint_line, what_differs
 from trainer.training.evaluators import SearchEvaluator, build_evaluator
-from trainer.training.memory import estimate_memory, memory_lines
+from trainer.training.memory import estimate_memory, memory_lines, precision_of
 from trainer.training.progress import Progress
 from trainer.training.resume import START, Start, check_same_data, check_steps_left
 
@@ -134,14 +133,18 @@ def make_parts(loaded: LoadedConfig, decisions: Decisions, run: Run | None = Non
     decisions.add(*fuse_head(config, model, device))
     # from here on, the model may have an attention that computes in 16 bits only
     config = decide_attention(config, model, device, decisions, run, start)
-    once = pays(config, data)
+    different, drawn = texts_to_encode(config, data)
+    once = pays(different, drawn)
     tokenise(config, data, model, device, decisions, keep=run is not None, in_batches=not once)
     if once:
-        decisions.add(encode_once(config, data, model, keep=run is not None))
+        decisions.add(
+            f"vectors   the frozen model encodes {different:,} different texts once, not {drawn:,} step by step"
+            + (encode_once(config, data, model) if run else "")
+        )
     if config.model.long_documents == "windows":
         read_in_windows(model)
     decisions.add(*describe.length_lines(data, model))
-    estimate = estimate_memory(config, data.columns, model, vectors=texts_to_encode(config, data)[0] if once else 0)
+    estimate = estimate_memory(config, data.columns, model, vectors=different if once else 0)
     decisions.add(*memory_lines(config, estimate, device if reason else None))
     if run and config.training.torch_compile and once:
         decisions.add("compile   nothing: no step goes through the network")
@@ -315,21 +318,12 @@ def tokenise(
         decisions.add(*describe.query_lines(config, data))
 
 
-def encode_once(config: Config, data: TrainingData, model: SparseEncoder, *, keep: bool) -> str:
-    """Have the frozen dense model encode each different text once, for all steps. Returns the line that says so.
-
-    keep: False for `make check`, which only says what training will do.
-    """
-    different, drawn = texts_to_encode(config, data)
-    how = f"vectors   the frozen model encodes {different:,} different texts once, not {drawn:,} step by step"
-    if not keep:
-        return how
-    training, began = config.training, time.perf_counter()
-    precision = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
-    vectors = DenseVectors(model, precision)
+def encode_once(config: Config, data: TrainingData, model: SparseEncoder) -> str:
+    """Have the frozen dense model encode each different text once, for all steps. Returns how large and long that was."""
+    began, vectors = time.perf_counter(), DenseVectors(model, precision_of(config))
     for name, tokens in data.tokens.items():
         data.tokens[name] = vectors.add_to(name, tokens)
-    return f"{how}: {vectors.bytes / 2**20:,.0f} MiB in {time.perf_counter() - began:.0f} s"
+    return f": {vectors.bytes / 2**20:,.0f} MiB in {time.perf_counter() - began:.0f} s"
 
 
 def share_evaluator(config: Config, data: TrainingData, decisions: Decisions) -> SearchEvaluator | None:

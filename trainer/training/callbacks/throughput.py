@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.data.further_queries import ROWS
+from trainer.data.tokens import VECTOR
 from trainer.system.distributed import total
 
 
@@ -70,7 +71,7 @@ class Throughput:
         """
         first = features[0]
         if "input_ids" not in first:
-            self.rows += len(first["sentence_embedding"])
+            self.rows += len(first[VECTOR])
             return
         texts = len(first["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in first else len(first["input_ids"])
         self.rows += first.get(ROWS, texts)
