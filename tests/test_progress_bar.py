@@ -3,6 +3,7 @@
 import io
 import sys
 import time
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """tqdm's clock, which a test sets."""
+    """tqdm's clock, which a test sets. A bar that another test left open would move this one down by a row."""
     now = [1000.0]
+    monkeypatch.setattr(ProgressReport, "_instances", WeakSet())
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     return now
 
