@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -44,6 +45,7 @@ from trainer.training.callbacks.tensorboard_log import TensorBoardLog
 from trainer.training.evaluators import build_evaluator
 from trainer.training.prepare import Decisions, tokenise
 from trainer.training.progress import Progress
+from trainer.training.start_weights import keep_start_weights, mix_in_start_weights
 from trainer.training.train import train
 from trainer.training.trainer import SparseTrainer
 
@@ -344,6 +346,16 @@ def weight_with_target(target):
     return resumed.update(Step(rows=8, active_dims=20, penalty=1.0), 1.0, 60, 100)
 
 
+def mixed(share):
+    """A weight that was 1 before training and is 4 after it."""
+    model, file = nn.Linear(1, 1, bias=False), Path("start_weights.safetensors")
+    nn.init.constant_(model.weight, 1)
+    keep_start_weights(model, file)
+    nn.init.constant_(model.weight, 4)
+    mix_in_start_weights(model, file, share)
+    return model.weight.item()
+
+
 def csr_loss(**keys):
     loss = {"scale": None, "teacher": None, "beta": 0.1, "gamma": 1.0} | keys
     loss = {"similarity_weight": 0.0, "similarity_temperature": 0.02} | loss
@@ -439,6 +451,7 @@ SEEN = {
         int(path.name.rpartition("-")[2]) for path in resumed.run.checkpoints.iterdir()) == [2, 3, 6, 9, 10],
     "training.save_total_limit": lambda resumed: len([*resumed.run.checkpoints.iterdir()]) == 5,
     "training.load_best_model_at_end": lambda resumed: ends_with(resumed.folder, 10),
+    "training.start_share": lambda _: (mixed(0.25), mixed(0.75)) == (3.25, 1.75),  # 4 and 1 are trained and before
     "training.logging_steps": lambda resumed: [*logged(resumed, "loss")] == [4, 6, 8, 10],
     "loss.document_regularizer_weight": lambda resumed: resumed.trainer.loss.document_regularizer_weight == 2e-3,
     "loss.query_regularizer_weight": lambda resumed: resumed.trainer.loss.query_regularizer_weight == 1e-4,

@@ -195,6 +195,13 @@ def _attention(config: Config) -> Iterator[Contradiction]:
 
 def _training(config: Config) -> Iterator[Contradiction]:
     training = config.training
+    is_csr = config.model.architecture == "csr"
+    if training.start_share and (is_csr or config.model.base_model == FROM_SCRATCH):
+        whose = "csr's autoencoder" if is_csr else "a model from scratch"
+        yield (
+            ("training", "start_share"),
+            f"keeps weights from before training, and those of {whose} are random. Remove it",
+        )
     if training.load_best_model_at_end and training.save_steps % training.eval_steps:
         yield (
             ("training", "save_steps"),

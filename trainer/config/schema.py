@@ -197,8 +197,8 @@ class ModelConfig(Section):
 
 
 class TrainingConfig(Section):
-    """Names of SparseEncoderTrainingArguments, so the library's documentation holds, plus query_learning_rate and
-    max_seq_length."""
+    """Names of SparseEncoderTrainingArguments, so the library's documentation holds, plus query_learning_rate,
+    max_seq_length and start_share."""
 
     num_train_epochs: Annotated[float, Field(gt=0, le=1e9)] = 1.0
     """Epochs; what ends one is said by datasets.epoch."""
@@ -245,6 +245,9 @@ class TrainingConfig(Section):
     """Checkpoints kept; the best one is always among them."""
     load_best_model_at_end: bool = True
     """End with the best checkpoint, not the last."""
+    start_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the weights from before training in the final ones (arXiv 2109.01903). The scores during training are those
+    of the trained weights alone. null: none."""
     logging_steps: Positive = 50
     """Steps between two lines in TensorBoard."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42

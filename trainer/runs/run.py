@@ -48,6 +48,9 @@ class Run:
         self.checkpoints = folder / "checkpoints"  # training state, one folder per saved step
         self.logs = folder / "logs"  # TensorBoard's event files
         self.final = folder / "final"  # the trained model
+        self.start_weights = (
+            folder / "start_weights.safetensors"
+        )  # with training.start_share: those from before training
         self.training_texts = folder / "training_texts.parquet"  # every different text, by data set
         self.manifest: dict[str, Any] = {}
         self._before: dict[Path, str] = {}  # files of a run that is resumed, as they were

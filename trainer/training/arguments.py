@@ -11,7 +11,7 @@ from trainer.config import Config
 from trainer.runs.run import Run
 
 # Keys of the training section that are not arguments of the library: the trainer itself applies them.
-OWN_KEYS = {"query_learning_rate", "max_seq_length"}
+OWN_KEYS = {"query_learning_rate", "max_seq_length", "start_share"}
 # One that is, but is applied to the networks alone (trainer/models/compiled.py); the library would compile head and all.
 APPLIED_HERE = {"torch_compile"}
 

@@ -54,7 +54,14 @@ def choices_of(config: Config, data: TrainingData, evaluator: SearchEvaluator | 
 
 
 def checkpoint_line(config: Config, best: BestCheckpoint) -> str:
-    """Which checkpoint the run ends with, and why."""
+    """Which checkpoint the run ends with, and why; and what its weights are mixed with."""
+    line = _which_checkpoint(config, best)
+    if share := config.training.start_share:
+        line += f". {share:.0%} of its weights are then those from before training (training.start_share)"
+    return line
+
+
+def _which_checkpoint(config: Config, best: BestCheckpoint) -> str:
     if best.metric is None:
         return "result    the last step: there is nothing to evaluate with"
     if not config.training.load_best_model_at_end:
