@@ -100,7 +100,14 @@ def test_what_a_killed_run_left_goes_and_nothing_else(tmp_path):
     kept = write(run / "checkpoints", 2)
     write(run / "checkpoints/_writing", 4)
     shutil.copytree(kept, run / "checkpoints/_removed-checkpoint-0")
-    for name in (".final/model.safetensors", ".run.json.123", "run.json", ".notes", "final/model.safetensors"):
+    for name in (
+        ".final/model.safetensors",
+        ".run.json.123",
+        ".start_weights.safetensors.123",
+        "run.json",
+        ".notes",
+        "final/model.safetensors",
+    ):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("{}")
     remove_leftovers(run, run / "checkpoints")

@@ -348,11 +348,12 @@ def weight_with_target(target):
 
 def mixed(share):
     """A weight that was 1 before training and is 4 after it."""
-    model, file = nn.Linear(1, 1, bias=False), Path("start_weights.safetensors")
+    model, run = nn.Linear(1, 1, bias=False), Run(Path("mixed"))
+    run.folder.mkdir(exist_ok=True)
     nn.init.constant_(model.weight, 1)
-    keep_start_weights(model, file)
+    keep_start_weights(model, run)
     nn.init.constant_(model.weight, 4)
-    mix_in_start_weights(model, file, share)
+    mix_in_start_weights(model, run, share)
     return model.weight.item()
 
 

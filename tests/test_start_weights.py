@@ -1,5 +1,6 @@
 """Final weights that are a mixture of the trained ones and those from before training."""
 
+import json
 import shutil
 
 import numpy as np
@@ -9,10 +10,12 @@ from safetensors.numpy import load_file
 from tests.checkpoints import write_bert
 from tests.conftest import TINY, run_trainer
 from trainer.config import ConfigError, load_config
+from trainer.publish.card import settings_of
+from trainer.runs.run import Run
 
 SETTINGS = """
 model: {base_model: ./bert, architecture: inference-free-splade}
-training: {start_share: 0.25, load_best_model_at_end: false}
+training: {start_share: 0.25}
 """
 KEPT = "models/mixed/start_weights.safetensors"
 
@@ -24,6 +27,15 @@ def weights(folder):
         for file in sorted(folder.glob("*/*.safetensors"))  # those of modules, and none of a checkpoint's state
         for name, value in load_file(file).items()
     }
+
+
+def resume(folder, *overrides):
+    arguments = [part for override in overrides for part in ("--set", override)]
+    return run_trainer(folder, "train", "mixed.yaml", "--name", "mixed", "--resume", *arguments)
+
+
+def best_of(folder):
+    return folder / json.loads((folder / "models/mixed/run.json").read_text())["best_checkpoint"]
 
 
 def is_mixture(mixed, trained, start, share):
@@ -58,16 +70,15 @@ def mixed(mixed_once, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_final_is_three_parts_of_the_last_checkpoint_and_one_of_the_weights_before_training(mixed):
-    models = mixed / "models"
-    final, trained = weights(models / "mixed/final"), weights(models / "mixed/checkpoints/checkpoint-6")
-    assert is_mixture(final, trained, weights(models / "still/final"), 0.25)
+def test_final_is_three_parts_of_the_best_checkpoint_and_one_of_the_weights_before_training(mixed):
+    final, trained = weights(mixed / "models/mixed/final"), weights(best_of(mixed))
+    assert is_mixture(final, trained, weights(mixed / "models/still/final"), 0.25)
 
 
-def test_the_plan_says_it_and_a_run_without_it_keeps_no_weights(mixed):
-    line = "25% of its weights are then those from before training (training.start_share)"
-    assert f"training.load_best_model_at_end is false. {line}" in (mixed / "mixed.txt").read_text()
-    assert line not in (mixed / "still.txt").read_text()
+def test_the_output_says_it_and_a_run_without_it_keeps_no_weights(mixed):
+    line = "Its weights are then mixed: 75% trained, 25% from before training (training.start_share)"
+    assert f"over the queries that choose. {line}" in (mixed / "mixed.txt").read_text()
+    assert "mixed" not in (mixed / "still.txt").read_text()
     assert (mixed / KEPT).exists()
     assert not (mixed / "models/still/start_weights.safetensors").exists()
 
@@ -76,30 +87,64 @@ def test_a_resumed_run_mixes_in_the_weights_from_before_its_first_step(mixed):
     whole = weights(mixed / "models/mixed/final")
     shutil.rmtree(mixed / "models/mixed/final")
     shutil.rmtree(mixed / "models/mixed/checkpoints/checkpoint-6")
-    result = run_trainer(mixed, "train", "mixed.yaml", "--name", "mixed", "--resume")
+    result = resume(mixed)
     assert result.returncode == 0, result.stderr
     resumed = weights(mixed / "models/mixed/final")
     assert all(np.array_equal(resumed[name], value) for name, value in whole.items())
 
 
-@pytest.mark.parametrize("size", [None, 1000])
-def test_a_run_that_lost_those_weights_is_not_resumed(mixed, size):
-    start = (mixed / KEPT).read_bytes()
+def test_a_finished_run_gets_another_mixture_of_its_best_checkpoint_without_a_step(mixed):
+    result = resume(mixed, "training.start_share=0.5")
+    assert result.returncode == 0, result.stderr
+    assert "steps     none left after step 6" in result.stdout
+    final, trained = weights(mixed / "models/mixed/final"), weights(best_of(mixed))
+    assert is_mixture(final, trained, weights(mixed / "models/still/final"), 0.5)
+
+
+@pytest.mark.parametrize(("change", "why"), [("gone", "is missing"), ("a byte", "has changed")])
+def test_a_run_that_lost_those_weights_is_told_so_at_once_and_stays_finished(mixed, change, why):
+    content = (mixed / KEPT).read_bytes()
     (mixed / KEPT).unlink()
-    if size:
-        (mixed / KEPT).write_bytes(start[:size])
-    result = run_trainer(mixed, "train", "mixed.yaml", "--name", "mixed", "--resume")
+    if change == "a byte":
+        (mixed / KEPT).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    before = (mixed / "models/mixed/run.json").read_bytes()
+    result = resume(mixed)
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith(
-        f"Error: {KEPT}, which training.start_share needs, cannot be read: "
+    assert "data  " not in result.stdout
+    assert result.stderr.splitlines()[-1] == (
+        f"Error: training.start_share needs the weights from before training, {KEPT}, which {why}. Put it back, or end "
+        "with the trained weights alone: SET=training.start_share=null"
     )
-    assert result.stderr.splitlines()[-1].endswith("Put it back, or train anew under a new name")
+    assert (mixed / "models/mixed/run.json").read_bytes() == before
+
+    assert resume(mixed, "training.start_share=null").returncode == 0
+    final, trained = weights(mixed / "models/mixed/final"), weights(best_of(mixed))
+    assert all(np.array_equal(final[name], value) for name, value in trained.items())
+
+
+def test_a_run_that_kept_none_cannot_mix_them_in_later(mixed):
+    result = run_trainer(
+        mixed, "train", "mixed.yaml", "--name", "still", "--resume", "--set", "training.start_share=0.25"
+    )
+    assert result.returncode == 2
+    assert "which were not kept when this run was started. End with the trained weights alone: " in result.stderr
+
+
+def test_the_card_says_what_the_weights_are_a_mixture_of(mixed):
+    run = Run(mixed / "models/mixed")
+    manifest = json.loads(run.manifest_file.read_text())
+    changed = manifest | {"changes": [{"key": "training.start_share", "from": 0.5, "to": 0.25, "step": 6}]}
+    target = {"document": {"target_dims": 200, "active_dims": 190, "weight": 0.01}}
+    settings = settings_of(load_config(run.folder / "config.yaml").config, changed | {"sparsity": target})
+    assert settings["final weights"] == "75% trained, 25% from before training"
+    assert settings["sparsity"].endswith("ended at 190 with weight 0.01, before its weights were mixed")
+    assert "changed on the way" not in settings
 
 
 @pytest.mark.parametrize(
     ("overrides", "whose"),
     [
-        ([], "a model from scratch"),
+        (["model.from_scratch.init=normal"], "a model from scratch with init normal"),
         (["model.architecture=csr", "loss={type: csr}", "training.query_learning_rate=null"], "csr's autoencoder"),
     ],
 )

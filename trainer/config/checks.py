@@ -195,12 +195,10 @@ def _attention(config: Config) -> Iterator[Contradiction]:
 
 def _training(config: Config) -> Iterator[Contradiction]:
     training = config.training
-    is_csr = config.model.architecture == "csr"
-    if training.start_share and (is_csr or config.model.base_model == FROM_SCRATCH):
-        whose = "csr's autoencoder" if is_csr else "a model from scratch"
+    if training.start_share and (whose := _whose_first_weights_are_random(config.model)):
         yield (
             ("training", "start_share"),
-            f"keeps weights from before training, and those of {whose} are random. Remove it",
+            f"keeps weights from before training, and those of {whose} are random. Remove it (null unsets a parent's)",
         )
     if training.load_best_model_at_end and training.save_steps % training.eval_steps:
         yield (
@@ -228,6 +226,13 @@ def _training(config: Config) -> Iterator[Contradiction]:
         yield ("training", "max_steps"), "is a number of steps, or -1 for num_train_epochs"
     if config.hub.push and not config.hub.repo:
         yield ("hub", "push"), "needs 'hub.repo'"
+
+
+def _whose_first_weights_are_random(model: ModelConfig) -> str | None:
+    if model.architecture == "csr":
+        return "csr's autoencoder"
+    from_scratch = (model.from_scratch or FromScratchConfig()) if model.base_model == FROM_SCRATCH else None
+    return "a model from scratch with init normal" if from_scratch and from_scratch.init == "normal" else None
 
 
 def _loss(config: Config) -> Iterator[Contradiction]:

@@ -24,7 +24,6 @@ ORDER = Refused("the order in which this run draws its rows follows from it")
 RANDOM = Refused("which rows are held out, and the order of all others, follow from it")
 UNIT = Refused("the weight of one regularizer means nothing to another")
 CONTROLLER = Refused("the checkpoint holds a weight that was found for a target, or none", only_null=True)
-START = Refused("the weights from before training are only kept where it has a value", only_null=True)
 GROUPS = Refused(
     "the optimizer's state in the checkpoint is in groups of one rate each, and this is one more or one less",
     only_null=True,
@@ -46,7 +45,6 @@ RULES: dict[str, Refused | None] = {
     "training": APPLIED,  # bf16 too: it is autocast, and weights and the optimizer's state are float32 throughout
     "training.query_learning_rate": GROUPS,
     "training.seed": RANDOM,
-    "training.start_share": START,
     "loss": APPLIED,
     "loss.type": MODEL,
     "loss.target_document_dims": CONTROLLER,

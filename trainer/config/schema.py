@@ -248,6 +248,13 @@ class TrainingConfig(Section):
     start_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the weights from before training in the final ones (arXiv 2109.01903). The scores during training are those
     of the trained weights alone. null: none."""
+
+    @property
+    def mixture(self) -> str | None:
+        """What the final weights are a mixture of, in words; None where they are the trained ones."""
+        share = self.start_share
+        return f"{100 * (1 - share):.3g}% trained, {100 * share:.3g}% from before training" if share else None
+
     logging_steps: Positive = 50
     """Steps between two lines in TensorBoard."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42

@@ -190,9 +190,10 @@ def settings_of(config: Config, manifest: dict[str, Any]) -> dict[str, str]:
         "loss": loss.type,
         "sparsity": "; ".join(
             f"{route} driven to {found['target_dims']} active dims, ended at {found['active_dims']:g} with weight "
-            f"{found['weight']:g}"
+            f"{found['weight']:g}" + ", before its weights were mixed" * bool(training.mixture)
             for route, found in targets.items()
         ),
+        "final weights": training.mixture or "",
         "regularizer": loss.regularizer if loss.has_regularizers and loss.regularizer != "flops" else "",
         "regulariser weights": ", ".join(f"{side} {value:g}" for side, value in weights.items() if value is not None),
         "changed on the way": changes_on_the_way(manifest),
@@ -209,12 +210,15 @@ def settings_of(config: Config, manifest: dict[str, Any]) -> dict[str, str]:
 
 
 def changes_on_the_way(manifest: dict[str, Any]) -> str:
-    """What resumes changed of how the run trained, and after which step: the other settings are those of its end."""
+    """What resumes changed of how the run trained, and after which step: the other settings are those of its end.
+
+    How its weights are mixed when it has ended is no matter of how it trained.
+    """
     return "; ".join(
         f"after step {change['step']}: {change['key']} "
         + " → ".join(_public(change["key"], change[end]) for end in ("from", "to"))
         for change in manifest.get("changes", [])
-        if change["key"].startswith(("training.", "loss.", "processes"))
+        if change["key"].startswith(("training.", "loss.", "processes")) and change["key"] != "training.start_share"
     )
 
 

@@ -164,6 +164,6 @@ def remove_leftovers(run_folder: Path, checkpoints: Path) -> None:
     removed = [path for folder in (run_folder, checkpoints) for path in folder.glob(f"{REMOVED}-*")]
     for path in (checkpoints / ASIDE, run_folder / ".final", *removed):
         shutil.rmtree(path, ignore_errors=True)
-    for name in ("run.json", "config.yaml", "training_texts"):
+    for name in ("run.json", "config.yaml", "training_texts", "start_weights"):
         for path in run_folder.glob(f".{name}.*"):
             path.unlink(missing_ok=True)

@@ -56,9 +56,8 @@ def choices_of(config: Config, data: TrainingData, evaluator: SearchEvaluator | 
 def checkpoint_line(config: Config, best: BestCheckpoint) -> str:
     """Which checkpoint the run ends with, and why; and what its weights are mixed with."""
     line = _which_checkpoint(config, best)
-    if share := config.training.start_share:
-        line += f". {share:.0%} of its weights are then those from before training (training.start_share)"
-    return line
+    mixture = config.training.mixture
+    return f"{line}. Its weights are then mixed: {mixture} (training.start_share)" if mixture else line
 
 
 def _which_checkpoint(config: Config, best: BestCheckpoint) -> str:

@@ -9,6 +9,7 @@ from trainer.data.training_data import TrainingData
 from trainer.runs.checkpoints import best_of, newest_complete, remove_leftovers, require_unchanged, step_of
 from trainer.runs.run import Run
 from trainer.system.distributed import from_first, is_first, processes
+from trainer.training.start_weights import require_start_weights
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,14 @@ def find_start(config: Config, run: Run, resume: bool, echo: Callable[[str], Non
 
 
 def _newest_checkpoint(config: Config, run: Run, echo: Callable[[str], None]) -> Path | None:
-    """The checkpoint to resume from. Raises ConfigError now, not at the last step, when the best one is damaged."""
+    """The checkpoint to resume from. Raises ConfigError now where the last step would lack something."""
     remove_leftovers(run.folder, run.checkpoints)
     checkpoint = newest_complete(run.checkpoints, run.id, echo)
     best = best_of(checkpoint) if checkpoint and config.training.load_best_model_at_end else None
     if best is not None:
         require_unchanged(best, run.id)
+    if checkpoint and config.training.start_share:
+        require_start_weights(run)
     return checkpoint
 
 

@@ -1,43 +1,48 @@
 """Mixes the trained weights with those from before training, which does better on new texts (WiSE-FT, arXiv 2109.01903)."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from trainer.config import ConfigError, one_line
-from trainer.system.files import written_whole
+from trainer.runs.run import Run
+from trainer.system.files import sha256_of, written_whole
 
 
-def keep_start_weights(model: nn.Module, file: Path) -> None:
+def keep_start_weights(model: nn.Module, run: Run) -> None:
     """Write the weights that training is about to change. Raises ConfigError when they cannot be written."""
     weights = {name: parameter.detach().cpu().contiguous() for name, parameter in _trained(model)}
     try:
-        with written_whole(file) as aside:
+        with written_whole(run.start_weights) as aside:
             save_file(weights, aside)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{file} cannot be written: {one_line(error)}") from None
+        raise ConfigError(f"{run.start_weights} cannot be written: {one_line(error)}") from None
+    run.update(start_weights={"sha256": sha256_of(run.start_weights)})
 
 
-def require_start_weights(file: Path) -> None:
-    """Raise ConfigError when a resumed run lacks the weights from before training, or a part of their file."""
-    try:
-        with safe_open(file, "pt"):  # compares the file's size with what its header says
-            return
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"{file}, which training.start_share needs, cannot be read: {one_line(error)}. Put it back, or train "
-            "anew under a new name"
-        ) from None
+def require_start_weights(run: Run) -> None:
+    """Raise ConfigError when a resumed run lacks the weights from before training, or they are not as they were."""
+    kept, file = run.manifest.get("start_weights"), run.start_weights
+    if kept and file.is_file() and sha256_of(file) == kept["sha256"]:
+        return
+    remedy = "end with the trained weights alone: SET=training.start_share=null"
+    if not kept:
+        why, remedy = "were not kept when this run was started", remedy.capitalize()
+    else:
+        why, remedy = "has changed" if file.is_file() else "is missing", f"Put it back, or {remedy}"
+    raise ConfigError(f"training.start_share needs the weights from before training, {file}, which {why}. {remedy}")
 
 
 @torch.no_grad()
-def mix_in_start_weights(model: nn.Module, file: Path, share: float) -> None:
-    """Move every trained weight by this share of its way back to where it was before training."""
-    start = load_file(file)
+def mix_in_start_weights(model: nn.Module, run: Run, share: float) -> None:
+    """Move every trained weight by this share of its way back to where it was. Raises ConfigError without the file."""
+    try:
+        start = load_file(run.start_weights)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{run.start_weights} cannot be read: {one_line(error)}") from None
     for name, weights in _trained(model):
         weights.lerp_(start[name].to(weights), share)
 

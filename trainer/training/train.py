@@ -37,7 +37,7 @@ from trainer.training.failures import Stopped
 from trainer.training.learned_words import learned_lines
 from trainer.training.prepare import Decisions, Prepared, prepare
 from trainer.training.resume import Start, find_start
-from trainer.training.start_weights import keep_start_weights, mix_in_start_weights, require_start_weights
+from trainer.training.start_weights import keep_start_weights, mix_in_start_weights
 from trainer.training.totals import RunTotals
 from trainer.training.trainer import SparseTrainer
 
@@ -71,7 +71,7 @@ def train(
         # 4. Save and score, in the precision in which users will open the model, without training's autocast
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         if (share := prepared.config.training.start_share) and is_first():
-            mix_in_start_weights(model, run.start_weights, share)
+            mix_in_start_weights(model, run, share)
         take_weights_of_first(model)  # only the first process loads the best checkpoint
         if is_first():
             save_final(model, run)
@@ -163,6 +163,8 @@ def save_final(model: SparseEncoder, run: Run) -> None:
 def record_start(prepared: Prepared, run: Run, start: Start) -> None:
     """Write into the run folder how the run was prepared, its texts, and the weights that it starts with."""
     config, base = prepared.config, prepared.base
+    if config.training.start_share and not start.checkpoint and is_first():
+        keep_start_weights(prepared.model, run)
     run.update(
         status="running",
         device=describe_device(prepared.device),
@@ -183,10 +185,6 @@ def record_start(prepared: Prepared, run: Run, start: Start) -> None:
     )
     if is_first():
         prepared.data.write_texts(run.training_texts)
-    if config.training.start_share and start.checkpoint:
-        require_start_weights(run.start_weights)
-    elif config.training.start_share and is_first():
-        keep_start_weights(prepared.model, run.start_weights)
 
 
 def record_end(trainer: SparseTrainer, prepared: Prepared, run: Run, totals: RunTotals) -> None:

@@ -28,6 +28,7 @@ class RegularizerWeights(SpladeRegularizerWeightSchedulerCallback):
     def __init__(self, loss: SpladeLoss, config: Config) -> None:
         targets = {"document": config.loss.target_document_dims, "query": config.loss.target_query_dims}
         self.controllers = {route: DimsController(target) for route, target in targets.items() if target}
+        self.before_mixing = ", before its weights were mixed" if config.training.start_share else ""
         super().__init__(loss, warmup_ratio=DimsController.WARM_UP if self.controllers else 1 / 3)
         if self.controllers:
             self.loss.loss.recorded_losses = []  # of each batch of this step
@@ -70,7 +71,7 @@ class RegularizerWeights(SpladeRegularizerWeightSchedulerCallback):
         for route, values in self.summary().items():
             yield (
                 f"sparsity  {values['active_dims']:g} active dims per training {route} at the end, of the "
-                f"{values['target_dims']} asked for, with weight {values['weight']:g}"
+                f"{values['target_dims']} asked for, with weight {values['weight']:g}{self.before_mixing}"
             )
 
     def save(self, checkpoint: Path) -> None:
