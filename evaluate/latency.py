@@ -8,14 +8,13 @@ from typing import Any, TypeVar
 import numpy as np
 import scipy.sparse as sp
 import torch
-from sentence_transformers import SparseEncoder
 
 from evaluate.bm25 import BM25
+from evaluate.passage_vectors import PassageVectors
 from trainer.config import ConfigError
 from trainer.encoding.encode import encode
 from trainer.encoding.inverted_index import InvertedIndex, comparable
 from trainer.system.device import peak_memory_gib
-from trainer.system.progress_bar import ProgressReport, in_columns
 
 Item = TypeVar("Item")
 Clock = Callable[[], float]
@@ -28,11 +27,10 @@ DEPTH = 10
 
 
 def measure_latency(
-    model: SparseEncoder,
+    passage_vectors: PassageVectors,
     queries: list[str],
     passages: list[str],
     language: str | None,
-    batch_size: int = 32,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Any]:
     """Milliseconds per query for encoding and for the best 10 of the passages, one query at a time, and BM25's.
@@ -42,18 +40,13 @@ def measure_latency(
     """
     if not queries or not passages:
         raise ConfigError(f"latency needs texts, and there are {len(queries)} queries and {len(passages)} passages")
-    queries = queries[:TIMED_QUERIES]
+    model, queries = passage_vectors.model, queries[:TIMED_QUERIES]
 
     def encode_query(query: str) -> sp.csr_matrix:
         return comparable(model, encode(model, [query], "query", 1))
 
     query_encoding = durations(encode_query, queries, clock)
-    encode(model, passages[:batch_size], "document", batch_size)  # not timed either
-    with ProgressReport(desc=in_columns("latency", "encoding", 12), total=len(passages), unit="passages") as progress:
-        start = clock()
-        vectors = encode(model, passages, "document", batch_size, progress)
-        seconds = clock() - start
-    index = InvertedIndex(comparable(model, vectors))
+    index = InvertedIndex(comparable(model, passage_vectors.encode(passages, "latency")))
     encoded = [encode_query(query) for query in queries]
     search = durations(lambda query: list(index.search(query, DEPTH)), encoded, clock)
 
@@ -70,7 +63,7 @@ def measure_latency(
         "machine": platform.platform(),
         "model": {
             "query_encoding_ms": percentiles(query_encoding),
-            "documents_per_second": len(passages) / seconds,
+            "documents_per_second": passage_vectors.per_second,
             "search_ms": percentiles(search),
             "index_bytes": index.bytes,
             "peak_memory_gib": peak_memory_gib("cpu"),  # main memory, wherever the model is

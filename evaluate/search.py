@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 from mteb.models.model_meta import ModelMeta
-from sentence_transformers import SparseEncoder
 
+from evaluate.passage_vectors import PassageVectors
 from trainer.data.beir import passage_text
 from trainer.encoding.encode import encode
 from trainer.encoding.inverted_index import InvertedIndex, comparable
@@ -51,25 +50,23 @@ class SearchSystem:
 class SparseSearch(SearchSystem):
     """A sparse encoder and an inverted index."""
 
-    def __init__(self, model: SparseEncoder, name: str, batch_size: int = 32) -> None:
+    def __init__(self, passage_vectors: PassageVectors, name: str) -> None:
         super().__init__(name)
-        self.model, self.batch_size = model, batch_size
+        self.model, self.passage_vectors = passage_vectors.model, passage_vectors
 
     def index_texts(self, texts: list[str], language: str | None) -> None:
         """Encode by the document route; note how many passages are longer than the model reads."""
         lengths = measure_lengths(self.model, texts)
         self.note = lengths.words(reads_in_windows(self.model)) if lengths else ""
-        vectors = self._encode(texts, "document", "passages")
+        vectors = self.passage_vectors.encode(texts, self.name)
         self.inverted = InvertedIndex(comparable(self.model, vectors))
 
     def search_texts(self, texts: list[str], depth: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Encode by the query route, and search by dot product, or by cosine where the model's similarity is the cosine."""
-        vectors = self._encode(texts, "query", "queries")
+        size = self.passage_vectors.batch_size
+        with ProgressReport(desc=in_columns(self.name, "encoding", 12), total=len(texts), unit="queries") as progress:
+            vectors = encode(self.model, texts, "query", size, progress)
         return self.inverted.search(comparable(self.model, vectors), depth)
-
-    def _encode(self, texts: list[str], route: str, unit: str) -> sp.csr_matrix:
-        with ProgressReport(desc=in_columns(self.name, "encoding", 12), total=len(texts), unit=unit) as progress:
-            return encode(self.model, texts, route, self.batch_size, progress)
 
 
 def language_of(metadata: Any, subset: str) -> str | None:

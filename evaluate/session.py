@@ -16,6 +16,7 @@ from evaluate.dense import dense_name, load_dense, split_dense
 from evaluate.hybrid import hybrid, hybrid_lines
 from evaluate.latency import latency_lines, measure_latency
 from evaluate.leakage import find_leaks, leakage_lines
+from evaluate.passage_vectors import PassageVectors
 from evaluate.report import write_report
 from evaluate.sample import Sample, sample_texts
 from evaluate.scores import score_system
@@ -71,6 +72,11 @@ class Session:
             self.echo(in_columns("documents", text, 12))
         return model
 
+    @cached_property
+    def passage_vectors(self) -> PassageVectors:
+        """Encodes passages, once for all parts."""
+        return PassageVectors(self.model, self.batch_size)
+
     def tasks(self) -> list[Any]:
         """The tasks anew: mteb drops a task's data when it has run."""
         return select_tasks(self.task_names, self.language)
@@ -100,7 +106,7 @@ class Session:
     def score(self) -> None:
         """The model."""
         name = self.subject.name
-        self._score(name, lambda: SparseSearch(self.model, name, self.batch_size), self.subject.fingerprint)
+        self._score(name, lambda: SparseSearch(self.passage_vectors, name), self.subject.fingerprint)
 
     def score_bm25(self) -> None:
         """The lexical baseline."""
@@ -164,9 +170,7 @@ class Session:
     def measure_sparsity(self) -> None:
         """Active dims on the tasks' own queries and passages."""
         texts = self.sample
-        values = measure_sparsity(
-            self.model, texts.queries, texts.passages, texts.relevant, self.batch_size, texts.part_of
-        )
+        values = measure_sparsity(self.passage_vectors, texts.queries, texts.passages, texts.relevant, texts.part_of)
         self._store("sparsity", values | self._made_with, sparsity_lines(values))
         terms = top_terms(self.model)
         self._store("terms", terms, terms_lines(terms))
@@ -175,7 +179,7 @@ class Session:
         """Time and memory, beside BM25."""
         texts = self.sample
         queries, passages = list(texts.queries.values()), list(texts.passages.values())
-        values = measure_latency(self.model, queries, passages, texts.language, self.batch_size)
+        values = measure_latency(self.passage_vectors, queries, passages, texts.language)
         self._store("latency", values, latency_lines(values))
 
     @property

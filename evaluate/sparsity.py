@@ -7,6 +7,7 @@ import numpy as np
 import scipy.sparse as sp
 from sentence_transformers import SparseEncoder
 
+from evaluate.passage_vectors import PassageVectors
 from evaluate.scores import DEPTH, mean_ndcg
 from trainer.config import ConfigError
 from trainer.encoding.encode import encode
@@ -22,11 +23,10 @@ HISTOGRAM_BINS = 40
 
 
 def measure_sparsity(
-    model: SparseEncoder,
+    passage_vectors: PassageVectors,
     queries: dict[str, str],
     passages: dict[str, str],
     relevant: dict[str, dict[str, int]] | None = None,
-    batch_size: int = 32,
     part_of: Callable[[str], str] = lambda text_id: "",
 ) -> dict[str, Any]:
     """Active dims of both routes, FLOPS and index size, as they are and pruned to fewer dims per text.
@@ -37,10 +37,10 @@ def measure_sparsity(
     """
     if not queries or not passages:
         raise ConfigError(f"sparsity needs texts, and there are {len(queries)} queries and {len(passages)} passages")
-    vectors = {}
-    for route, texts in (("query", list(queries.values())), ("document", list(passages.values()))):
-        with ProgressReport(desc=in_columns("sparsity", "encoding", 12), total=len(texts), unit="texts") as progress:
-            vectors[route] = encode(model, texts, route, batch_size, progress)
+    model, asked = passage_vectors.model, list(queries.values())
+    with ProgressReport(desc=in_columns("sparsity", "encoding", 12), total=len(asked), unit="queries") as progress:
+        vectors = {"query": encode(model, asked, "query", passage_vectors.batch_size, progress)}
+    vectors["document"] = passage_vectors.encode(list(passages.values()), "sparsity")
     routes = {route: describe(rows, model) for route, rows in vectors.items()}
     judged = judged_here(queries, passages, relevant or {})
     pruned = []

@@ -17,6 +17,7 @@ from sentence_transformers.util import semantic_search
 
 from evaluate import scores as scores_module
 from evaluate.bm25 import BM25
+from evaluate.passage_vectors import PassageVectors
 from evaluate.scores import best, ndcg_per_query, score_system
 from evaluate.search import SparseSearch
 from evaluate.subject import open_subject
@@ -186,7 +187,7 @@ def test_more_results_than_passages_are_all_passages():
 def test_search_with_a_model_ranks_by_the_models_own_similarity(tmp_path, architecture):
     base = write_dense(tmp_path) if architecture == "csr" else write_bert(tmp_path / "base")
     model = build(tmp_path, base, architecture)
-    system = SparseSearch(model, "model")
+    system = SparseSearch(PassageVectors(model, 32), "model")
     system.index_texts(DOCUMENTS, None)
     similarity = model.similarity(model.encode_query(QUERIES), model.encode_document(DOCUMENTS)).numpy()
     for row, (numbers, values) in zip(similarity, system.search_texts(QUERIES, 4), strict=True):

@@ -9,6 +9,7 @@ from sentence_transformers import SparseEncoder
 
 from evaluate.bm25 import BM25
 from evaluate.latency import latency_lines, measure_latency
+from evaluate.passage_vectors import PassageVectors
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
 from trainer.config import ConfigError
 from trainer.encoding.inverted_index import InvertedIndex
@@ -51,6 +52,10 @@ class Slow(torch.nn.Module):
         return self._vectors(texts, len(texts) / 2)
 
 
+def slow(clock, batch_size=32, first_call_seconds=0.0):
+    return PassageVectors(Slow(clock, first_call_seconds), batch_size, clock)
+
+
 @pytest.fixture
 def clock():
     return Clock()
@@ -67,25 +72,25 @@ def numbered(count):
 
 def test_query_percentiles_are_numpys_of_the_single_durations(clock):
     queries = numbered(150)
-    values = measure_latency(Slow(clock), queries, numbered(2), None, clock=clock)
+    values = measure_latency(slow(clock), queries, numbered(2), None, clock=clock)
     p50, p95, p99 = np.percentile(np.arange(1, 151), [50, 95, 99])
     assert values["model"]["query_encoding_ms"] == pytest.approx({"p50": p50, "p95": p95, "p99": p99})
     assert values["queries"] == 150
 
 
 def test_the_first_calls_are_not_timed(clock):
-    values = measure_latency(Slow(clock, first_call_seconds=9.0), numbered(20), numbered(2), None, clock=clock)
+    values = measure_latency(slow(clock, first_call_seconds=9.0), numbered(20), numbered(2), None, clock=clock)
     assert values["model"]["query_encoding_ms"]["p99"] < 20
 
 
 def test_at_most_two_hundred_queries_are_measured(clock):
-    values = measure_latency(Slow(clock), sorted(numbered(300), key=number_of), numbered(1), None, clock=clock)
+    values = measure_latency(slow(clock), sorted(numbered(300), key=number_of), numbered(1), None, clock=clock)
     assert values["queries"] == 200
     assert values["model"]["query_encoding_ms"]["p50"] == pytest.approx(100.5)
 
 
 def test_documents_per_second_are_those_of_the_encoder(clock):
-    values = measure_latency(Slow(clock), numbered(1), numbered(10), None, batch_size=2, clock=clock)
+    values = measure_latency(slow(clock, batch_size=2), numbered(1), numbered(10), None, clock=clock)
     assert values["passages"] == 10
     assert values["model"]["documents_per_second"] == pytest.approx(2.0)
 
@@ -112,7 +117,7 @@ def test_searches_are_timed_one_query_at_a_time_and_bm25_in_the_given_language(c
     monkeypatch.setattr(InvertedIndex, "search", slow_search)
     monkeypatch.setattr(BM25, "search_texts", slow_bm25)
     monkeypatch.setattr(BM25, "index_texts", slow_index)
-    values = measure_latency(Slow(clock), numbered(5), numbered(12), "nob", clock=clock)
+    values = measure_latency(slow(clock), numbered(5), numbered(12), "nob", clock=clock)
     assert seen == {"model": (1, 10), "bm25": (1, 10), "language": "nob"}
     assert values["model"]["search_ms"] == pytest.approx({"p50": 3, "p95": 3, "p99": 3})
     assert values["bm25"]["search_ms"] == pytest.approx({"p50": 7, "p95": 7, "p99": 7})
@@ -120,7 +125,7 @@ def test_searches_are_timed_one_query_at_a_time_and_bm25_in_the_given_language(c
 
 
 def test_index_bytes_are_those_of_the_postings_of_both(clock):
-    values = measure_latency(Slow(clock), numbered(1), numbered(12), "nob", clock=clock)
+    values = measure_latency(slow(clock), numbered(1), numbered(12), "nob", clock=clock)
     # weight and passage of each posting, and where each dimension starts: 3 dims, of which one is in use
     assert values["model"]["index_bytes"] == 12 * (4 + 4) + (3 + 1) * 4
     # 'tekst' in all 12; '10', '11' and '12' in one each; BM25 does not take a single digit for a word. 8 B per start
@@ -129,7 +134,7 @@ def test_index_bytes_are_those_of_the_postings_of_both(clock):
 
 def test_measuring_without_texts_is_an_error_of_one_line(clock):
     with pytest.raises(ConfigError, match="0 queries and 1 passages"):
-        measure_latency(Slow(clock), [], numbered(1), None)
+        measure_latency(slow(clock), [], numbered(1), None)
 
 
 def test_peak_memory_is_in_gib():
@@ -143,7 +148,7 @@ def test_peak_memory_is_in_gib():
 
 def test_a_real_model_is_measured_beside_bm25(tmp_path):
     model = SparseEncoder(str(write_bert(tmp_path)), device="cpu")
-    values = measure_latency(model, QUERIES, DOCUMENTS, "nob")
+    values = measure_latency(PassageVectors(model, 32), QUERIES, DOCUMENTS, "nob")
     assert json.loads(json.dumps(values)) == values
     assert (values["passages"], values["queries"], values["device"]) == (4, 4, "cpu")
     assert values["threads"] == torch.get_num_threads()

@@ -11,6 +11,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 
 from evaluate import sparsity
+from evaluate.passage_vectors import PassageVectors
 from evaluate.sparsity import describe, measure_sparsity, prune, sparsity_lines
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
 from trainer.config import ConfigError
@@ -51,7 +52,7 @@ class Written(torch.nn.Module):
 
 
 def measure(relevant=None, similarity="dot", passages=WRITTEN_PASSAGES):
-    return measure_sparsity(Written(similarity), WRITTEN_QUERIES, passages, relevant)
+    return measure_sparsity(PassageVectors(Written(similarity), 32), WRITTEN_QUERIES, passages, relevant)
 
 
 @pytest.fixture
@@ -120,10 +121,12 @@ def test_a_query_is_searched_in_its_own_part_alone_and_the_mean_is_over_the_part
     queries = {"x/a": "1 0 0 0 0 0", "x/b": "1 0 0 0 0 0", "y/c": "1 0 0 0 0 0"}
     passages = {"x/p": "1 0 0 0 0 0", "x/q": "2 0 0 0 0 0", "y/r": "0.5 0 0 0 0 0"}
     relevant = {"x/a": {"x/p": 1}, "x/b": {"x/q": 1}, "y/c": {"y/r": 1}}
-    found = measure_sparsity(Written(), queries, passages, relevant, part_of=lambda text_id: text_id[0])
+    found = measure_sparsity(
+        PassageVectors(Written(), 32), queries, passages, relevant, part_of=lambda text_id: text_id[0]
+    )
     # in x, p is second for a and q is first for b; in y, r is first: pooled, it would be third
     assert found["pruned"][-1]["ndcg_at_10"] == pytest.approx(((1 / log2(3) + 1) / 2 + 1) / 2)
-    pooled = measure_sparsity(Written(), queries, passages, relevant)
+    pooled = measure_sparsity(PassageVectors(Written(), 32), queries, passages, relevant)
     assert pooled["pruned"][-1]["ndcg_at_10"] == pytest.approx((1 / log2(3) + 1 + 1 / log2(4)) / 3)
 
 
@@ -177,7 +180,7 @@ def test_every_text_falls_into_a_bin_of_a_histogram_of_few_equal_bins(dims):
 
 # ------------------------------------------------------------------------------- sentence-transformers' own
 def test_active_dims_are_what_the_library_counts(splade):
-    values = measure_sparsity(splade, dict(enumerate(QUERIES)), dict(enumerate(DOCUMENTS)))
+    values = measure_sparsity(PassageVectors(splade, 32), dict(enumerate(QUERIES)), dict(enumerate(DOCUMENTS)))
     for route, texts in (("query", QUERIES), ("document", DOCUMENTS)):
         expected = SparseEncoder.sparsity(splade.encode(texts, show_progress_bar=False))["active_dims"]
         assert values["routes"][route]["active_dims"]["mean"] == pytest.approx(expected)
@@ -201,7 +204,7 @@ def test_a_csr_models_busiest_dimensions_have_no_terms(tmp_path):
     transformer = Transformer(str(write_bert(tmp_path)))
     autoencoder = SparseAutoEncoder(input_dim=32, hidden_dim=64, k=8, k_aux=8)
     model = SparseEncoder(modules=[transformer, Pooling(32, "mean"), autoencoder], device="cpu")
-    values = measure_sparsity(model, dict(enumerate(QUERIES)), dict(enumerate(DOCUMENTS)))
+    values = measure_sparsity(PassageVectors(model, 32), dict(enumerate(QUERIES)), dict(enumerate(DOCUMENTS)))
     assert values["dimensions"] == 64
     assert values["routes"]["document"]["active_dims"]["max"] <= 8
     busiest = values["routes"]["document"]["most_frequent"][0]

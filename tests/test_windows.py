@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SparseEncoder
 
+from evaluate.passage_vectors import PassageVectors
 from evaluate.report import model_options
 from evaluate.search import SparseSearch
 from evaluate.subject import open_subject
@@ -300,7 +301,7 @@ def test_a_run_is_evaluated_as_its_config_says_unless_the_command_says_otherwise
     assert open_subject(None, "models/tiny/final", long_documents="windows").long_documents == "windows"
     notes = []
     for each in (before, subject):
-        system = SparseSearch(each.load(), "tiny")
+        system = SparseSearch(PassageVectors(each.load(), 32), "tiny")
         system.index_texts([LONG, "og"], None)
         notes.append(system.note)
     assert re.fullmatch(r"50\.0% of the documents have more than 32 tokens; \d\d\.\d% of the text is cut off", notes[0])
