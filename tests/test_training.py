@@ -57,6 +57,16 @@ def assert_same_weights(one, two):
 
 
 # ---------------------------------------------------------------------------------- a finished run
+def test_whoever_the_umask_allows_it_may_read_all_of_a_run(trained):
+    """A colleague on the same cluster evaluates the model."""
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [file for file in (trained / RUN).rglob("*") if file.is_file() and file.name != ".lock"]
+    assert {file.suffix for file in files} >= {".safetensors", ".json", ".yaml", ".parquet"}
+    for file in files:
+        assert file.stat().st_mode & 0o666 == 0o666 & ~umask, file
+
+
 def test_a_run_ends_with_a_verdict_of_scores_dims_time_speed_and_memory(trained):
     verdict = (trained / "output.txt").read_text().splitlines()[-1]
     assert verdict.startswith("verdict   nDCG@10 0.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import ConfigError
-from trainer.system.files import flush, sha256_of, write_atomically
+from trainer.system.files import flush, give_usual_mode, sha256_of, write_atomically
 
 SEAL = "complete.json"
 PREFIX = "checkpoint-"
@@ -134,6 +134,8 @@ def written_aside(folder: Path) -> Iterator[Path]:
 def put_in_place(written: Path, place: Path) -> None:
     """Move a written folder to its name, on the disk before it has it; one that has that name already goes."""
     for path in (written, *written.rglob("*")):
+        if path.is_file():
+            give_usual_mode(path)
         flush(path)
     removed = _out_of_the_way(place)
     written.rename(place)

@@ -17,6 +17,7 @@ def written_whole(file: Path) -> Iterator[Path]:
     """Where to write a file, which has its name once it is whole and on the disk: a reader sees the old one or the new."""
     with _aside(file) as aside:
         yield aside
+        give_usual_mode(aside)
         flush(aside)
         aside.replace(file)
         flush(file.parent)
@@ -74,6 +75,17 @@ def sha256_of(file: Path) -> str:
     """The hash of a file's content, in hexadecimal."""
     with file.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def give_usual_mode(file: Path) -> None:
+    """Let those read a file whom the umask allows it: what safetensors writes, only its owner may read.
+
+    On a file system without modes, the file stays as it is.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    with contextlib.suppress(PermissionError):
+        file.chmod(file.stat().st_mode | (0o666 & ~umask))
 
 
 def flush(path: Path) -> None:
