@@ -99,6 +99,12 @@ def test_a_local_base_model_is_described_even_when_the_data_needs_the_hub(tmp_pa
     lines = lines_of(tmp_path / "config.yaml")
     assert "data      nli: needs the hub" in lines
     assert any("162 parameters: 0.sub_modules.query.0.weight" in line for line in lines)
+    for revision, said in (
+        ("main", ""),
+        ("a" * 40, f" at {'a' * 40}"),
+    ):  # a folder has no branch, but may be a commit's copy
+        named = lines_of(tmp_path / "config.yaml", f"model.revision={revision}")
+        assert f"model     inference-free-splade from {tmp_path / 'base'}{said}" in named
     for of_the_texts in ("model.head=fit", "model.vocabulary=texts"):
         lines = lines_of(tmp_path / "config.yaml", of_the_texts)
         assert "rates     needs the hub: the model is made from the training texts" in lines

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from sentence_transformers import SparseEncoder
 from torch import nn
 
-from trainer.config import FROM_SCRATCH, Config
+from trainer.config import FROM_SCRATCH, Config, is_commit, is_local
 from trainer.data.choosing import choice_words
 from trainer.data.mining import mining_words
 from trainer.data.tokens import Tokeniser
@@ -183,7 +183,10 @@ def sparsity_lines(config: Config) -> Iterator[str]:
 def base_model_lines(config: Config, base: BaseModel | None) -> Iterator[str]:
     """Architecture, base model, and the changes to the Python code that it brings. base: None if it is not at hand."""
     name, revision = config.model.base_model, config.model.revision
-    origin = "built from scratch" if name == FROM_SCRATCH else f"from {name}" + (f" at {revision}" if revision else "")
+    has_commit = is_commit(revision) or (revision and not is_local(name))  # a folder has no branch that is looked at
+    origin = (
+        "built from scratch" if name == FROM_SCRATCH else f"from {name}" + (f" at {revision}" if has_commit else "")
+    )
     yield f"model     {config.model.architecture} {origin}"
     for file, changes in base.code.items() if base else ():
         what = f"{len(changes)} faults mended: {', '.join(changes)}" if changes else "runs as it came"
