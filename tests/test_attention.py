@@ -349,10 +349,9 @@ def test_packed_features_are_those_of_the_library(tmp_path, flash, write, archit
         assert ("attention_mask" in ours) == (routes.get(role) == "query")
         columns.append(ours)
     throughput.add(columns)
-    throughput.add_to_totals()
-    assert throughput.total_rows == 3
-    assert throughput.total_encoded == tokens.lengths()[[2, 0, 3]].sum()
-    assert throughput.total_padding == 0
+    assert throughput.totals().rows == 3
+    assert throughput.totals().encoded == tokens.lengths()[[2, 0, 3]].sum()
+    assert throughput.totals().padding == 0
 
 
 @pytest.mark.gpu

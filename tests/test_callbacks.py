@@ -168,9 +168,9 @@ def test_padding_is_counted_where_it_costs_something():
     throughput.add([column([1, 5], task="query"), column([2, 8], task="document"), column([3, 4], task="document")])
     # 16 and 8 positions for 10 and 7 tokens of documents
     assert throughput.read()["padding_share"] == pytest.approx(7 / 24)
-    throughput.add_to_totals()
-    assert (throughput.total_rows, throughput.total_tokens) == (2, 23)
-    assert (throughput.total_encoded, throughput.total_padding) == (17, 7)
+    throughput.restart()
+    assert (throughput.totals().rows, throughput.totals().tokens) == (2, 23)
+    assert (throughput.totals().encoded, throughput.totals().padding) == (17, 7)
     throughput.add([column([3, 3])])
     assert throughput.read()["padding_share"] == 0  # of this interval
     everything = Throughput()
@@ -204,8 +204,7 @@ def test_the_time_of_evaluating_and_saving_is_none_of_the_steps():
     with pytest.raises(KeyboardInterrupt), throughput.paused():
         clock.now += 1000
         raise KeyboardInterrupt
-    throughput.add_to_totals()
-    assert (throughput.total_seconds, throughput.total_rows) == (5, 6)
+    assert (throughput.totals().seconds, throughput.totals().rows) == (5, 6)
 
 
 def test_before_the_first_step_no_time_is_counted():
@@ -214,8 +213,7 @@ def test_before_the_first_step_no_time_is_counted():
     with throughput.paused():
         clock.now += 10
     clock.now += 10
-    throughput.add_to_totals()
-    assert throughput.total_seconds == 0
+    assert throughput.totals().seconds == 0
 
 
 def test_a_signal_that_arrives_in_a_destructor_is_not_lost(capsys):

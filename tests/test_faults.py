@@ -203,6 +203,30 @@ def test_a_nan_in_the_weights_stops_the_run_and_no_checkpoint_holds_one(tiny):
     assert state["global_step"] == 2
 
 
+KILLED_IN_STEP_6 = """
+import os, signal
+from trainer.training.trainer import SparseTrainer
+step = SparseTrainer.training_step
+def killed(self, *args, **kwargs):
+    if self.state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+SparseTrainer.training_step = killed
+"""
+
+
+def test_what_was_trained_up_to_the_last_checkpoint_is_counted_though_the_run_is_killed(tiny):
+    assert run_trainer(tiny.parent, "train", "tiny.yaml", code=KILLED_IN_STEP_6).returncode in (-9, 137)
+    killed = manifest(tiny.parent)
+    assert (killed["steps_done"], killed["rows_trained"], killed["status"]) == (4, 4 * 8, "running")
+    assert killed["train_seconds"] > 0
+    assert run_trainer(tiny.parent, "train", "tiny.yaml", "--resume").returncode == 0
+    whole = manifest(tiny.parent)
+    assert (whole["steps_done"], whole["rows_trained"], whole["status"]) == (6, 6 * 8, "finished")
+    assert whole["train_seconds"] > killed["train_seconds"]
+    assert sum(rows["rows_drawn"] for rows in whole["datasets"].values()) == 6 * 8
+
+
 def test_leftovers_of_a_killed_run_are_gone_after_the_next_start(trained):
     run = trained / RUN
     shutil.rmtree(run / "final")

@@ -168,9 +168,8 @@ def test_the_padding_that_is_counted_is_what_the_network_computes(tmp_path, arch
     build_loss(config, model, BatchStatistics())(columns)
     throughput = Throughput({"query"} if architecture == "inference-free-splade" else ())
     throughput.add(columns)
-    throughput.add_to_totals()
-    assert throughput.total_encoded + throughput.total_padding == sum(computed)
-    assert padding([numbers], tokens.lengths(), tokens.passages, passes) == (throughput.total_encoded, sum(computed))
+    assert throughput.totals().encoded + throughput.totals().padding == sum(computed)
+    assert padding([numbers], tokens.lengths(), tokens.passages, passes) == (throughput.totals().encoded, sum(computed))
 
 
 def test_packed_passages_are_one_pass_with_the_vectors_of_padded_ones(tmp_path, flash):  # noqa: F811

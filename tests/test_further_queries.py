@@ -177,8 +177,7 @@ def test_every_passage_goes_through_the_network_once(tmp_path):
     assert len(features[0]["input_ids"]) == len(features[0]["targets"]) > 2
     throughput = Throughput({"query"})
     throughput.add(features)
-    throughput.add_to_totals()
-    assert throughput.total_rows == 2
+    assert throughput.totals().rows == 2
 
 
 def test_a_teacher_sees_the_rows_own_queries_alone(tmp_path):

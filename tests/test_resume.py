@@ -391,7 +391,7 @@ def rows_of_the_rest(resumed):
     drawn = sum(summary["rows_drawn"] for summary in resumed.manifest["datasets"].values())
     before = load_file(resumed.run.checkpoints / "checkpoint-2/progress.safetensors")
     drawn -= sum(int(rows) for name, rows in before.items() if name.startswith("drawn."))
-    assert drawn == resumed.trainer.throughput.total_rows
+    assert drawn == resumed.trainer.throughput.totals().rows
     return drawn
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,17 @@ from torch import Tensor
 from trainer.data.further_queries import ROWS
 from trainer.data.tokens import VECTOR
 from trainer.system.distributed import total
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Rows and tokens of all processes, those of the tokens that went through a network, padding, and seconds."""
+
+    rows: int
+    tokens: int
+    encoded: int
+    padding: int
+    seconds: float
 
 
 class Throughput:
@@ -22,8 +34,8 @@ class Throughput:
     def __init__(self, static_routes: Collection[str] = (), clock: Callable[[], float] = time.perf_counter) -> None:
         """static_routes: tasks whose texts do not go through the network, where padding costs nothing."""
         self.static_routes, self.clock = static_routes, clock
-        self.total_rows = self.total_tokens = self.total_encoded = self.total_padding = 0
-        self.total_seconds = self.seconds = 0.0
+        self.before = Totals(0, 0, 0, 0, 0.0)  # of the intervals before this one
+        self.seconds = 0.0
         self.since: float | None = None  # the clock stands still until `restart`
         self.rows = self.positions = 0
         self.tokens: list[int | Tensor] = []
@@ -31,19 +43,23 @@ class Throughput:
 
     def restart(self) -> None:
         """Count what was seen towards the totals, and start a new interval."""
-        self.add_to_totals()
-        self.since = self.clock()
-
-    def add_to_totals(self) -> None:
-        """Count what was seen towards the totals."""
-        rows, tokens, encoded, positions = self._seen()
-        self.total_rows += rows
-        self.total_tokens += tokens
-        self.total_encoded += encoded
-        self.total_padding += positions - encoded
+        self.before = self.totals()
         self.rows, self.positions, self.tokens, self.encoded = 0, 0, [], []
-        self.total_seconds += self.elapsed()
-        self.seconds, self.since = 0.0, None if self.since is None else self.clock()
+        self.seconds, self.since = 0.0, self.clock()
+
+    def totals(self, everywhere: bool = True) -> Totals:
+        """What was seen so far. everywhere: with the current interval, for which every process has to ask."""
+        before = self.before
+        if not everywhere:
+            return before
+        rows, tokens, encoded, positions = self._seen()
+        return Totals(
+            before.rows + rows,
+            before.tokens + tokens,
+            before.encoded + encoded,
+            before.padding + positions - encoded,
+            before.seconds + self.elapsed(),
+        )
 
     def elapsed(self) -> float:
         """Seconds of the current interval."""
