@@ -24,7 +24,7 @@ TRAINER = [
     "__main__",
 ]
 EVALUATE = [
-    {"trust"},
+    {"trust", "passage_vectors"},
     {"tasks", "search", "subject", "terms", "dense"},
     {"bm25", "scores", "sample"},
     {"sparsity", "latency", "leakage", "hybrid", "compare"},
