@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
 import scipy.sparse as sp
 from sentence_transformers import SparseEncoder
 
@@ -13,8 +13,6 @@ from trainer.system.progress_bar import ProgressReport, in_columns
 # Passages whose vectors are remembered: at 400 active dims they take 100 MB. Later ones are encoded again.
 MOST = 20_000
 
-Row = tuple[np.ndarray, np.ndarray]
-
 
 class PassageVectors:
     """Encodes passages, remembers their vectors, and measures how fast that is."""
@@ -23,38 +21,35 @@ class PassageVectors:
         """clock: gives seconds."""
         self.model, self.batch_size, self.clock = model, batch_size, clock
         self.seconds, self.encoded = 0.0, 0
-        self._rows: dict[str, Row] = {}
-        self._dimensions = 0
+        self._vectors: Any = None  # [remembered texts, dimensions], once there are some
+        self._numbers: dict[str, int] = {}  # the row of each text in it
 
     @property
     def per_second(self) -> float:
         """Passages encoded per second; the first batch is encoded twice, and timed the second time."""
         return self.encoded / self.seconds
 
-    def encode(self, texts: Sequence[str], label: str, unit: str = "passages") -> sp.csr_matrix:
+    def encode(self, texts: Sequence[str], label: str) -> sp.csr_matrix:
         """[texts, dimensions]. Only texts without a remembered vector go through the network.
 
         label: stands before the progress. Raises ConfigError for a vector that is not finite.
         """
-        missing = [text for text in dict.fromkeys(texts) if text not in self._rows]
-        rows = (
-            self._rows | dict(zip(missing, self._encode(missing, label, unit), strict=True)) if missing else self._rows
-        )
-        for text in missing[: max(MOST - len(self._rows), 0)]:
-            self._rows[text] = rows[text]
-        found = [rows[text] for text in texts]
-        bounds = np.cumsum([0, *(len(values) for _, values in found)])
-        dimensions, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return sp.csr_matrix((values, dimensions, bounds), shape=(len(found), self._dimensions))
+        vectors, numbers = self._vectors, dict(self._numbers)
+        missing = [text for text in dict.fromkeys(texts) if text not in numbers]
+        if missing:
+            new = self._encode(missing, label)
+            vectors = new if vectors is None else sp.vstack([vectors, new], format="csr")
+            numbers |= {text: number for number, text in enumerate(missing, len(numbers))}
+            self._vectors = vectors[:MOST]
+            self._numbers = {text: number for text, number in numbers.items() if number < MOST}
+        return vectors[[numbers[text] for text in texts]]
 
-    def _encode(self, texts: list[str], label: str, unit: str) -> list[Row]:
+    def _encode(self, texts: list[str], label: str) -> sp.csr_matrix:
         if not self.encoded:  # the first call loads code and caches
             encode(self.model, texts[: self.batch_size], "document", self.batch_size)
-        with ProgressReport(desc=in_columns(label, "encoding", 12), total=len(texts), unit=unit) as progress:
+        with ProgressReport(desc=in_columns(label, "encoding", 12), total=len(texts), unit="passages") as progress:
             start = self.clock()
             vectors = encode(self.model, texts, "document", self.batch_size, progress)
             self.seconds += self.clock() - start
         self.encoded += len(texts)
-        self._dimensions = vectors.shape[1]
-        bounds = zip(vectors.indptr[:-1], vectors.indptr[1:], strict=True)
-        return [(vectors.indices[start:end], vectors.data[start:end]) for start, end in bounds]
+        return vectors

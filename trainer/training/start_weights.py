@@ -13,13 +13,9 @@ from trainer.system.files import sha256_of, written_whole
 
 
 def keep_start_weights(model: nn.Module, run: Run) -> None:
-    """Write the weights that training is about to change. Raises ConfigError when they cannot be written."""
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in _trained(model)}
-    try:
-        with written_whole(run.start_weights) as aside:
-            save_file(weights, aside)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{run.start_weights} cannot be written: {one_line(error)}") from None
+    """Write the weights that training is about to change."""
+    with written_whole(run.start_weights) as aside:
+        save_file({name: weights.detach().cpu().contiguous() for name, weights in _trained(model)}, aside)
     run.update(start_weights={"sha256": sha256_of(run.start_weights)})
 
 
@@ -28,12 +24,14 @@ def require_start_weights(run: Run) -> None:
     kept, file = run.manifest.get("start_weights"), run.start_weights
     if kept and file.is_file() and sha256_of(file) == kept["sha256"]:
         return
-    remedy = "end with the trained weights alone: SET=training.start_share=null"
-    if not kept:
-        why, remedy = "were not kept when this run was started", remedy.capitalize()
+    if kept:
+        why, end = "has changed" if file.is_file() else "is missing", "Put it back, or end"
     else:
-        why, remedy = "has changed" if file.is_file() else "is missing", f"Put it back, or {remedy}"
-    raise ConfigError(f"training.start_share needs the weights from before training, {file}, which {why}. {remedy}")
+        why, end = "were not kept when this run was started", "End"
+    raise ConfigError(
+        f"training.start_share needs the weights from before training, {file}, which {why}. {end} with the trained weights "
+        "alone: SET=training.start_share=null"
+    )
 
 
 @torch.no_grad()

@@ -41,7 +41,8 @@ class RunTotals(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the totals: a run that is killed goes on from this checkpoint."""
-        self._write(self.throughput.totals())
+        with self.throughput.paused():
+            self._write(self.throughput.totals())
 
     def _write(self, totals: Totals) -> None:
         known, step = self.known, self.trainer.state.global_step
