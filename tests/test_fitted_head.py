@@ -27,7 +27,7 @@ from trainer.config import ConfigError
 from trainer.encoding.fuse import fuse, transformers_of
 from trainer.encoding.stock import encode_both
 from trainer.models import fitted_head as module
-from trainer.models.build import build_model, fetch_base_model, save_model
+from trainer.models.build import build_model, fetch_base_model, save_model, static_embedding
 from trainer.models.fitted_head import head_fit
 from trainer.publish.publish import encode_in_a_fresh_process, largest_difference
 from trainer.training.describe import head_lines
@@ -270,3 +270,15 @@ def test_a_head_that_cannot_be_fitted_is_refused_when_the_config_is_read(tmp_pat
 def test_csr_has_no_head_to_fit(tmp_path):
     with pytest.raises(ConfigError, match=r"'model.head' is for SPLADE; csr has no head over a vocabulary"):
         config_of(tmp_path, "org/encoder", "csr", "model.revision=main", *HEAD)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_splade_starts_with_words_whose_product_is_their_idf(tmp_path, family):
+    """Without query weights, a word weighs the root of its IDF on both sides. What is active stays so."""
+    base = ENCODERS[family](tmp_path)
+    plain, weighed = build(tmp_path, base), build(tmp_path, base, architecture="splade")
+    idf = static_embedding(plain).weight.detach().double().numpy()
+    before, after = (dense_vectors(model, TEXTS[:8]).double().numpy() for model in (plain, weighed))
+    assert ((before > 0) == (after > 0)).all()
+    factor = np.expm1(np.sqrt(idf * np.log(4))) / 3  # the median logit of a text's own words is 3: log1p(3) in a vector
+    np.testing.assert_allclose(after, np.log1p(np.expm1(before) * factor), rtol=1e-4, atol=1e-5)

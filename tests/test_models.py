@@ -278,12 +278,6 @@ def test_a_base_model_that_is_not_there_is_named(tmp_path):
         build(tmp_path, tmp_path / "empty", "splade")
 
 
-def test_a_trained_inference_free_model_is_no_base_model(tmp_path, bert):
-    build(tmp_path, bert, "inference-free-splade").save_pretrained(str(tmp_path / "trained"))
-    with pytest.raises(ConfigError, match=r"trained is a trained inference-free model, queries and all"):
-        build(tmp_path, tmp_path / "trained", "splade")
-
-
 def test_max_seq_length_cuts_documents(tmp_path, bert):
     model = build(tmp_path, bert, "splade", "training.max_seq_length=8")
     assert model.preprocess([DOCUMENTS[0] * 3])["input_ids"].shape == (1, 8)

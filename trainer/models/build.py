@@ -21,16 +21,16 @@ from trainer.encoding.fuse import transformers_of
 from trainer.hub.download import fetch
 from trainer.models.card import build_card
 from trainer.models.cut_vocabulary import ReadTexts, cut_to_texts
-from trainer.models.fitted_head import fit_head
+from trainer.models.fitted_head import fit_head, weigh_words
 from trainer.models.heads import check_not_dense, decoder_of, silence_special_tokens
 from trainer.models.normalizers import compose_first
 from trainer.models.prompts import base_prompts, in_front
 from trainer.models.queries import START_WEIGHTS, query_tokenizer, weights_of_idf
 from trainer.models.remote_code import BaseModel, check_code, keep_code, with_own_code
 from trainer.models.scratch import build_from_scratch
+from trainer.models.trained import is_router, require_no_sparse_model, saved_modules, trained_router
 from trainer.models.weights import loading
 from trainer.system.distributed import is_first, share_files
-from trainer.system.files import read_json
 
 PROBE_TEXTS = 8
 # transformers 5 loads weights in the precision they were saved in; optimizers need float32 copies of them.
@@ -174,26 +174,40 @@ def set_dropout(network: nn.Module, share: float) -> int:
 # ------------------------------------------------------------------------------------------- architectures
 def build_inference_free_splade(config: Config, source: Path, texts: ReadTexts) -> list[nn.Module]:
     """Queries: a weight per token. Documents: masked language model and SpladePooling (arXiv 2411.04403)."""
-    transformer, pooling = build_splade(config, source, texts)
+    if is_router(source):
+        router, transformer = trained_router(config, source)
+        for each in (*router.sub_modules["query"], transformer):
+            compose_first(each.tokenizer)
+            each.tokenizer.model_max_length = each.max_seq_length = config.training.max_seq_length
+        _require_what_the_config_needs(transformer, config)
+        return [router]
+    transformer = load_transformer(config, source, texts)
     tokenizer = transformer.tokenizer
     weights = START_WEIGHTS[config.model.query_init](tokenizer, texts.documents)
     weights[tokenizer.all_special_ids] = 0.0
     frozen = config.model.freeze_static_embedding
     query = SparseStaticEmbedding(query_tokenizer(tokenizer), weight=weights, frozen=frozen)
-    return [Router.for_query_document(query_modules=[query], document_modules=[transformer, pooling])]
+    documents = [transformer, pooling_over(transformer, config)]
+    return [Router.for_query_document(query_modules=[query], document_modules=documents)]
 
 
 def build_splade(config: Config, source: Path, texts: ReadTexts) -> list[nn.Module]:
     """Queries and documents both through masked language model and SpladePooling (arXiv 2109.10086)."""
     transformer = load_transformer(config, source, texts)
-    silence_special_tokens(transformer, config.model.base_model)
+    if config.model.head == "fit":
+        weigh_words(transformer, weights_of_idf(transformer.tokenizer, texts.documents), config.model.base_model)
+    return [transformer, pooling_over(transformer, config)]
+
+
+def pooling_over(transformer: Transformer, config: Config) -> SpladePooling:
+    """Each word's largest, or summed, activation over the tokens of a text."""
     dimension = transformer.model.get_output_embeddings().out_features
-    pooling = SpladePooling(config.model.pooling_strategy, config.model.activation_function, dimension)
-    return [transformer, pooling]
+    return SpladePooling(config.model.pooling_strategy, config.model.activation_function, dimension)
 
 
 def build_csr(config: Config, source: Path, texts: ReadTexts) -> list[nn.Module]:
     """The dense model's own modules, and a sparse autoencoder on top (arXiv 2503.01776)."""
+    require_no_sparse_model(config, source)
     with loading("model.base_model", config.model.base_model, own_code=True):
         dense = SentenceTransformer(
             str(source), trust_remote_code=config.model.trust_remote_code, device="cpu", model_kwargs=FLOAT32
@@ -213,10 +227,10 @@ def build_csr(config: Config, source: Path, texts: ReadTexts) -> list[nn.Module]
 
 def load_transformer(config: Config, source: Path, texts: ReadTexts) -> Transformer:
     """The base model with a masked-language-model head, in float32, cut and fitted where the config says so."""
-    if (source / "router_config.json").is_file():
+    if is_router(source):
         raise ConfigError(
             f"model.base_model: {config.model.base_model} is a trained inference-free model, queries and all. "
-            "Name the masked language model it was made from"
+            "Set model.architecture: inference-free-splade, or name the masked language model it was made from"
         )
     trust, fits = {"trust_remote_code": config.model.trust_remote_code}, config.model.head == "fit"
     with loading("model.base_model", config.model.base_model, own_code=True, without_head=fits):
@@ -244,13 +258,13 @@ def load_transformer(config: Config, source: Path, texts: ReadTexts) -> Transfor
     transformer.max_seq_length = config.training.max_seq_length
     if fits:
         fit_head(transformer, texts.documents, config.model.head_dims, config.model.base_model)
+    silence_special_tokens(transformer, config.model.base_model)
     return transformer
 
 
 def folder_of_encoder(source: Path) -> Path:
     """The folder with the weights of a base model's first module: some SentenceTransformers have one for each module."""
-    modules = read_json(source / "modules.json") if (source / "modules.json").is_file() else []
-    first = modules[0].get("path") if isinstance(modules, list) and modules and isinstance(modules[0], dict) else ""
+    first = next((module.get("path") for module in saved_modules(source)), "")
     return source / first if first and not (source / "config.json").is_file() else source
 
 

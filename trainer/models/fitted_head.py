@@ -8,6 +8,7 @@ decoder, so the saved model is a stock one.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import log1p
 
 import torch
 from sentence_transformers import SparseEncoder
@@ -101,6 +102,21 @@ def fit_head(transformer: Transformer, texts: Sequence[str], active_dims: int, n
     dims, own_active = _set_decoder(head, words, level, held_out[:MOST_HELD_OUT_TEXTS], active_dims)
     transformer.train(was_training)
     transformer.head_fit = HeadFit(len(fitted) + len(held_out), len(tokens), own, dims, own_active)
+
+
+@torch.no_grad()
+def weigh_words(transformer: Transformer, idf: Tensor, name: str) -> None:
+    """Scale each word's logit so that a word of both query and document adds about its IDF to their product, in place.
+
+    For SPLADE, whose queries have no weights of their own. idf: [vocabulary], not negative. What is active stays so.
+    """
+    decoder = decoder_of(transformer, name)
+    factor = (idf * log1p(OWN_LOGIT)).sqrt().expm1().to(decoder.weight) / OWN_LOGIT
+    factor[transformer.tokenizer.all_special_ids] = 1.0  # these are silenced
+    biases = {id(each): each for each in weights_by_piece(transformer.model) if each.ndim == 1}  # one, if they are tied
+    for bias in biases.values():
+        bias.mul_(factor)
+    decoder.weight.mul_(factor[:, None])
 
 
 class Head:

@@ -18,6 +18,7 @@ from trainer.models.fitted_head import head_fit
 from trainer.models.normalizers import composes_first
 from trainer.models.prompts import prompt_lines
 from trainer.models.remote_code import BaseModel
+from trainer.models.trained import is_router
 from trainer.system.distributed import processes
 from trainer.system.progress_bar import in_columns
 from trainer.training.arguments import query_rate_mapping
@@ -191,6 +192,8 @@ def base_model_lines(config: Config, base: BaseModel | None) -> Iterator[str]:
     for file, changes in base.code.items() if base else ():
         what = f"{len(changes)} faults mended: {', '.join(changes)}" if changes else "runs as it came"
         yield f"code      {file}: {what}"
+    if base and config.model.has_static_queries and is_router(base.folder):
+        yield in_columns("queries", "with the weights of the base model (model.query_init is not used)")
 
 
 def tokenizer_lines(model: SparseEncoder) -> Iterator[str]:
