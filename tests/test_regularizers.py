@@ -9,7 +9,7 @@ from torch import nn
 from tests.checkpoints import DOCUMENTS, QUERIES, write_bert
 from tests.test_models import build, config_of
 from trainer.losses.build import build_loss
-from trainer.losses.regularizers import Regularizer, flops, idf_flops, l1, over_cap
+from trainer.losses.regularizers import Regularizer, document_frequency_price, flops, idf_flops, l1, over_cap
 from trainer.losses.statistics import BatchStatistics
 from trainer.system.distributed import ending_together
 
@@ -151,6 +151,40 @@ def test_each_penalty_equals_a_hand_worked_case():
     assert idf_flops(torch.tensor([4.0, 8.0, 8.0]))(mean) == 2 * 4 + 0.25
     vectors = torch.tensor([[1.0, 1.0, 1.0, 0], [1.0, 0, 0, 0], [0, 3.0, 3.0, 0]])
     assert over_cap(vectors, 2).tolist() == [[1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_df_flops_charges_words_by_the_share_of_vectors_with_them():
+    shares = torch.tensor([1.0, 0.1, 0.05, 0.0])
+    # 1 / (1 + (x^log_0.1(2) - 1)^10): 1 at x = 1, 1/2 at 0.1, 1 / (1 + 1.46^10) at 0.05, 0 at 0; above a twentieth
+    expected = [1.0, 0.525, 0.05 + 0.95 / (1 + (20**0.30103 - 1) ** 10), 0.05]
+    torch.testing.assert_close(document_frequency_price(shares), torch.tensor(expected), rtol=1e-4, atol=0)
+    penalty = Regularizer(nn.Identity().train(), flops, price=document_frequency_price)
+    vectors = torch.zeros(20, 3)
+    vectors[:, 0], vectors[:2, 1], vectors[0, 2] = 0.5, 5.0, 10.0  # each 0.5 on average, in 20, 2 and 1 of the texts
+    for _ in range(2):
+        given = vectors.clone().requires_grad_()
+        value = penalty.compute_loss_from_embeddings(given)
+        step = penalty.finish_step()
+    value.backward()
+    assert penalty.share.tolist() == pytest.approx([1.0, 0.1, 0.05])
+    assert (step.rows, step.active_dims) == (20, pytest.approx(23 / 20))
+    assert step.penalty == pytest.approx(0.25 * sum(expected[:3]))
+    torch.testing.assert_close(given.grad[0], torch.tensor(expected[:3]) * 2 * 0.5 / 20, rtol=1e-4, atol=0)
+    again = Regularizer(nn.Linear(1, 1), flops, price=document_frequency_price)
+    again.model.device = torch.device("cpu")
+    again.load(penalty.state())
+    assert torch.equal(again.share, penalty.share)
+
+
+def test_df_flops_keeps_its_shares_over_accumulated_batches():
+    whole, parts = (Regularizer(encoder(), flops, price=document_frequency_price) for _ in range(2))
+    batch = rows(16, seed=1)
+    whole.compute_loss_from_embeddings(whole.model(batch).relu())
+    for part in batch.chunk(4):
+        parts.compute_loss_from_embeddings(parts.model(part).relu())
+    one, four = whole.finish_step(), parts.finish_step()
+    torch.testing.assert_close(parts.share, whole.share)
+    assert one.penalty == pytest.approx(four.penalty)
 
 
 def test_l1_has_the_same_gradient_from_the_first_step_on():

@@ -299,9 +299,10 @@ class LossConfig(Section):
     document_regularizer_weight."""
     target_query_dims: Positive | None = None
     """splade: the same for queries, instead of query_regularizer_weight."""
-    regularizer: Literal["flops", "l1", "idf-flops"] = "flops"
+    regularizer: Literal["flops", "l1", "idf-flops", "df-flops"] = "flops"
     """SPLADE: what the weight multiplies. flops: Σ m² of the mean activation (arXiv 2004.05665); l1: Σ m; idf-flops:
-    FLOPS where common words cost more, for inference-free-splade (arXiv 2411.04403)."""
+    FLOPS where common words cost more, for inference-free-splade (arXiv 2411.04403); df-flops: FLOPS where words that many
+    vectors hold cost more (arXiv 2505.15070)."""
     document_dims_cap: Positive | None = None
     """SPLADE: documents of no more active dims than this are not penalised (arXiv 2504.14839, where documents are also
     encoded with model.activation_function log1p_relu)."""

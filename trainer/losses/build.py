@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trainer.config import Config
 from trainer.losses.ranking import RankingLoss
 from trainer.losses.reconstruction import SharedReconstructionLoss
-from trainer.losses.regularizers import Regularizer, flops, idf_flops, l1
+from trainer.losses.regularizers import Regularizer, document_frequency_price, flops, idf_flops, l1
 from trainer.losses.splade import SpladeLoss
 from trainer.losses.statistics import BatchStatistics
 
@@ -29,13 +29,14 @@ def build_splade_loss(
     loss = config.loss
     similarities = util.dot_score, util.pairwise_dot_score
     ranking = RankingLoss(model, statistics, loss.scale or 1.0, similarities, loss.teacher)
-    function = idf_flops(idf) if loss.regularizer == "idf-flops" else {"flops": flops, "l1": l1}[loss.regularizer]
+    function = idf_flops(idf) if loss.regularizer == "idf-flops" else l1 if loss.regularizer == "l1" else flops
+    price = document_frequency_price if loss.regularizer == "df-flops" else None
     parts = {
         # 0 rather than None: None means the same and makes the library warn; with a target it is found in training
         "document_regularizer_weight": loss.document_regularizer_weight or 0.0,
         "query_regularizer_weight": loss.query_regularizer_weight or 0.0,
-        "document_regularizer": Regularizer(model, function, loss.document_dims_cap),
-        "query_regularizer": Regularizer(model, function),
+        "document_regularizer": Regularizer(model, function, loss.document_dims_cap, price),
+        "query_regularizer": Regularizer(model, function, price=price),
     }
     if loss.cached:
         return CachedSpladeLoss(model, ranking, mini_batch_size=loss.mini_batch_size, **parts)

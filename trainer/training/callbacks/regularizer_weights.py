@@ -88,7 +88,9 @@ class RegularizerWeights(SpladeRegularizerWeightSchedulerCallback):
             raise ConfigError(f"{checkpoint} lacks {STATE}: an earlier version wrote it. Train anew under a new name")
         state = load_file(checkpoint / STATE)
         for route in ROUTES:
-            self.regularizer(route).load({name: state[f"{route}.{name}"] for name in ("running", "steps")})
+            self.regularizer(route).load(
+                {name.removeprefix(f"{route}."): value for name, value in state.items() if name.startswith(f"{route}.")}
+            )
             if (f"{route}.controller" in state) != (route in self.controllers):
                 was = "with" if f"{route}.controller" in state else "without"
                 raise ConfigError(

@@ -46,7 +46,7 @@ SIGNS = (
         "a dim in every document",
         lambda s: s["document"]["busiest_dim_share"] > 0.95,
         "dimension {busiest_term} is active in {document[busiest_dim_share]:.0%} of the documents, so it "
-        "tells nothing apart. {advice}",
+        "tells nothing apart. {rarer}",
     ),
     Sign(
         "documents alike",
@@ -58,6 +58,8 @@ SIGNS = (
 
 # How a model that is not CSR, and one that is, becomes sparser.
 SPARSER = "Raise loss.document_regularizer_weight or lower loss.target_document_dims", "Lower model.csr_k"
+# How its words become rarer.
+RARER = "Set loss.regularizer: df-flops. Where it is set, raise its weight or lower the target", SPARSER[1]
 
 
 class Watchdog(TrainerCallback):
@@ -88,7 +90,9 @@ class Watchdog(TrainerCallback):
             token = token_of(model, dimension) if model is not None else None
             busiest_term = f"{dimension} ('{token}')" if token else str(dimension)
             is_csr = model is not None and autoencoder_of(model) is not None
-            message = sign.message.format(**summary, busiest_term=busiest_term, advice=SPARSER[is_csr])
+            message = sign.message.format(
+                **summary, busiest_term=busiest_term, advice=SPARSER[is_csr], rarer=RARER[is_csr]
+            )
             self.warnings.append(
                 {"sign": sign.name, "step": state.global_step, "last_step": state.global_step, "message": message}
             )
