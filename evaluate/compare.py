@@ -6,15 +6,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-from scipy.stats import bootstrap
-
 from evaluate.scores import table_lines
 from trainer.config import ConfigError
+from trainer.runs.intervals import paired_interval
 from trainer.runs.results import System, TaskScore
 
-# Resamples drawn at a time: with DanFEVER's 6,373 queries they take 25 MB.
-BATCH = 500
 # Missing tasks named on one line; a results tree of mteb may hold a hundred. The stored part has all.
 SHOWN = 8
 LEFT_OUT = "left out: only one of the two has a score"
@@ -112,19 +108,6 @@ def _difference(own: TaskScore, other: TaskScore, seed: int, resamples: int) -> 
         low, high = paired_interval(list(parts.values()), seed, resamples)
         values |= {"low": low, "high": high, "queries": len(shared)}
     return values
-
-
-def paired_interval(parts: list[list[float]], seed: int, resamples: int) -> tuple[float, float]:
-    """The percentile bootstrap's 95 % interval of the mean difference (Efron & Tibshirani 1993; Sakai 2006 for search).
-
-    `parts`: the differences per query of each split and subset. Each is resampled on its own, and all count the same.
-    """
-
-    def mean_of_parts(*samples: np.ndarray, axis: int) -> np.ndarray:
-        return np.mean([sample.mean(axis=axis) for sample in samples], axis=0)
-
-    resampled = bootstrap(parts, mean_of_parts, n_resamples=resamples, batch=BATCH, method="percentile", rng=seed)
-    return float(resampled.confidence_interval.low), float(resampled.confidence_interval.high)
 
 
 def languages_of(score: TaskScore) -> set[str]:

@@ -80,7 +80,10 @@ def test_the_advice_names_a_key_that_the_architecture_has():
     csr = torch.nn.Sequential(SparseAutoEncoder(8, 200, k=4, k_aux=4))
     words = "Warning: step 50: dimension 7 is active in 100% of the documents, so it tells nothing apart. "
     assert warnings_of(queries, documents, model=csr)[1] == [words + "Lower model.csr_k"]
-    splade = "Set loss.regularizer: df-flops. Where it is set, raise its weight or lower the target"
+    splade = (
+        "Train anew with loss.regularizer: df-flops; where it is set, raise loss.document_regularizer_weight or lower "
+        "loss.target_document_dims"
+    )
     assert warnings_of(queries, documents)[1] == [words + splade]
 
 

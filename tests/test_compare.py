@@ -12,10 +12,11 @@ import pytest
 from mteb.results import TaskResult
 from scipy.stats import binom
 
-from evaluate.compare import baseline_name, compare, compare_lines, paired_interval
+from evaluate.compare import baseline_name, compare, compare_lines
 from trainer.config import ConfigError
 from trainer.data.choosing import half_of
 from trainer.runs.choice import hash_of
+from trainer.runs.intervals import paired_interval
 from trainer.runs.results import EvalFolder, TaskScore, read_system
 from trainer.system.files import write_json
 

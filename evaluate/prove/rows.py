@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from evaluate.compare import paired_interval
 from evaluate.prove.journal import Journal
 from evaluate.prove.plan import BASELINES, BM25, CONFIGS, Plan, Subject
 from evaluate.tasks import NANO
 from trainer.config import FROM_SCRATCH
+from trainer.runs.intervals import paired_interval
 from trainer.runs.results import EvalFolder, System
 from trainer.runs.run import MODELS
 from trainer.system.files import read_json

@@ -39,9 +39,9 @@ def idf_flops(idf: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def document_frequency_price(share: Tensor) -> Tensor:
-    """What a word costs by the share of documents with it: long posting lists cost most (DF-FLOPS, arXiv 2505.15070).
+    """What a word costs by the share of texts with it: long posting lists cost most (after DF-FLOPS, arXiv 2505.15070).
 
-    share, result: [vocabulary], 0 to 1. The paper's 1 / (1 + (x^log_α(2) - 1)^β), above LEAST_PRICE.
+    share, result: [vocabulary], 0 to 1. The paper's 1 / (1 + (x^log_α(2) - 1)^β), but at least LEAST_PRICE.
     """
     rarer = share.clamp(min=1e-9) ** (math.log(2) / math.log(HALF_PRICE_SHARE)) - 1  # from 0, where x is 1, upwards
     return LEAST_PRICE + (1 - LEAST_PRICE) / (1 + rarer**STEEPNESS)

@@ -28,7 +28,13 @@ from trainer.models.prompts import base_prompts, in_front
 from trainer.models.queries import START_WEIGHTS, query_tokenizer, weights_of_idf
 from trainer.models.remote_code import BaseModel, check_code, keep_code, with_own_code
 from trainer.models.scratch import build_from_scratch
-from trainer.models.trained import is_router, require_no_sparse_model, saved_modules, trained_router
+from trainer.models.trained import (
+    is_router,
+    require_no_sparse_model,
+    require_what_training_settled,
+    saved_modules,
+    trained_router,
+)
 from trainer.models.weights import loading
 from trainer.system.distributed import is_first, share_files
 
@@ -62,6 +68,8 @@ def build_model(
                     config.model.from_scratch or FromScratchConfig(), read_queries + read_documents, source
                 )
             share_files(source)
+        if config.model.architecture != "csr":
+            require_what_training_settled(config, source)
         texts = ReadTexts(read_queries, read_documents, prompts, corpus)
         modules = ARCHITECTURES[config.model.architecture](config, source, texts)
     model = SparseEncoder(
@@ -156,7 +164,8 @@ def train_only_what_the_config_says(model: SparseEncoder, config: Config) -> Non
                 module.requires_grad_(False)
                 set_dropout(module, 0.0)  # a frozen model's vectors are data: no noise in them
     if (embedding := static_embedding(model)) is not None:
-        embedding.weight.requires_grad_(not config.model.freeze_static_embedding)
+        embedding.frozen = config.model.freeze_static_embedding  # which is saved
+        embedding.weight.requires_grad_(not embedding.frozen)
 
 
 def set_dropout(network: nn.Module, share: float) -> int:
@@ -175,11 +184,8 @@ def set_dropout(network: nn.Module, share: float) -> int:
 def build_inference_free_splade(config: Config, source: Path, texts: ReadTexts) -> list[nn.Module]:
     """Queries: a weight per token. Documents: masked language model and SpladePooling (arXiv 2411.04403)."""
     if is_router(source):
-        router, transformer = trained_router(config, source)
-        for each in (*router.sub_modules["query"], transformer):
-            compose_first(each.tokenizer)
-            each.tokenizer.model_max_length = each.max_seq_length = config.training.max_seq_length
-        _require_what_the_config_needs(transformer, config)
+        router = trained_router(config, source)
+        _require_what_the_config_needs(router.sub_modules["document"][0], config)
         return [router]
     transformer = load_transformer(config, source, texts)
     tokenizer = transformer.tokenizer

@@ -51,6 +51,7 @@ class Run:
         self.start_weights = (
             folder / "start_weights.safetensors"
         )  # with training.start_share: those from before training
+        self.query_scores = folder / "query_scores.json"  # nDCG@10 of each query, before and after training
         self.training_texts = folder / "training_texts.parquet"  # every different text, by data set
         self.manifest: dict[str, Any] = {}
         self._before: dict[Path, str] = {}  # files of a run that is resumed, as they were

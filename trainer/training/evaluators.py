@@ -31,7 +31,34 @@ METRICS = {
 }
 
 
-class GradedSearch(SparseInformationRetrievalEvaluator):
+class ScoredSearch(SparseInformationRetrievalEvaluator):
+    """The library's evaluator, which also keeps the nDCG@10 of each query that is reported."""
+
+    per_query: dict[str, float]
+
+    def compute_metrics(self, queries_result_list: list[list[dict[str, Any]]]) -> dict[str, dict[int, float]]:
+        """The library's metrics."""
+        self.per_query = {
+            query: self.ndcg(hits, dict.fromkeys(self.relevant_docs[query], 1), 10)
+            for query, hits in zip(self.queries_ids, queries_result_list, strict=True)
+        }
+        return super().compute_metrics(queries_result_list)
+
+    def ndcg(self, hits: list[dict[str, Any]], grades: dict[str, int], k: int) -> float:
+        """nDCG@k that weighs grades."""
+        ranked = sorted(hits, key=lambda hit: (-hit["score"], hit["corpus_id"]))  # equal scores as the library has them
+        gains = [grades.get(hit["corpus_id"], 0) for hit in ranked[:k]]
+        best = sorted(grades.values(), reverse=True)
+        return float(self.compute_dcg_at_k(gains, k) / self.compute_dcg_at_k(best, k))
+
+
+class ScoredNanoBEIR(SparseNanoBEIREvaluator):
+    """NanoBEIR, whose searches keep the scores of their queries."""
+
+    information_retrieval_class = ScoredSearch
+
+
+class GradedSearch(ScoredSearch):
     """The library's evaluator with an nDCG that weighs grades, as trec_eval's does; the library's takes all for 1.
 
     Its other metrics need a yes or no: passages of grade 1 and up are relevant. The queries that choose the checkpoint are
@@ -70,18 +97,13 @@ class GradedSearch(SparseInformationRetrievalEvaluator):
         metrics = super(GradedSearch, reported).compute_metrics(queries_result_list[:size])
         for k in self.ndcg_at_k:
             scores = [
-                self._ndcg(query, hits, k) for query, hits in zip(self.queries_ids, queries_result_list, strict=True)
+                self.ndcg(hits, self.grades[query], k)
+                for query, hits in zip(self.queries_ids, queries_result_list, strict=True)
             ]
             metrics["ndcg@k"][k] = fmean(scores[:size])
             metrics.setdefault("choosing_ndcg@k", {})[k] = fmean(scores[size:] or scores)
+            self.per_query = dict(zip(reported.queries_ids, scores, strict=False))
         return metrics
-
-    def _ndcg(self, query: str, hits: list[dict[str, Any]], k: int) -> float:
-        grades = self.grades[query]
-        ranked = sorted(hits, key=lambda hit: (-hit["score"], hit["corpus_id"]))  # equal scores as the library has them
-        gains = [grades.get(hit["corpus_id"], 0) for hit in ranked[:k]]
-        best = sorted(grades.values(), reverse=True)
-        return float(self.compute_dcg_at_k(gains, k) / self.compute_dcg_at_k(best, k))
 
 
 class SearchEvaluator(SentenceEvaluator):
@@ -95,6 +117,18 @@ class SearchEvaluator(SentenceEvaluator):
         super().__init__()
         self.parts = parts
         self.primary_metric = SCORE
+
+    def per_query(self) -> dict[str, dict[str, float]]:
+        """The nDCG@10 of each query, by search, of the last call."""
+        scores: dict[str, dict[str, float]] = {}
+        for name, part in self.parts.items():
+            searches = getattr(part, "evaluators", [part])
+            scores[name] = {
+                f"{search.name}/{query}": round(score, 5)
+                for search in searches
+                for query, score in search.per_query.items()
+            }
+        return scores
 
     def __call__(
         self, model: SparseEncoder, output_path: str | None = None, epoch: int = -1, steps: int = -1
@@ -129,7 +163,7 @@ def build_evaluator(config: Config, search: list[SearchSet], echo: Callable[[str
         if reason is None:
             try:
                 with going_on(in_columns("reading", f"NanoBEIR ({language})")):
-                    nano = SparseNanoBEIREvaluator(
+                    nano = ScoredNanoBEIR(
                         dataset_names=wanted, dataset_id=repository, batch_size=batch_size, write_csv=False
                     )
                 parts[f"NanoBEIR-{language}"] = nano

@@ -34,6 +34,7 @@ from trainer.training.callbacks.throughput import Throughput
 from trainer.training.callbacks.watchdog import Watchdog
 from trainer.training.evaluators import SearchEvaluator
 from trainer.training.failures import Stopped
+from trainer.training.forgetting import keep_query_scores, warn_of_forgetting
 from trainer.training.learned_words import learned_lines
 from trainer.training.prepare import Decisions, Prepared, prepare
 from trainer.training.resume import Start, find_start
@@ -83,7 +84,8 @@ def train(
             decisions.echo(line)
         for line in learned_lines(model, prepared.data.search) if is_first() else ():
             decisions.echo(line)
-        decisions.echo(verdict(before, after, prepared.evaluator, run.manifest))
+        worse = warn_of_forgetting(run, before, decisions.echo) if is_first() else []
+        decisions.echo(verdict(before, after, prepared.evaluator, run.manifest, worse))
     return after
 
 
@@ -143,6 +145,8 @@ def measure_scores(
         scores = evaluator(model) if is_evaluating else {}
     scores = {key: round(value, 5) for key, value in from_first(scores).items()}
     run.update(**{when: scores})
+    if is_first():
+        keep_query_scores(run, when, evaluator.per_query())
     for name in evaluator.parts:
         dims = (
             f"active dims {scores[f'{name}_query_active_dims']:.0f} per query, "
@@ -199,8 +203,13 @@ def record_end(trainer: SparseTrainer, prepared: Prepared, run: Run, totals: Run
     )
 
 
-def verdict(before: dict, after: dict, evaluator: SearchEvaluator | None, manifest: dict[str, Any]) -> str:
-    """The line that sums up the run. Of several processes, only the first has an evaluator with searches."""
+def verdict(
+    before: dict, after: dict, evaluator: SearchEvaluator | None, manifest: dict[str, Any], worse: list[str]
+) -> str:
+    """The line that sums up the run. Of several processes, only the first has an evaluator with searches.
+
+    worse: the searches that find less than before training.
+    """
     parts = []
     if evaluator is not None and evaluator.parts:
         start = f"{before[REPORTED]:.3f} → " if before else ""  # empty when a resume changed the searches
@@ -208,6 +217,8 @@ def verdict(before: dict, after: dict, evaluator: SearchEvaluator | None, manife
         queries = fmean(after[f"{name}_query_active_dims"] for name in evaluator.parts)
         documents = fmean(after[f"{name}_document_active_dims"] for name in evaluator.parts)
         parts.append(f"active dims {queries:.0f} per query and {documents:.0f} per document")
+    if worse:
+        parts.append(f"worse than before on {', '.join(worse)}")
     parts.append(
         f"{duration(manifest['train_seconds'])} of steps ({duration(manifest['total_seconds'])} in all), "
         f"{manifest['samples_per_second']:.1f} samples/s, "

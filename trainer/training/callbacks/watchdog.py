@@ -59,7 +59,11 @@ SIGNS = (
 # How a model that is not CSR, and one that is, becomes sparser.
 SPARSER = "Raise loss.document_regularizer_weight or lower loss.target_document_dims", "Lower model.csr_k"
 # How its words become rarer.
-RARER = "Set loss.regularizer: df-flops. Where it is set, raise its weight or lower the target", SPARSER[1]
+RARER = (
+    "Train anew with loss.regularizer: df-flops; where it is set, raise loss.document_regularizer_weight or lower "
+    "loss.target_document_dims",
+    SPARSER[1],
+)
 
 
 class Watchdog(TrainerCallback):
