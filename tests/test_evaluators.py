@@ -82,7 +82,8 @@ def test_nanobeir_is_searched_when_the_hub_is_reachable(tmp_path, monkeypatch):
         lambda self, subset, split, required_columns: Dataset.from_list(tables[subset]),
     )
     model = build_model(config, fetch_base_model(config), QUERIES, DOCUMENTS, "cpu")
-    results = build_evaluator(config, [], pytest.fail)(model)
+    evaluator = build_evaluator(config, [], pytest.fail)
+    results = evaluator(model)
     encode = {"convert_to_sparse_tensor": False, "show_progress_bar": False}
     documents = model.encode_document(DOCUMENTS, **encode)
     ranks = (model.encode_query(QUERIES, **encode) @ documents.T).argsort(descending=True)
@@ -92,6 +93,9 @@ def test_nanobeir_is_searched_when_the_hub_is_reachable(tmp_path, monkeypatch):
     )
     assert results["NanoBEIR-no_ndcg@10"] == results["NanoBEIR-sv_ndcg@10"] == pytest.approx(expected)
     assert results[SCORE] == pytest.approx(expected)
+    single = evaluator.per_query()["NanoBEIR-no"]
+    assert len(single) == 2 * 4  # the topics msmarco and nq have four queries each, of the same names
+    assert sum(single.values()) / 8 == pytest.approx(expected, abs=1e-4)
     assert results["NanoBEIR-sv_document_active_dims"] == pytest.approx((documents > 0).sum(1).float().mean().item())
 
 

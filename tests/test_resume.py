@@ -370,7 +370,7 @@ def searches_with(**keys):
     with (
         patch("trainer.training.evaluators.why_unreachable", lambda repository: None),
         patch(
-            "trainer.training.evaluators.SparseNanoBEIREvaluator",
+            "trainer.training.evaluators.ScoredNanoBEIR",
             lambda **found: SimpleNamespace(**found, evaluators=[]),
         ),
     ):

@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any
@@ -204,7 +204,7 @@ def record_end(trainer: SparseTrainer, prepared: Prepared, run: Run, totals: Run
 
 
 def verdict(
-    before: dict, after: dict, evaluator: SearchEvaluator | None, manifest: dict[str, Any], worse: list[str]
+    before: dict, after: dict, evaluator: SearchEvaluator | None, manifest: dict[str, Any], worse: Sequence[str] = ()
 ) -> str:
     """The line that sums up the run. Of several processes, only the first has an evaluator with searches.
 
