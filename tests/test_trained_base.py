@@ -100,13 +100,13 @@ def test_a_run_goes_on_from_it_and_the_plan_says_so(trained):
         assert all(same) == (name == "still")
 
 
-@pytest.mark.parametrize("architecture", [FREE, "splade"])
 @pytest.mark.parametrize(
-    ("overrides", "remedy"),
+    ("architecture", "overrides", "remedy"),
     [
-        (["model.head=fit"], "model.head=own"),
-        (["model.head=fit", "model.head_dims=30"], "model.head=own model.head_dims=400"),
+        ("splade", ["model.head=fit"], "model.head=own"),
+        (FREE, ["model.head=fit", "model.head_dims=30"], "model.head=own model.head_dims=400"),
         (
+            FREE,
             ["model.vocabulary=texts", "model.vocabulary_min_count=2", "model.vocabulary_texts=[a.txt]"],
             "model.vocabulary=keep model.vocabulary_min_count=1 model.vocabulary_texts=[]",
         ),
