@@ -29,7 +29,8 @@ def build_splade_loss(
     loss = config.loss
     similarities = util.dot_score, util.pairwise_dot_score
     ranking = RankingLoss(model, statistics, loss.scale or 1.0, similarities, loss.teacher)
-    function = idf_flops(idf) if loss.regularizer == "idf-flops" else l1 if loss.regularizer == "l1" else flops
+    functions = {"flops": flops, "df-flops": flops, "l1": l1}
+    function = idf_flops(idf) if loss.regularizer == "idf-flops" else functions[loss.regularizer]
     price = document_frequency_price if loss.regularizer == "df-flops" else None
     parts = {
         # 0 rather than None: None means the same and makes the library warn; with a target it is found in training

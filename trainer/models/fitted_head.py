@@ -113,8 +113,7 @@ def weigh_words(transformer: Transformer, idf: Tensor, name: str) -> None:
     decoder = decoder_of(transformer, name)
     factor = (idf * log1p(OWN_LOGIT)).sqrt().expm1().to(decoder.weight) / OWN_LOGIT
     factor[transformer.tokenizer.all_special_ids] = 1.0  # these are silenced
-    biases = {id(each): each for each in weights_by_piece(transformer.model) if each.ndim == 1}  # one, if they are tied
-    for bias in biases.values():
+    for bias in _biases(transformer):
         bias.mul_(factor)
     decoder.weight.mul_(factor[:, None])
 
@@ -168,9 +167,8 @@ class Head:
     def set_decoder(self, weight: Tensor, bias: Tensor) -> None:
         """Give the decoder its own weights, tied to nothing."""
         self.decoder.weight = nn.Parameter(weight.to(self.decoder.weight))
-        for each in weights_by_piece(self.transformer.model):
-            if each.ndim == 1:  # BERT and RoBERTa have a second bias, often tied
-                each.copy_(bias)
+        for each in _biases(self.transformer):
+            each.copy_(bias)
 
     def states(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """What the dense layer reads of each token that is not special, [tokens, width], and the tokens."""
@@ -292,6 +290,11 @@ def _set_decoder(head: Head, words: Tensor, level: Tensor, texts: list[str], act
     head.set_decoder(unit * scale, -(level + cut) * scale)
     active = maxima > cut
     return active.sum(1).float().mean().item(), (active & own).sum().item() / own.sum().item()
+
+
+def _biases(transformer: Transformer) -> list[nn.Parameter]:
+    """The biases with a number for each word, each once: BERT and RoBERTa have a second, often tied to the decoder's."""
+    return list({id(each): each for each in weights_by_piece(transformer.model) if each.ndim == 1}.values())
 
 
 def _own_level(projected: Tensor, tokens: Tensor, words: Tensor) -> Tensor:

@@ -39,17 +39,21 @@ class ScoredSearch(SparseInformationRetrievalEvaluator):
     def compute_metrics(self, queries_result_list: list[list[dict[str, Any]]]) -> dict[str, dict[int, float]]:
         """The library's metrics."""
         self.per_query = {
-            query: self.ndcg(hits, dict.fromkeys(self.relevant_docs[query], 1), 10)
-            for query, hits in zip(self.queries_ids, queries_result_list, strict=True)
+            query: self.ndcg(query, hits) for query, hits in zip(self.queries_ids, queries_result_list, strict=True)
         }
         return super().compute_metrics(queries_result_list)
 
-    def ndcg(self, hits: list[dict[str, Any]], grades: dict[str, int], k: int) -> float:
-        """nDCG@k that weighs grades."""
+    def grades_of(self, query: str) -> dict[str, int]:
+        """The grades of a query's passages: all 1."""
+        return dict.fromkeys(self.relevant_docs[query], 1)
+
+    def ndcg(self, query: str, hits: list[dict[str, Any]]) -> float:
+        """nDCG@10 that weighs grades."""
+        grades = self.grades_of(query)
         ranked = sorted(hits, key=lambda hit: (-hit["score"], hit["corpus_id"]))  # equal scores as the library has them
-        gains = [grades.get(hit["corpus_id"], 0) for hit in ranked[:k]]
+        gains = [grades.get(hit["corpus_id"], 0) for hit in ranked[:10]]
         best = sorted(grades.values(), reverse=True)
-        return float(self.compute_dcg_at_k(gains, k) / self.compute_dcg_at_k(best, k))
+        return float(self.compute_dcg_at_k(gains, 10) / self.compute_dcg_at_k(best, 10))
 
 
 class ScoredNanoBEIR(SparseNanoBEIREvaluator):
@@ -95,15 +99,15 @@ class GradedSearch(ScoredSearch):
         reported = copy.copy(self)
         reported.queries, reported.queries_ids = self.queries[:size], self.queries_ids[:size]
         metrics = super(GradedSearch, reported).compute_metrics(queries_result_list[:size])
-        for k in self.ndcg_at_k:
-            scores = [
-                self.ndcg(hits, self.grades[query], k)
-                for query, hits in zip(self.queries_ids, queries_result_list, strict=True)
-            ]
-            metrics["ndcg@k"][k] = fmean(scores[:size])
-            metrics.setdefault("choosing_ndcg@k", {})[k] = fmean(scores[size:] or scores)
-            self.per_query = dict(zip(reported.queries_ids, scores, strict=False))
+        self.per_query = reported.per_query
+        choosing = map(self.ndcg, self.queries_ids[size:], queries_result_list[size:])
+        metrics["ndcg@k"][10] = fmean(self.per_query.values())
+        metrics["choosing_ndcg@k"] = {10: fmean([*choosing] or self.per_query.values())}
         return metrics
+
+    def grades_of(self, query: str) -> dict[str, int]:
+        """The grades of a query's passages, as the search set has them."""
+        return self.grades[query]
 
 
 class SearchEvaluator(SentenceEvaluator):
