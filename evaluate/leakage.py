@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 
 from evaluate.tasks import load
 from trainer.config import ConfigError
-from trainer.data.beir import passage_text
+from trainer.data.texts import passage_text
 from trainer.system.progress_bar import ProgressReport, in_columns
 
 

@@ -8,7 +8,7 @@ from mteb.abstasks import AbsTaskRetrieval
 
 from evaluate.search import language_of
 from evaluate.tasks import load
-from trainer.data.beir import passage_text
+from trainer.data.texts import passage_text
 from trainer.runs.choice import hash_of, rules_of
 
 # Enough for percentiles, few enough for minutes on a CPU.

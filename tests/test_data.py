@@ -424,8 +424,7 @@ def test_rows_of_the_evaluation_split_are_not_counted_among_those_trained_on(tmp
     summary = load(tmp_path, f"  mine: {{source: {tmp_path}/copy, columns: {columns}, eval_split: dev}}").summaries[
         "mine"
     ]
-    assert (summary.rows, summary.triplets, summary.eval_rows) == (20, 20, 20)
-    assert summary.notes == ["20 triplets are of rows with several negatives, one for each"]
+    assert (summary.rows, summary.several, summary.eval_rows) == (10, {"2": 10}, 10)
 
 
 def test_without_the_hub_one_line_says_which_repository_why_and_what_to_do(tmp_path):
@@ -495,7 +494,7 @@ def test_a_question_of_sister_languages_and_its_answer_are_in_two_languages(tmp_
 def test_what_is_searched_in_sister_languages_is_in_no_training_row(tmp_path):
     data = load(tmp_path, "  quickstart: {sets: [nli, scandi_qa, ddsc, sister_languages]}")
     search = read_search_set(QUICKSTART / "sister_languages", "dev", "sister_languages")
-    trained = set(data.texts("anchor", "positive", "negative"))
+    trained = {*data.queries(), *data.passages()}
     assert trained.isdisjoint(search.queries.values())
     assert trained.isdisjoint(search.corpus.values())
     known = {word for row in embedded_rows("sister_languages") for word in words_of(" ".join(row.values()))}

@@ -118,9 +118,7 @@ def test_rows_are_batched_by_their_longest_passage(tmp_path):
     config = load_config(tmp_path / "a.yaml").config
     data = load_data(config)
     half = next(half for half, rows in data.train.items() if "negative" in rows.column_names)
-    model = build_model(
-        config, fetch_base_model(config), data.texts("anchor"), data.texts("positive", "negative"), "cpu"
-    )
+    model = build_model(config, fetch_base_model(config), data.queries(), data.passages(), "cpu")
     data.tokenise(Tokeniser(model, routes_of(config), print, keep=False))
     positives, negatives = data.tokens[half].lengths().T
     assert (negatives > positives).any()

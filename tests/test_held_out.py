@@ -112,6 +112,6 @@ def test_no_mined_negative_is_a_passage_of_a_held_out_row(tmp_path, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf"))
     rows = [{"anchor": f"innsjø nummer {i}", "positive": f"innsjø {i % 30} ligger i fjellet"} for i in range(60)]
     data, _ = load(tmp_path, one=(rows, ", mine: {method: bm25, range: [0, 50]}"))
-    assert data.summaries["one"].mined["rows_filled"] > 50
+    assert data.summaries["one"].mined["negatives"] > 50
     assert len(data.eval["one"]) == 6
     assert texts(data.eval).isdisjoint(texts(data.train))

@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 
 from tests.soak import __main__ as soak
 from tests.soak.compare import data_order, differences
+from tests.soak.long_run import growth
 from tests.soak.report import Kill, Report
 
 
@@ -60,6 +62,14 @@ def test_a_soak_with_a_difference_exits_with_1(monkeypatch, capsys):
     assert "1 differ" in printed
     monkeypatch.setattr(soak, "soak", lambda name, *_: Report(name))
     assert soak.main(["--kills", "1", "--architectures", "csr", "--processes"]) == 0
+
+
+def test_what_leaks_is_told_from_what_the_allocator_takes_once():
+    steps = np.arange(500, 2000, 50)
+    leaking = 500 + 0.132 * np.floor(1.5 * steps / 132)  # 1.5 MB per 1,000 steps, in the steps of a heap
+    assert growth(steps, leaking) > 1
+    assert growth(steps, leaking + 2.0 * (steps > 1000)) > 1
+    assert growth(steps, 500 + 0.8 * (steps > 1000) + 1.6 * (steps > 1500)) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.slow

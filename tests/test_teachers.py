@@ -19,7 +19,8 @@ from trainer.config.schema import TeacherConfig
 from trainer.hub.download import HubUnreachable
 from trainer.losses.build import build_loss
 from trainer.losses.statistics import BatchStatistics
-from trainer.losses.teachers import ScoreStore, add_teacher_scores, fetch_teacher
+from trainer.losses.teacher_models import TeacherFiles
+from trainer.losses.teachers import ScoreStore, add_teacher_scores
 from trainer.models.scratch import train_tokenizer
 
 
@@ -119,7 +120,7 @@ def test_scoring_goes_on_where_it_was_killed(cross_encoder, monkeypatch):
     monkeypatch.setattr(CrossEncoder, "predict", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         with_scores(teacher)
-    store = ScoreStore(teacher, fetch_teacher(teacher))
+    store = ScoreStore(TeacherFiles("loss.teacher", teacher, None))
     assert len(store.read()) == 3
     (store.folder / f".half.parquet.{os.getpid() + 1}").write_bytes(b"PAR1")  # a killed writer's
     data, found = with_scores(teacher)
@@ -166,7 +167,14 @@ def test_a_teacher_without_negatives_to_compare_is_one_line(cross_encoder):
     [
         ("{model: org/model, kind: dense}", "needs 'loss.teacher.revision'"),
         ("{model: ./m, kind: dense, temperature: 2.0}", "has no effect on margin-mse"),
-        ("{model: ./m, kind: bm25}", "must be one of cross-encoder, dense"),
+        ("{model: ./m, kind: bm25}", "loss.teacher.model' has no effect with kind bm25"),
+        ("{kind: sparse}", "loss.teacher.kind' sparse needs 'loss.teacher.model'"),
+        ("{model: ./m}", "loss.teacher.kind' is missing"),
+        ("{models: {}}", "loss.teacher.models' names no teacher"),
+        ("{kind: bm25, models: {a: {kind: bm25}}}", "loss.teacher.kind' has no effect beside 'loss.teacher.models'"),
+        ("{models: {a: {kind: dense, model: org/model}}}", "needs 'loss.teacher.models.a.revision'"),
+        ("{kind: bm25, passages: batch}", "set loss.teacher.objective: kl"),
+        ("{kind: data, passages: batch, objective: kl}", "batch is for teachers that give each text a vector"),
     ],
 )
 def test_settings_that_cannot_work_are_one_line(tmp_path, teacher, says):
@@ -234,5 +242,5 @@ def test_a_run_with_a_teacher_logs_its_loss_and_says_who_taught(tmp_path, monkey
     events.Reload()
     assert max(event.value for event in events.Scalars("loss/distillation_loss")) > 0
     found = manifest(tmp_path)["teacher"]
-    assert (found["model"], found["kind"]) == ("./cross", "cross-encoder")
+    assert [(one["model"], one["kind"]) for one in found["teachers"]] == [("./cross", "cross-encoder")]
     assert found["pairs_scored"] == 2 * found["rows"]

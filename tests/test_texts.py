@@ -1,6 +1,5 @@
 """What comes in as text, in which form, and what is said of the rest."""
 
-import json
 import sys
 import unicodedata
 
@@ -8,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from trainer.config import ConfigError
-from trainer.data.rows import fingerprint, read_files, rows_from_table
+from trainer.data.rows import fingerprint, rows_from_table
 from trainer.data.texts import COMPOSED, MOST_NAMES, Reading, listed
 
 ROLES = {role: role for role in ("anchor", "positive", "negative")}
@@ -35,10 +34,11 @@ def test_a_column_of_any_type_that_holds_text_is_read(kind):
     assert rows["positive"].to_pylist() == ["a", "b", "d"]
 
 
-def test_a_column_that_holds_no_text_is_refused_with_the_way_out():
-    with pytest.raises(ConfigError, match=r"column 'negative' holds list<item: string>, not text. Several negatives of a "
-                                          r"row go into columns negative_1, negative_2"):  # fmt: skip
-        read({"anchor": ["a"], "positive": ["b"], "negative": [["c", "d"]]})
+def test_a_column_that_holds_no_text_is_refused():
+    with pytest.raises(ConfigError, match="file: column 'negative' holds int64, not text"):
+        read({"anchor": ["a"], "positive": ["b"], "negative": [1]})
+    with pytest.raises(ConfigError, match="file: column 'anchor' holds list<item: string>, not text"):
+        read({"anchor": [["a"]], "positive": ["b"]})
 
 
 def test_a_negative_that_is_its_rows_own_positive_is_left_out_and_counted():
@@ -46,52 +46,6 @@ def test_a_negative_that_is_its_rows_own_positive_is_left_out_and_counted():
     assert rows.table["negative"].to_pylist() == ["x", None, None]
     assert list(rows.reading.lines()) == ["not read: 1 negatives that are their row's own positive"]
     assert "negative" not in read({"anchor": ["a"], "positive": ["p"], "negative": ["p"]}).table.column_names
-
-
-# ---------------------------------------------------------------------------------- several negatives
-NTUPLES = [
-    {"anchor": "a", "positive": "p", "negative_1": "x", "negative_2": "y", "score": 0.1},
-    {"anchor": "b", "positive": "q"},
-    {"anchor": "c", "positive": None, "negative_1": "x"},
-    {"anchor": "d", "positive": "r", "negative_1": " ", "negative_10": "z", "negative_2": "w", "label": 1},
-    {"anchor": "e", "positive": "s", "negative_2": "v"},
-]
-TRIPLETS = [
-    ("a", "p", "x"),
-    ("a", "p", "y"),
-    ("b", "q", None),
-    ("d", "r", "w"),
-    ("d", "r", "z"),
-    ("e", "s", "v"),
-]
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_each_negative_of_a_row_becomes_a_triplet_and_other_columns_are_named(tmp_path, suffix):
-    file = tmp_path / f"rows.{suffix}"
-    if suffix == "jsonl":
-        file.write_text("".join(json.dumps(row) + "\n" for row in NTUPLES))
-    else:
-        columns = dict.fromkeys(name for row in NTUPLES for name in row)
-        pa.parquet.write_table(pa.table({name: [row.get(name) for row in NTUPLES] for name in columns}), file)
-    rows = read_files(str(file), None, "no", "key")
-    found = [tuple(row[role] for role in ROLES) for row in rows.table.to_pylist()]
-    assert found == TRIPLETS
-    assert rows.left_out == {"without text": 1}
-    assert list(rows.reading.lines()) == [
-        "not read: columns score, label",
-        "4 triplets are of rows with several negatives, one for each",
-    ]
-
-
-def test_numbered_columns_of_the_users_own_name_are_negatives_and_of_no_name_are_not_read():
-    table = {"q": ["a"], "d": ["b"], "hard_1": ["x"], "hard_2": ["y"], "negative_1": ["z"]}
-    rows = read(table, {"anchor": "q", "positive": "d", "negative": "hard"})
-    assert rows.table["negative"].to_pylist() == ["x", "y"]
-    assert next(rows.reading.lines()) == "not read: columns negative_1"
-    rows = read(table, {"anchor": "q", "positive": "d"})
-    assert "negative" not in rows.table.column_names
-    assert list(rows.reading.lines()) == ["not read: columns hard_1, hard_2, negative_1"]
 
 
 def test_many_names_are_cut_short():

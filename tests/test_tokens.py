@@ -15,7 +15,7 @@ from trainer.config import ConfigError, load_config
 from trainer.data import tokens as module
 from trainer.data.batches import text_ids
 from trainer.data.forward_passes import ForwardPasses
-from trainer.data.rows import SIDES
+from trainer.data.roles import side_of
 from trainer.data.token_file import TEXTS_PER_PART, TokenFile
 from trainer.data.tokens import TokenCollator, Tokeniser
 from trainer.data.training_data import load_data
@@ -26,6 +26,7 @@ from trainer.runs.run import Run
 from trainer.system.progress_bar import ProgressReport
 from trainer.training.arguments import build_arguments, routes_of
 
+ROLES = ("anchor", "positive", "negative")
 LONG = " ".join(DOCUMENTS)  # longer than max_seq_length
 TEXTS = [*DOCUMENTS, LONG, "Å", "x " * 40]
 
@@ -69,7 +70,7 @@ def stock_collator(tmp_path, config, model):
     arguments = build_arguments(config, Run(tmp_path / "run"), model, loss, "cpu", best_metric=None)
     rows = DatasetDict({"a": triplets()})
     collator = SparseEncoderTrainer(model=model, args=arguments, train_dataset=rows, loss=loss).data_collator
-    collator.prompts = {role: model.prompts[side] for role, side in SIDES.items()}
+    collator.prompts = {role: model.prompts[side_of(role)] for role in ROLES}
     return collator
 
 
@@ -291,7 +292,7 @@ def test_ids_in_memory_are_pickled_whole():
 def test_every_set_is_tokenised_and_a_text_once(tiny):
     config = load_config(tiny).config
     data = load_data(config)
-    model = build_model(config, None, data.texts("anchor"), data.texts("positive", "negative"), "cpu")
+    model = build_model(config, None, data.queries(), data.passages(), "cpu")
     seen = []
     preprocess = model.preprocess
     model.preprocess = lambda texts, **kwargs: seen.append((kwargs["task"], texts)) or preprocess(texts, **kwargs)

@@ -146,7 +146,7 @@ def test_the_final_model_is_the_best_checkpoint_not_the_last(trained_once):
 def test_a_run_keeps_every_text_it_was_trained_on_once_per_data_set(trained):
     rows = pq.read_table(trained / RUN / "training_texts.parquet").to_pylist()
     data = load_data(load_config(trained / "tiny.yaml").config)
-    assert {row["text"] for row in rows} == set(data.texts("anchor", "positive", "negative"))
+    assert {row["text"] for row in rows} == {*data.queries(), *data.passages()}
     assert {row["dataset"] for row in rows} == set(data.subsets)
     assert len({(row["dataset"], row["text"]) for row in rows}) == len(rows)
 

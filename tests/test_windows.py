@@ -258,7 +258,7 @@ def test_lengths_are_counted_as_the_model_reads_them(bert, monkeypatch):
 def test_the_plan_says_how_training_and_searches_read(tiny):
     config = load_config(tiny, ["training.max_seq_length=12"]).config
     data = load_data(config)
-    model = build_model(config, None, data.texts("anchor"), data.texts("positive", "negative"), "cpu")
+    model = build_model(config, None, data.queries(), data.passages(), "cpu")
     share = r"\d+\.\d% of the documents have more than 12 tokens; "
     cut = share + r"\d+\.\d% of the text is cut off"
     *sets, search = length_lines(data, model)

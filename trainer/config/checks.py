@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.config.schema import FROM_SCRATCH, Config, FromScratchConfig, LocalSource, MiningConfig, ModelConfig
+from trainer.config.schema import (
+    FROM_SCRATCH,
+    Config,
+    FromScratchConfig,
+    LocalSource,
+    MiningConfig,
+    ModelConfig,
+    TeacherConfig,
+    TeacherModel,
+)
 from trainer.config.tree import Path_
 
 Contradiction = tuple[Path_, str]  # the key to change, and what is wrong with it: the text that follows its name
@@ -22,6 +31,7 @@ SPLADE_KEYS = (
 FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 # Four bytes each, so 4 GB: more than that is no small model, and would take the machine's memory before it is said why.
 LARGEST_FROM_SCRATCH = 10**9
+TEACHER_KINDS = ("cross-encoder", "dense", "sparse", "bm25", "data")
 FAMILIES = ("nli", "scandi_qa", "ddsc", "quickstart")
 RESERVED_NAMES = ("quickstart_nli", "quickstart_scandi_qa", "quickstart_ddsc", "quickstart_sister_languages")
 
@@ -239,9 +249,7 @@ def _loss(config: Config) -> Iterator[Contradiction]:
     loss, architecture = config.loss, config.model.architecture
     teacher = loss.teacher
     if teacher:
-        yield from _revision(("loss", "teacher", "model"), teacher.model, teacher.revision)
-        if teacher.temperature != 1 and teacher.objective != "kl":
-            yield ("loss", "teacher", "temperature"), "has no effect on margin-mse. Remove it, or set objective: kl"
+        yield from _teachers(teacher)
     expected = "csr" if architecture == "csr" else "splade"
     if loss.type != expected:
         yield ("loss", "type"), f"is {loss.type}, but architecture {architecture} needs {expected}"
@@ -265,6 +273,39 @@ def _loss(config: Config) -> Iterator[Contradiction]:
             f"({cap}) must be less than target_document_dims ({target}): documents up to the cap are not penalised, "
             "so no weight brings their mean below it",
         )
+
+
+def _teachers(teacher: TeacherConfig) -> Iterator[Contradiction]:
+    here: Path_ = ("loss", "teacher")
+    for key, field in TeacherModel.model_fields.items():
+        if teacher.models is not None and getattr(teacher, key) != field.default:
+            yield (*here, key), "has no effect beside 'loss.teacher.models'. Write it under a teacher's name"
+    if not teacher.teachers:
+        yield (*here, "models"), "names no teacher: write name: {kind: …, model: …} for each"
+    for key, one in teacher.teachers.items():
+        yield from _one_teacher(tuple(key.split(".")), one)
+        if teacher.passages == "batch" and one.kind in ("cross-encoder", "data"):
+            why = f"is for teachers that give each text a vector (dense, sparse, bm25), not for {one.kind}"
+            yield (*here, "passages"), f"batch {why}. Set it to row"
+    if teacher.temperature != 1 and teacher.objective != "kl":
+        yield (*here, "temperature"), "has no effect on margin-mse. Remove it, or set objective: kl"
+    if teacher.passages == "batch" and teacher.objective != "kl":
+        yield (*here, "passages"), "batch compares probabilities: set loss.teacher.objective: kl"
+
+
+def _one_teacher(path: Path_, teacher: TeacherModel) -> Iterator[Contradiction]:
+    if teacher.kind is None:
+        yield (*path, "kind"), f"is missing. It is one of {', '.join(TEACHER_KINDS)}"
+    elif teacher.kind in ("bm25", "data"):
+        for key in ("model", "revision", "cache"):
+            if getattr(teacher, key) is not None:
+                yield (*path, key), f"has no effect with kind {teacher.kind}. Remove it"
+    elif teacher.model is None:
+        yield (*path, "kind"), f"{teacher.kind} needs '{dotted((*path, 'model'))}'"
+    else:
+        yield from _revision((*path, "model"), teacher.model, teacher.revision)
+    if teacher.prompts and teacher.kind != "dense":
+        yield (*path, "prompts"), f"is for kind dense, not for {teacher.kind}. Remove it"
 
 
 def _weight_or_target(config: Config, route: str) -> Iterator[Contradiction]:
@@ -331,8 +372,14 @@ def _mining(path: Path_, mining: MiningConfig) -> Iterator[Contradiction]:
 
 def _local(path: Path_, source: LocalSource) -> Iterator[Contradiction]:
     columns = source.columns
-    if columns and len({columns.anchor, columns.positive, columns.negative}) < 3:
+    named = [name for _, name in columns if name is not None] if columns else []
+    if len(set(named)) < len(named):
         yield (*path, "columns"), "names one column twice"
+    if columns and columns.scores and (columns.positive_scores or columns.negative_scores):
+        yield (*path, "columns", "scores"), "and 'positive_scores', 'negative_scores' exclude each other"
+    if columns and (columns.positive_scores is None) != (columns.negative_scores is None):
+        missing = "negative" if columns.positive_scores else "positive"
+        yield (*path, "columns", f"{missing}_scores"), "is missing: scores of positives and negatives are compared"
     if not is_local(source.source):
         yield from _revision((*path, "source"), source.source, source.revision)
         if columns is None:

@@ -261,28 +261,72 @@ class TrainingConfig(Section):
     """Seed of everything random: weights, order of rows, dropout."""
 
 
-class TeacherConfig(Section):
-    """A stronger model whose scores are imitated, for the rows that have a negative."""
+class TeacherModel(Section):
+    """Where a teacher's scores come from."""
 
-    model: Source
-    """A hub repository, or a local folder."""
+    kind: Literal["cross-encoder", "dense", "sparse", "bm25", "data"] | None = None
+    """cross-encoder: reads query and passage together; dense: a sentence encoder; sparse: a sparse one, as those trained
+    here; bm25: the words of the training passages; data: the scores that the rows have (columns.scores)."""
+    model: Source | None = None
+    """cross-encoder, dense, sparse: a hub repository, or a local folder."""
     revision: Revision | None = None
     """Commit, tag or branch of the repository. Scores are kept for the commit it stands for."""
-    kind: Literal["cross-encoder", "dense"]
-    """cross-encoder: reads query and passage together; dense: a sentence encoder."""
     cache: str | None = None
     """Folder for the scores. By default HF_HOME/nordsparse/scores."""
+    prompts: PromptsConfig | None = None
+    """dense: what it reads in front of every query and document. null: what it was saved with."""
+    batch_size: Positive = 32
+    """Texts, or pairs of them, that the teacher reads at once."""
+
+
+class OneOfTeachers(TeacherModel):
+    """One of several teachers."""
+
+    weight: Rate = 1.0
+    """Weight of its scores in the mean of all teachers' scores."""
+
+
+class TeacherModels(BaseModel):
+    """Several teachers, each under a name of your own (`e5: {kind: dense, model: …}`)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, use_attribute_docstrings=True)
+    __pydantic_extra__: dict[str, OneOfTeachers]
+
+
+class TeacherConfig(TeacherModel):
+    """Stronger models whose scores are imitated."""
+
+    models: TeacherModels | None = None
+    """Several teachers, instead of kind and model."""
+    passages: Literal["row", "batch"] = "row"
+    """What a query's scores are compared on. row: the passages of its row, which needs negatives; batch: all passages of
+    the batch that a process reads, with teachers that give each text a vector (dense, sparse, bm25) and objective kl."""
+    normalize: bool | None = None
+    """Bring the scores of each query's passages into 0..1, the least to 0 and the largest to 1, each teacher's apart
+    (arXiv 2411.04403). null: where there are several teachers."""
     objective: Literal["margin-mse", "kl"] = "margin-mse"
-    """margin-mse: the same difference between positive and negative (arXiv 2010.02666); kl: the same probabilities
-    (arXiv 2010.11386)."""
+    """margin-mse: the same differences between the positive and each negative (arXiv 2010.02666); kl: the same
+    probabilities of all passages (arXiv 2010.11386)."""
     weight: Rate = 1.0
     """Weight of this loss beside the contrastive loss, whose weight is 1."""
     score_scale: Rate = 1.0
-    """The teacher's scores are multiplied by this. Cosines differ by 0.1 where cross-encoders' logits differ by 5."""
+    """The teacher's scores are multiplied by this. Cosines differ by 0.1 where cross-encoders' logits differ by 5, and
+    normalized scores by 1."""
     temperature: Rate = 1.0
     """kl: both models' scores are divided by this before the softmax."""
-    batch_size: Positive = 32
-    """Texts, or pairs of them, that the teacher reads at once."""
+
+    @property
+    def teachers(self) -> dict[str, OneOfTeachers]:
+        """Every teacher by the key of the config that names it."""
+        if self.models is None:
+            own = {key: getattr(self, key) for key in TeacherModel.model_fields}
+            return {"loss.teacher": OneOfTeachers(**own)}
+        return {f"loss.teacher.models.{name}": each for name, each in (self.models.__pydantic_extra__ or {}).items()}
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether each teacher's scores of a query's passages are brought into 0..1."""
+        return len(self.teachers) > 1 if self.normalize is None else self.normalize
 
 
 class LossConfig(Section):
@@ -307,7 +351,7 @@ class LossConfig(Section):
     """SPLADE: documents of no more active dims than this are not penalised (arXiv 2504.14839, where documents are also
     encoded with model.activation_function log1p_relu)."""
     teacher: TeacherConfig | None = None
-    """Imitate the scores of a stronger model too."""
+    """Imitate the scores of stronger models too."""
     scale: Rate | None = None
     """Similarities are multiplied by this before the softmax; 1 for dot products (SPLADE), 20 for cosine (csr)."""
     cached: bool = False
@@ -344,7 +388,7 @@ class MiningConfig(Section):
     revision: Revision | None = None
     """model: commit, tag or branch of the repository."""
     per_query: Positive = 1
-    """Negatives per query. A row becomes as many rows, each with one of them."""
+    """Negatives that are found for each query at most."""
     range: Annotated[list[Count], Field(min_length=2, max_length=2)] = [10, 100]
     """Ranks from and to which passages are taken, the query's own left out: the first few may be answers too."""
     margin: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -400,10 +444,17 @@ class ColumnMapping(Section):
     anchor: str
     """Column with the query."""
     positive: str
-    """Column with a passage that answers it."""
+    """Column with a passage that answers it, or a list of them: a row becomes one for each."""
     negative: str | None = None
-    """Column with a passage that does not; rows where it is empty become pairs. Columns of this name with a number
-    (negative_1, negative_2, …) are read too: a row becomes a triplet for each."""
+    """Column with a passage that does not, or a list of them; rows where it is empty become pairs. Columns of this name
+    with a number (negative_1, negative_2, …) are read too."""
+    scores: str | None = None
+    """Column with a teacher's scores of a row: a list, the positive's first, or the margin between positive and negative.
+    loss.teacher with kind data learns from them."""
+    positive_scores: str | None = None
+    """Instead of scores: the scores of the positives, as many as the row has."""
+    negative_scores: str | None = None
+    """And those of the negatives."""
 
 
 class LocalSource(Section):
@@ -461,6 +512,8 @@ class DatasetsConfig(BaseModel):
     queries_per_passage: Positive = 1
     """Queries that a passage of a batch has at most. Those beyond its own row's come from other rows, and the passage goes
     through the network once for all of them; 1: none. For splade and inference-free-splade."""
+    negatives_per_row: Positive | None = None
+    """Negatives of a row at most. A row with more becomes several, each with some of them. null: a row keeps all."""
     nli: FamilySource | None = None
     """Fremtind/all-nli-norwegian: anchor, positive, negative."""
     scandi_qa: ScandiQaConfig | None = None
@@ -544,6 +597,10 @@ class Config(Section):
     hub: HubConfig = HubConfig()
 
 
+# Sections whose keys may be names of the user's own, and what stands under such a name.
+NAMED_BY_USERS: dict[type[BaseModel], type[BaseModel]] = {DatasetsConfig: LocalSource, TeacherModels: OneOfTeachers}
+
+
 def section_at(path: Sequence[str | int]) -> type[BaseModel] | None:
     """The section's class that lives at a path of the config."""
     section: type[BaseModel] = Config
@@ -551,7 +608,9 @@ def section_at(path: Sequence[str | int]) -> type[BaseModel] | None:
         field = section.model_fields.get(str(key))
         options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
         sections = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
-        if not sections and (field or section is not DatasetsConfig):
+        if field is None and section in NAMED_BY_USERS:
+            sections = [NAMED_BY_USERS[section]]
+        if not sections:
             return None
-        section = sections[0] if sections else LocalSource  # a data set of the user's own
+        section = sections[0]
     return section

@@ -9,7 +9,18 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from trainer.config import ConfigError
-from trainer.data.texts import IDS, WITHOUT_TEXT, Reading, have_text, id_of, listed, read_lines, read_rows, text_of
+from trainer.data.texts import (
+    IDS,
+    WITHOUT_TEXT,
+    Reading,
+    have_text,
+    id_of,
+    listed,
+    passage_text,
+    read_lines,
+    read_rows,
+    text_of,
+)
 
 TEXTS = ("text", "contents")
 RECORD = (*IDS, "title", *TEXTS)
@@ -107,11 +118,6 @@ def _only(folder: Path, *names: str) -> Path:
 
 
 # ------------------------------------------------------------------------------------------- passages and queries
-def passage_text(title: str | None, text: str) -> str:
-    """What of a passage is read: its title in front of its text, as in BEIR."""
-    return f"{title or ''} {text}".strip()
-
-
 def read_records(file: Path, reading: Reading) -> Iterator[Record]:
     """Passages or queries of a .jsonl or .parquet file, one after the other: `_id` or `id`, `text`, perhaps `title`.
 

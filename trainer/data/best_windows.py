@@ -13,9 +13,8 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from sentence_transformers import SparseEncoder
 
+from trainer.data.roles import passages_of
 from trainer.encoding.windows import TEXTS_PER_CALL, Splitter
-
-PASSAGES = ("positive", "negative")
 
 
 class BestWindows:
@@ -31,7 +30,7 @@ class BestWindows:
         these rows have the token. The first of the best ones is taken.
         """
         table = rows.with_format("arrow")[:]
-        roles = [role for role in PASSAGES if role in table.column_names]
+        roles = passages_of(table.column_names)
         passages = pc.unique(pa.chunked_array(list(chain.from_iterable(table[role].chunks for role in roles))))
         texts = passages.to_pylist()
         split = zip(texts, self.splitter.split(texts), strict=True)

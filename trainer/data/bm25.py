@@ -5,6 +5,7 @@ from typing import Any
 
 import bm25s
 import numpy as np
+import scipy.sparse as sp
 import Stemmer
 from bm25s.tokenization import STOPWORDS_NORWEGIAN, STOPWORDS_SWEDISH
 
@@ -67,6 +68,22 @@ class BM25Index:
     def scores_of(self, query: list[str]) -> np.ndarray:
         """The score of every passage, [passages]."""
         return self._ranker.get_scores(query) if query else np.zeros(self.count)
+
+    def passage_vectors(self) -> sp.csr_array:
+        """[passages, words]: what each word of a passage adds to its score, so that a score is a dot product."""
+        scores, words = self._ranker.scores, len(self._ranker.vocab_dict)
+        bounds = np.pad(scores["indptr"], (0, words + 1 - len(scores["indptr"])), mode="edge")
+        return sp.csc_array((scores["data"], scores["indices"], bounds), shape=(self.count, words)).tocsr()
+
+    def query_vectors(self, queries: list[list[str]]) -> sp.csr_array:
+        """[queries, words]: how often each query has each word. queries: the words of each."""
+        known = self._ranker.vocab_dict
+        columns = [[known[word] for word in words if word in known] for words in queries]
+        bounds = np.cumsum([0, *map(len, columns)])
+        numbers = np.concatenate([np.zeros(0, int), *(np.array(row, int) for row in columns)])
+        vectors = sp.csr_array((np.ones(len(numbers), np.float32), numbers, bounds), shape=(len(queries), len(known)))
+        vectors.sum_duplicates()
+        return vectors
 
     def _tokenize(self, texts: list[str], return_ids: bool) -> Any:
         return bm25s.tokenize(

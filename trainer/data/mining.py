@@ -13,6 +13,8 @@ import pyarrow as pa
 
 from trainer.config.schema import MiningConfig, ModelConfig
 from trainer.data.bm25 import BM25Index
+from trainer.data.negatives import count_negatives
+from trainer.data.roles import negative_roles, negatives_of, passages_of
 from trainer.data.rows import Rows
 from trainer.hub.cache import cached_table, cached_tables, cached_vectors, digest, folder_of, identity
 from trainer.hub.download import Snapshot, fetch
@@ -44,19 +46,17 @@ class Search:
 def fill_negatives(
     name: str, rows: Rows, everything: list[pa.Table], settings: MiningConfig, base: ModelConfig | None = None
 ) -> tuple[Rows, dict]:
-    """The rows, in which those without a negative now have one, and counts for the plan and the manifest.
+    """The rows, in which those without a negative now have some, and counts for the plan and the manifest.
 
-    A row becomes as many rows as negatives are found for its query, at most settings.per_query; where none is found it
-    stays a pair. Negatives are passages of these rows, so none is held out. Results are stored under HF_HOME.
+    A row gets the negatives that are found for its query, at most settings.per_query; where none is found it stays a
+    pair. Negatives are passages of these rows, so none is held out. Results are stored under HF_HOME.
 
     Args:
         everything: all rows of the source, for what answers a query.
         base: the config's model, whose prompts a mining model has that is the base model.
     """
     table = rows.table
-    if "negative" not in table.column_names:
-        table = table.add_column(2, "negative", pa.nulls(len(rows), pa.string()))
-    missing = table["negative"].is_null().to_numpy()
+    missing = count_negatives(table) == 0
     if not missing.any():
         return rows, {}
     search = _search_of(table, table.filter(pa.array(missing)), everything)
@@ -65,12 +65,12 @@ def fill_negatives(
     for query, negative in zip(mined["query"].to_pylist(), mined["negative"].to_pylist(), strict=True):
         if negative is not None:
             found[search.queries[query]].append(search.passages[negative])
-    filled = _with_negatives(table, missing, found)
+    filled, negatives = _with_negatives(table, missing, found)
     counts = {
         "method": settings.method if settings.method == "bm25" else str(settings.model),
         "queries": len(search.queries),
         "queries_filled": len(found),
-        "rows_filled": filled.num_rows - int((~missing).sum()) - filled["negative"].null_count,
+        "negatives": negatives,
         "near_duplicates_passed_over": sum(mined["passed_over"].to_pylist()),
     }
     return Rows(filled, rows.left_out, rows.reading), counts
@@ -82,7 +82,7 @@ def _search_of(rows: pa.Table, without: pa.Table, everything: list[pa.Table]) ->
         for anchor, positive in zip(table["anchor"].to_pylist(), table["positive"].to_pylist(), strict=True):
             answers[anchor][positive] = None
     languages: dict[str, set[str]] = defaultdict(set)
-    for role in ("positive", "negative"):
+    for role in passages_of(rows.column_names):
         for passage, language in zip(rows[role].to_pylist(), rows["language"].to_pylist(), strict=True):
             if passage is not None:
                 languages[passage].add(language)
@@ -98,17 +98,21 @@ def _search_of(rows: pa.Table, without: pa.Table, everything: list[pa.Table]) ->
     )
 
 
-def _with_negatives(table: pa.Table, missing: np.ndarray, found: dict[str, list[str]]) -> pa.Table:
-    """Each row as often as it has negatives, at least once, in the order of the table."""
-    numbers: list[int] = []
-    negatives: list[str | None] = []
-    rows = zip(table["anchor"].to_pylist(), table["negative"].to_pylist(), missing, strict=True)
-    for number, (anchor, own, is_missing) in enumerate(rows):
-        those: list[str | None] = [*found.get(anchor, ())] or [None] if is_missing else [own]
-        numbers += [number] * len(those)
-        negatives += those
-    taken = table.select(["anchor", "positive", "language"]).take(pa.array(numbers))
-    return taken.add_column(2, "negative", pa.array(negatives, pa.string()))
+def _with_negatives(table: pa.Table, missing: np.ndarray, found: dict[str, list[str]]) -> tuple[pa.Table, int]:
+    """The rows with the negatives that were found for those that miss some, and the number of these negatives."""
+    names = negatives_of(table.column_names)
+    own = [table[name].to_pylist() for name in names]
+    new = [
+        found.get(anchor, []) if mine else [] for anchor, mine in zip(table["anchor"].to_pylist(), missing, strict=True)
+    ]
+    roles = negative_roles(max(len(names), *map(len, new)))
+    filled = table.drop_columns(names)
+    for number, role in enumerate(roles):
+        cells = [each[number] if number < len(each) else None for each in new]
+        if number < len(own):
+            cells = [cell if mine else kept for cell, kept, mine in zip(cells, own[number], missing, strict=True)]
+        filled = filled.add_column(2 + number, role, pa.array(cells, pa.string()))
+    return filled, sum(map(len, new))
 
 
 def _mined(name: str, search: Search, settings: MiningConfig, base: ModelConfig | None) -> pa.Table:
@@ -287,6 +291,6 @@ def _mine_with_model(search: Search, settings: MiningConfig, load: Callable, of_
 def mining_words(counts: dict) -> str:
     """One line for the plan."""
     return (
-        f"{counts['rows_filled']:,} negatives mined by {counts['method']} for {counts['queries_filled']:,} of "
+        f"{counts['negatives']:,} negatives mined by {counts['method']} for {counts['queries_filled']:,} of "
         f"{counts['queries']:,} queries; {counts['near_duplicates_passed_over']:,} near duplicates passed over"
     )

@@ -1,4 +1,4 @@
-"""Reads files into tables of anchor, positive[, negative], and says what was left out and why."""
+"""Reads files into tables of a query, its positive and its negatives, and says what was left out and why."""
 
 import glob
 import hashlib
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,28 +15,27 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trainer.config import ConfigError, one_line
-from trainer.data.texts import (
-    SEVERAL_NEGATIVES,
-    Reading,
-    as_strings,
-    have_text,
-    is_json_lines,
-    read_json_lines,
-    text_of,
-)
+from trainer.data.given_scores import SCORES, numbers_of, scores_of
+from trainer.data.lists import items_of, texts_of
+from trainer.data.negatives import Passages
+from trainer.data.roles import LABEL, roles_of
+from trainer.data.texts import Reading, as_strings, have_text, is_json_lines, read_json_lines, text_of
 
-ROLES = ["anchor", "positive", "negative"]
-# What a role's texts are to a search, and so which prompt stands in front of them.
-SIDES = {"anchor": "query", "positive": "document", "negative": "document"}
-LABEL = "label"  # a teacher's scores of a row; what the library takes for labels, and hands to the loss
 # Twice the languages of the largest set here; more are no languages, and would fill the plan with a line of any length.
 MOST_LANGUAGES = 12
-Columns = dict[str, str]  # role -> column name in the source; `negative` stands for negative_1, negative_2, … too
+# What a column is read as -> its name in the source: anchor, positive, negative, or scores. The name that is given for
+# negative stands for those with a number too: negative_1, negative_2, …
+Columns = dict[str, str]
+DEFAULT_COLUMNS: Columns = {name: name for name in ("anchor", "positive", "negative", "scores")}
 
 
 @dataclass
 class Rows:
-    """Texts of one source: columns anchor, positive, perhaps negative (null where a row has none), and language."""
+    """Texts of one source: columns anchor, positive, language, and perhaps negative, negative2, …, and label.
+
+    Of its negatives' columns a row fills the first; the others are null. label: a teacher's scores of its passages, the
+    positive first; null where there are none.
+    """
 
     table: pa.Table
     left_out: Counter[str] = field(default_factory=Counter)
@@ -63,7 +63,7 @@ def read_files(pattern: str, columns: Columns | None, language: str | None, key:
     files = [Path(name) for name in sorted(glob.glob(whole, recursive=True))]  # noqa: PTH207
     if not files:
         raise ConfigError(f"{key}: no file matches {pattern}")
-    columns = columns or {role: role for role in ROLES}
+    columns = columns or DEFAULT_COLUMNS
     parts = []
     for file in files:
         if is_json_lines(file):
@@ -98,7 +98,8 @@ def negatives_in(names: Iterable[str], columns: Columns) -> list[str]:
 
 def _read_json_table(file: Path, columns: Columns, language: str | None) -> pa.Table:
     """The columns that are read; the others are there without what they hold."""
-    values: dict[str, list] = {columns[role]: [] for role in ("anchor", "positive")}
+    texts: dict[str, list[Any]] = {columns[role]: [] for role in ("anchor", "positive")}
+    scores: dict[str, list[Any]] = {columns[key]: [] for key in SCORES if key in columns}
     tags: list[str | None] = []
     seen: dict[str, None] = {}
     count = 0
@@ -106,80 +107,97 @@ def _read_json_table(file: Path, columns: Columns, language: str | None) -> pa.T
         if not row.keys() <= seen.keys():
             seen |= dict.fromkeys(row)
             for column in negatives_in(row, columns):
-                values.setdefault(column, [None] * count)
-        for column, texts in values.items():
+                texts.setdefault(column, [None] * count)
+        for column, values in texts.items():
             is_needed = column in (columns["anchor"], columns["positive"])
-            texts.append(text_of(row, column, file, number, needed=is_needed))
+            read = text_of if column == columns["anchor"] else texts_of
+            values.append(read(row, column, file, number, needed=is_needed))
+        for column, values in scores.items():
+            values.append(numbers_of(row, column, file, number))
         tag = row.get(language) if language else None
         tags.append(None if tag is None else str(tag))
         count += 1
     if not seen:
         raise ConfigError(f"{file}: no rows")
     table = {column: pa.nulls(count) for column in seen}
-    table |= {column: pa.array(texts, pa.string()) for column, texts in values.items()}
+    table |= {column: _array_of(values, pa.string()) for column, values in texts.items()}
+    table |= {column: _array_of(values, pa.float64()) for column, values in scores.items() if column in seen}
     return pa.table(table | ({language: pa.array(tags, pa.string())} if language in seen else {}))
 
 
+def _array_of(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """A column of values, or of lists of them where a row has a list."""
+    if not any(isinstance(value, list) for value in values):
+        return pa.array(values, kind)
+    return pa.array([value if isinstance(value, list | None) else [value] for value in values], pa.list_(kind))
+
+
 def rows_from_table(table: pa.Table, columns: Columns, language: str | None, *, where: str) -> Rows:
-    """Only the texts of a table, under the names anchor, positive[, negative], and their language.
+    """Only the texts of a table, under the names anchor, positive[, negative, negative2, …], and their language.
 
     Every other column is left out, and the plan says so: sentence-transformers would train it as a negative.
-    Rows without an anchor or a positive are left out and counted; one with several negatives becomes several rows.
+    Rows without an anchor or a positive are left out and counted; one with several positives becomes one for each.
     `language` is a language, or the name of a column that says it.
     """
     reading = Reading()
     found = negatives_in(table.column_names, columns)
+    scored = {key: columns[key] for key in SCORES if columns.get(key) in table.column_names}
     needed = [columns["anchor"], columns["positive"]]
-    if "negative" in columns and columns["negative"] != "negative" and not found:  # a name of the user's own
+    needed += [columns[key] for key in SCORES if columns.get(key, key) != key]  # a name of the user's own
+    if "negative" in columns and columns["negative"] != "negative" and not found:
         needed.append(columns["negative"])
     for column in needed:
         if column not in table.column_names:
             raise ConfigError(f"{where}: there is no column '{column}'. It has: {', '.join(table.column_names)}")
-    read = {*needed, *found, language}
+    read = {*needed, *found, *scored.values(), language}
     reading.pass_over("columns", (column for column in table.column_names if column not in read))
-    picked = {role: _texts_of(table, columns[role], reading, where) for role in ("anchor", "positive")}
-    negatives = [_unlike(picked["positive"], _texts_of(table, column, reading, where), reading) for column in found]
+    positives = _cells_of(table, [columns["positive"]], reading, where)
+    negatives = _cells_of(table, found, reading, where)
+    passages = Passages(positives.texts, negatives.texts)
+    if scored:
+        passages.scores = scores_of(table, scored, positives.given, negatives.given, where)
+    anchors = _texts_of(table[columns["anchor"]], columns["anchor"], reading, where)
     if language in table.column_names:
-        picked["language"] = _language_tags(table[language], f"{where}: column '{language}'")
+        languages = _language_tags(table[language], f"{where}: column '{language}'")
     else:
-        picked["language"] = pa.repeat(pa.scalar(language or "?"), table.num_rows)
-    usable = pc.and_(pc.is_valid(picked["anchor"]), pc.is_valid(picked["positive"]))
-    negatives = [column.filter(usable) for column in negatives if column.null_count < table.num_rows]
-    rows = Rows(_one_negative_a_row(pa.table(picked).filter(usable), negatives, reading), reading=reading)
-    if without := table.num_rows - pc.sum(usable).as_py() if table.num_rows else 0:
-        rows.left_out["without text"] = without
-    return rows
+        languages = pa.chunked_array([pa.repeat(pa.scalar(language or "?"), table.num_rows)])
+    numbers, arranged = passages.arrange(reading)
+    usable = anchors.is_valid().to_numpy()[numbers]
+    rows = pa.table({"anchor": anchors.take(numbers), **arranged, "language": languages.take(numbers)})
+    rows = rows.filter(pa.array(usable))
+    if LABEL in rows.column_names and rows[LABEL].null_count == len(rows):
+        rows = rows.drop_columns(LABEL)
+    left_out = Counter({"without text": table.num_rows - len(np.unique(numbers[usable]))})
+    return Rows(rows, +left_out, reading)
 
 
-def _texts_of(table: pa.Table, column: str, reading: Reading, where: str) -> pa.ChunkedArray:
+@dataclass
+class _Cells:
+    """Columns of texts, null where there is nothing to see, and [rows, columns] whether a cell is there at all."""
+
+    texts: list[pa.ChunkedArray]
+    given: np.ndarray
+
+
+def _cells_of(table: pa.Table, names: Sequence[str], reading: Reading, where: str) -> _Cells:
+    """The texts of these columns; a column of lists gives as many columns as its longest list has texts."""
+    texts: list[pa.ChunkedArray] = []
+    given: list[np.ndarray] = [np.zeros((table.num_rows, 0), dtype=bool)]
+    for name in names:
+        columns, there = items_of(table[name], f"{where}: column '{name}'")
+        texts += [_texts_of(column, name, reading, where) for column in columns]
+        given.append(there)
+    return _Cells(texts, np.concatenate(given, axis=1))
+
+
+def _texts_of(column: pa.ChunkedArray, name: str, reading: Reading, where: str) -> pa.ChunkedArray:
     """A column's texts in NFC, without blanks at their ends; null where there is nothing to see."""
-    values = as_strings(table[column])
+    values = as_strings(column)
     if values is None:
-        raise ConfigError(f"{where}: column '{column}' holds {table[column].type}, not text. {SEVERAL_NEGATIVES}")
-    _require_utf8(values, f"{where}: column '{column}'")
+        raise ConfigError(f"{where}: column '{name}' holds {column.type}, not text")
+    _require_utf8(values, f"{where}: column '{name}'")
     values = reading.compose_column(values)
     return pc.if_else(have_text(values), pc.utf8_trim_whitespace(values), pa.scalar(None, pa.string()))
-
-
-def _unlike(positives: pa.ChunkedArray, negatives: pa.ChunkedArray, reading: Reading) -> pa.ChunkedArray:
-    """The negatives without those that are their row's own positive, which would teach that it is no answer."""
-    same = pc.fill_null(pc.equal(negatives, positives), False)
-    count = pc.sum(same).as_py() or 0
-    reading.counts["negatives that are their row's own positive"] += count
-    return pc.if_else(same, pa.scalar(None, pa.string()), negatives) if count else negatives
-
-
-def _one_negative_a_row(rows: pa.Table, negatives: list[pa.ChunkedArray], reading: Reading) -> pa.Table:
-    """A row for each negative of each row, in their order. A row without any stays as it is."""
-    if len(negatives) < 2:
-        return rows.add_column(2, "negative", negatives[0]) if negatives else rows
-    there = np.stack([column.is_valid().to_numpy() for column in negatives], axis=1)
-    counts = there.sum(axis=1)
-    reading.triplets = int(counts[counts > 1].sum())
-    there[counts == 0, 0] = True
-    numbers, places = there.nonzero()
-    every = pa.chunked_array([chunk for column in negatives for chunk in column.chunks], pa.string())
-    return rows.take(numbers).add_column(2, "negative", every.take(places * rows.num_rows + numbers))
 
 
 def _require_utf8(values: pa.ChunkedArray | pa.Array, column: str) -> None:
@@ -212,16 +230,18 @@ def join(parts: list[Rows]) -> Rows:
 def fingerprint(table: pa.Table) -> str:
     """A hash of every text in order, the same on every machine."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in (role for role in ROLES if role in table.column_names):
+    for name in roles_of(table.column_names):
         digest.update(f"\x1d{name}".encode())
         for chunk in table[name].chunks:
             digest.update("".join(f"\x1e{text}" if text is not None else "\x1f" for text in chunk.to_pylist()).encode())
+    if LABEL in table.column_names:
+        digest.update(repr(table[LABEL].to_pylist()).encode())
     return digest.hexdigest()
 
 
 def text_numbers(tables: Sequence[pa.Table]) -> list[np.ndarray]:
     """[rows, columns] of each table: numbers of its texts, equal for equal texts of all tables; -1 where there is none."""
-    columns = [[table[role] for role in ROLES if role in table.column_names] for table in tables]
+    columns = [[table[role] for role in roles_of(table.column_names)] for table in tables]
     # large: the different texts of several sets may be more than 2 GiB
     chunks = [chunk.cast(pa.large_string()) for each in columns for column in each for chunk in column.chunks]
     encoded = pc.dictionary_encode(pa.chunked_array(chunks, pa.large_string()))

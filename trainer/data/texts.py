@@ -26,7 +26,6 @@ MOST_NAMES = 6
 IDS = ("_id", "id")
 COMPOSED = "texts were not in Unicode's form NFC, and are now"
 WITHOUT_TEXT = "passages or queries are without text, and stay in the search, where they find nothing"
-SEVERAL_NEGATIVES = "Several negatives of a row go into columns negative_1, negative_2, …; write other values as text"
 # Rows of a column that become plain strings at a time, whose bytes must be less than 2 GiB.
 ROWS = 2**16
 
@@ -39,13 +38,11 @@ class Reading:
     names: dict[str, dict[str, None]] = field(default_factory=dict)  # not read, by kind: columns, splits, files
     counts: Counter[str] = field(default_factory=Counter)  # what else is not read
     notes: Counter[str] = field(default_factory=Counter)  # what is read, but not as it came
-    triplets: int = 0  # that rows with several negatives became
 
     def __add__(self, other: "Reading") -> "Reading":
         total = Reading(dict(self.names), self.counts + other.counts, self.notes + other.notes)
         for kind, names in other.names.items():
             total.pass_over(kind, names)
-        total.triplets = self.triplets + other.triplets
         return total
 
     def pass_over(self, kind: str, names: Iterable[str]) -> None:
@@ -76,8 +73,6 @@ class Reading:
         parts += [f"{count:,} {what}" for what, count in self.counts.items() if count]
         if parts:
             yield f"not read: {'; '.join(parts)}"
-        if self.triplets:
-            yield f"{self.triplets:,} triplets are of rows with several negatives, one for each"
         yield from (f"{count:,} {what}" for what, count in self.notes.items() if count)
 
 
@@ -166,7 +161,7 @@ def text_of(row: dict, column: str, file: Path, number: int, *, needed: bool = T
     value = row[column]
     if value is not None and not isinstance(value, str):
         held = json.dumps(value, default=str)[:40]
-        raise ConfigError(f"{file}:{number}: column '{column}' holds {held}, not text. {SEVERAL_NEGATIVES}")
+        raise ConfigError(f"{file}:{number}: column '{column}' holds {held}, not text")
     try:
         (value or "").encode()
     except UnicodeEncodeError:
@@ -174,6 +169,11 @@ def text_of(row: dict, column: str, file: Path, number: int, *, needed: bool = T
             f"{file}:{number}: column '{column}' holds half a character (a lone surrogate \\ud800-\\udfff). Remove it"
         ) from None
     return value
+
+
+def passage_text(title: str | None, text: str) -> str:
+    """What of a passage is read: its title in front of its text, as in BEIR."""
+    return f"{title or ''} {text}".strip()
 
 
 def id_of(row: dict, file: Path, number: int) -> tuple[str, str]:

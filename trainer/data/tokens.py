@@ -26,7 +26,8 @@ from trainer.config import ConfigError, one_line
 from trainer.data.buckets import next_length
 from trainer.data.forward_passes import ForwardPasses
 from trainer.data.further_queries import FurtherQueries
-from trainer.data.rows import LABEL, ROLES, SIDES
+from trainer.data.roles import LABEL, roles_of, side_of
+from trainer.data.teacher_scores import BatchScores
 from trainer.data.token_file import TEXTS_PER_PART, TokenFile
 from trainer.hub.cache import folder_of
 from trainer.system.progress_bar import ProgressReport, in_columns
@@ -195,7 +196,10 @@ class TokenRows:
     """A set of rows as token ids."""
 
     columns: list[Column]
-    labels: np.ndarray | None = None  # [rows, passages]: a teacher's scores
+    labels: np.ndarray | None = None  # [rows, passages]: teachers' scores, NaN in a row that has none
+    batch_scores: BatchScores | None = (
+        None  # instead of labels: teachers' scores of all queries and passages of a batch
+    )
     further: FurtherQueries | None = None  # None: every passage has its row's query alone
 
     def __len__(self) -> int:
@@ -203,7 +207,7 @@ class TokenRows:
 
     @property
     def passages(self) -> int:
-        """How many columns hold passages: the positive, and the negative if there is one."""
+        """How many columns hold passages: the positive, and the negatives if there are any."""
         return len(self.columns) - 1
 
     def passage_numbers(self) -> np.ndarray:
@@ -230,7 +234,9 @@ class TokenRows:
             for number, places in enumerate(passes.split(np.array([*map(len, texts)]))):
                 features = passages[0].layout.features([texts[place] for place in places], passes.lengths)
                 batch |= _named(f"pass-{number}", features | {PLACE: torch.from_numpy(places)})
-        if self.labels is not None:
+        if self.batch_scores is not None:
+            batch[LABEL] = torch.from_numpy(self.batch_scores.of(np.asarray(asking), np.asarray(rows)))
+        elif self.labels is not None:
             batch[LABEL] = torch.from_numpy(self.labels[rows])
         return batch
 
@@ -260,7 +266,8 @@ class Tokeniser:
     def __init__(
         self, model: SparseEncoder, routes: dict[str, str], echo: Callable[[str], None], *, keep: bool = True
     ) -> None:
-        """routes: the task of each column, as in router_mapping. keep: store the ids of large sets on disk."""
+        """routes: the task of queries and of documents; none where one route serves both. keep: store the ids of large
+        sets on disk."""
         self.model, self.routes, self.echo, self.keep = model, routes, echo, keep
         self.texts = self.tokens = self.texts_found = self.bytes = 0
         self.seconds = 0.0
@@ -272,7 +279,7 @@ class Tokeniser:
         """
         start = time.perf_counter()
         columns: dict[str, Column] = {}
-        roles = [role for role in ROLES if role in dataset.column_names]
+        roles = roles_of(dataset.column_names)
         for task, prompt in dict.fromkeys(map(self._read_as, roles)):
             places = [place for place, role in enumerate(roles) if self._read_as(role) == (task, prompt)]
             used, first, numbers = np.unique(ids[:, places], return_index=True, return_inverse=True)
@@ -291,15 +298,14 @@ class Tokeniser:
             is_network = task not in static_routes(self.model)
             for place, column in zip(places, numbers.T, strict=True):
                 columns[roles[place]] = Column(roles[place], file, np.ascontiguousarray(column), layout, is_network)
-        labels = np.array(dataset[LABEL], dtype=np.float32) if LABEL in dataset.column_names else None
-        token_rows = TokenRows([columns[role] for role in roles], labels)
+        token_rows = TokenRows([columns[role] for role in roles], _labels(dataset, len(roles) - 1))
         self._check(name, dataset, token_rows)
         self.seconds += time.perf_counter() - start
         return token_rows
 
     def _read_as(self, role: str) -> tuple[str | None, str | None]:
         """The task of a column, and the prompt in front of its texts."""
-        return self.routes.get(role), self.model.prompts.get(SIDES[role]) or None
+        return self.routes.get(side_of(role)), self.model.prompts.get(side_of(role)) or None
 
     def _preprocess(self, task: str | None, prompt: str | None) -> Preprocess:
         return partial(self.model.preprocess, prompt=prompt, task=task)
@@ -340,6 +346,14 @@ class Tokeniser:
                         f"model.base_model: its '{key}' of the {column.name} in {name} is not token ids padded at one end, "
                         "which is all that is read here"
                     )
+
+
+def _labels(dataset: Dataset, passages: int) -> np.ndarray | None:
+    """[rows, passages] teachers' scores; NaN where a row has none."""
+    if LABEL not in dataset.column_names:
+        return None
+    missing = [np.nan] * passages
+    return np.array([missing if scores is None else scores for scores in dataset[LABEL]], dtype=np.float32)
 
 
 def _take(dataset: Dataset, columns: list[str], cells: np.ndarray) -> pa.ChunkedArray:

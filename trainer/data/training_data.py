@@ -1,7 +1,8 @@
-"""Loads the data sets of a config: clean rows, triplets apart from pairs, held-out rows, and the batch order."""
+"""Loads the data sets of a config: clean rows, by their number of negatives, held-out rows, and the batch order."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -20,8 +21,12 @@ from trainer.data.forward_passes import forward_passes_of, padding
 from trainer.data.further_queries import FurtherQueries, answers_of
 from trainer.data.held_out import hold_out
 from trainer.data.mining import fill_negatives
-from trainer.data.rows import ROLES, fingerprint, text_numbers
+from trainer.data.negatives import by_count, with_at_most
+from trainer.data.roles import ANCHOR, LABEL, negatives_of, passages_of, roles_of
+from trainer.data.rows import Rows, fingerprint, text_numbers
 from trainer.data.sources import LoadedSource, mining_of, sample, sources_of
+from trainer.data.teacher_scores import BatchScores
+from trainer.data.texts import Reading
 from trainer.data.tokens import Tokeniser, TokenRows
 from trainer.hub.download import HubUnreachable
 from trainer.runs.choice import REPORTED, SCORE
@@ -43,6 +48,7 @@ class SetSummary:
     rows: int
     triplets: int
     pairs: int
+    several: dict[str, int]  # rows with so many negatives, most first, of those that are neither triplets nor pairs
     eval_rows: int
     languages: dict[str, int]
     left_out: dict[str, int]
@@ -57,7 +63,11 @@ class SetSummary:
 
 @dataclass
 class TrainingData:
-    """Everything training reads. `train` and `eval` map `<name>`, or `<name>-triplets` and `<name>-pairs`, to rows."""
+    """Everything training reads.
+
+    `train` and `eval` map `<name>` to rows, or, where they differ in their number of negatives, `<name>-7-negatives`,
+    `<name>-triplets` and `<name>-pairs`.
+    """
 
     train: DatasetDict
     eval: DatasetDict
@@ -67,6 +77,8 @@ class TrainingData:
     unreachable: list[str] = field(default_factory=list)  # sets that are left out, for they need the hub
     tokens: dict[str, TokenRows] = field(default_factory=dict)  # of the rows in `train` and `eval`, by `tokenise`
     eval_tokens: dict[str, TokenRows] = field(default_factory=dict)
+    languages: dict[str, list[str]] = field(default_factory=dict)  # of each row in `train`
+    batch_scores: dict[str, BatchScores] = field(default_factory=dict)  # of teachers that compare all of a batch
     _text_ids: dict[str, np.ndarray] = field(default_factory=dict)
     _batches: dict[str, NoDuplicateBatches] = field(default_factory=dict)
 
@@ -78,8 +90,13 @@ class TrainingData:
 
     @property
     def columns(self) -> int:
-        """Texts of a row at most: query, positive, and perhaps a negative; 3 where no rows are known."""
-        return max((3 if "negative" in rows.column_names else 2 for rows in self.train.values()), default=3)
+        """Texts of a row at most: query, positive, and perhaps negatives; 3 where no rows are known."""
+        return max((len(roles_of(rows.column_names)) for rows in self.train.values()), default=3)
+
+    @property
+    def roles(self) -> list[str]:
+        """The columns of texts that the rows have."""
+        return roles_of(dict.fromkeys(name for rows in self.train.values() for name in rows.column_names))
 
     def mixture(self, config: Config) -> Mixture:
         """The order in which batches of the sets are drawn."""
@@ -112,7 +129,8 @@ class TrainingData:
                 if windows:
                     rows = windows.rows(rows)
                     content, ids = fingerprint(rows.with_format("arrow")[:]), text_ids(rows)
-                self.tokens[subset] = tokeniser.rows(subset, rows, ids, content)
+                tokens = tokeniser.rows(subset, rows, ids, content)
+                self.tokens[subset] = replace(tokens, batch_scores=self.batch_scores.get(subset))
             if queries > 1:
                 self._add_further_queries(subsets, queries, seed)
         for subset, dataset in self.eval.items():
@@ -161,7 +179,7 @@ class TrainingData:
         else:
             batches = self.batches(subset, config)
         sizes = [len(batch) for batch in batches.batches(0)]
-        return 0 if "negative" in rows.column_names else sizes.count(1), len(sizes)
+        return 0 if negatives_of(rows.column_names) else sizes.count(1), len(sizes)
 
     def queries_per_passage(self, config: Config, name: str) -> float:
         """Queries for each passage of a set's batches, negatives too, on average over some batches of a first pass.
@@ -231,27 +249,38 @@ class TrainingData:
         """What the manifest keeps of every set."""
         return {name: asdict(summary) for name, summary in self.summaries.items()}
 
+    def forget_scores(self) -> None:
+        """Leave the scores that the data brought unused."""
+        for name, rows in self.train.items():
+            if LABEL in rows.column_names:
+                self.train[name] = rows.remove_columns(LABEL)
+
     def write_texts(self, file: Path) -> None:
         """Store every different training text per data set, to measure its overlap with evaluation data later."""
         schema = pa.schema([("dataset", pa.string()), ("text", pa.string())])
         with written_whole(file) as aside, pq.ParquetWriter(aside, schema, compression="zstd") as writer:
             for name, subsets in self.subsets.items():
-                texts = self._texts(subsets, ROLES)
+                texts = self._texts(subsets, roles_of)
                 writer.write_table(pa.table({"dataset": pa.repeat(name, len(texts)), "text": texts}, schema))
 
-    def texts(self, *roles: str) -> list[str]:
-        """Every different training text in the given columns, in a fixed order."""
-        return self._texts(self.train, roles).to_pylist()
+    def queries(self) -> list[str]:
+        """Every different training query, in a fixed order."""
+        return self._texts(self.train, lambda columns: [ANCHOR]).to_pylist()
+
+    def passages(self) -> list[str]:
+        """Every different training passage, positive or negative, in a fixed order."""
+        return self._texts(self.train, passages_of).to_pylist()
 
     def documents(self, name: str) -> pa.Array:
         """Every different passage that a set trains on."""
-        return self._texts(self.subsets[name], ("positive", "negative"))
+        return self._texts(self.subsets[name], passages_of)
 
-    def _texts(self, subsets: Iterable[str], roles: Iterable[str]) -> pa.Array:
+    def _texts(self, subsets: Iterable[str], roles: Callable[[list[str]], list[str]]) -> pa.Array:
+        """roles: which of a subset's columns are taken."""
         chunks: list[pa.Array] = []
         for subset in subsets:
             table = self.train[subset].with_format("arrow")[:]
-            chunks += (chunk for role in roles if role in table.column_names for chunk in table[role].chunks)
+            chunks += (chunk for role in roles(table.column_names) for chunk in table[role].chunks)
         return pc.unique(pa.chunked_array(chunks, pa.string()))
 
 
@@ -324,29 +353,35 @@ def _usable(name: str, source: LoadedSource, config: Config) -> LoadedSource:
 
 
 def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config) -> None:
-    """Mine a source's missing negatives, and split its rows, those held out too, into triplets and pairs."""
+    """Mine a source's missing negatives, and split its rows, those held out too, by their number of negatives."""
     rows, held_out = source.rows, source.eval_rows
     assert held_out is not None  # since hold_out
     mined: dict[str, int | str] = {}
     if mining := mining_of(config.datasets, name):
         rows, mined = fill_negatives(name, rows, source.everything, mining, config.model)
-    subsets = _split(name, rows.table)
+    most, training = config.datasets.negatives_per_row, config.training
+    rows, held_out = _with_at_most(rows, most), _with_at_most(held_out, most)
+    subsets = by_count(name, rows.table, training.per_device_train_batch_size * processes())
     data.subsets[name] = list(subsets)
-    data.train.update({subset: Dataset(table) for subset, table in subsets.items()})
-    for subset, table in _split(name, held_out.table).items():
+    for subset, table in subsets.items():
+        data.languages[subset] = table["language"].to_pylist()
+        data.train[subset] = Dataset(table.drop_columns("language"))
+    for subset, table in by_count(name, held_out.table, training.per_device_eval_batch_size * processes()).items():
         if table.num_rows >= processes():  # every process evaluates an equal part of each batch
-            data.eval[subset] = Dataset(table)
+            data.eval[subset] = Dataset(table.select(roles_of(table.column_names)))
         else:
             rows.left_out[f"held out in vain: too few to evaluate in {processes()} processes"] = table.num_rows
     if source.search:
         data.add_search(source.search, source.validation, config)
-    reading = source.rows.reading + replace(held_out.reading, triplets=0)  # those that are trained on are counted
-    triplets = sum(table.num_rows for table in subsets.values() if "negative" in table.column_names)
+    counts = Counter({len(negatives_of(table.column_names)): table.num_rows for table in subsets.values()})
+    if more := counts.total() - len(rows):
+        rows.reading.notes["rows more, since too few have as many negatives for a batch of their own"] += more
     data.summaries[name] = SetSummary(
         name=name,
-        rows=len(rows),
-        triplets=triplets,
-        pairs=len(rows) - triplets,
+        rows=counts.total(),
+        triplets=counts[1],
+        pairs=counts[0],
+        several={str(count): counts[count] for count in sorted(counts, reverse=True) if count > 1},
         eval_rows=len(held_out),
         eval_left_out=dict(+held_out.left_out),
         languages=rows.languages,
@@ -354,19 +389,14 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
         revisions=source.revisions,
         fingerprint=fingerprint(rows.table),
         mined=mined,
-        notes=list(reading.lines()),
+        notes=list((rows.reading + held_out.reading).lines()),
     )
 
 
-def _split(name: str, table: pa.Table) -> dict[str, pa.Table]:
-    """Triplets and pairs of one set; a set that has only one kind keeps its name."""
-    table = table.combine_chunks()
-    if "negative" not in table.column_names or table["negative"].null_count == table.num_rows:
-        return {name: table.select(["anchor", "positive"])}
-    if table["negative"].null_count == 0:
-        return {name: table.select(ROLES)}
-    has_negative = pc.is_valid(table["negative"])
-    return {
-        f"{name}-triplets": table.filter(has_negative).select(ROLES),
-        f"{name}-pairs": table.filter(pc.invert(has_negative)).select(["anchor", "positive"]),
-    }
+def _with_at_most(rows: Rows, most: int | None) -> Rows:
+    """datasets.negatives_per_row: a row with more negatives becomes several. A note says so."""
+    if most is None:
+        return rows
+    table = with_at_most(rows.table, most)
+    reading = Reading(notes=Counter({f"rows more, since datasets.negatives_per_row is {most}": len(table) - len(rows)}))
+    return Rows(table, rows.left_out, rows.reading + reading)

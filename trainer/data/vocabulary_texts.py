@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trainer.config import ConfigError
-from trainer.data.beir import RECORD, TEXTS, is_beir, passage_text, read_corpus
-from trainer.data.texts import IDS, Reading, is_json_lines, read_rows, text_of
+from trainer.data.beir import RECORD, TEXTS, is_beir, read_corpus
+from trainer.data.texts import IDS, Reading, is_json_lines, passage_text, read_rows, text_of
 
 KEY = "model.vocabulary_texts"
 

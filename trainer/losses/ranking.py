@@ -49,7 +49,9 @@ class RankingLoss(SparseMultipleNegativesRankingLoss):
             return scale * pairwise(queries, passages)
 
         # means over rows, so the mean over processes is that of all their rows
-        if teacher and teacher.objective == "kl":
+        if teacher and teacher.passages == "batch":
+            pass  # _over_the_batch
+        elif teacher and teacher.objective == "kl":
             self.distillation = SparseDistillKLDivLoss(model, scaled, temperature=teacher.temperature)
         elif teacher:
             self.distillation = SparseMarginMSELoss(model, scaled)
@@ -59,7 +61,8 @@ class RankingLoss(SparseMultipleNegativesRankingLoss):
     ) -> Tensor | dict[str, Tensor]:
         """embeddings: the queries, the positives and the negatives if any, [rows, vocabulary] each.
 
-        labels: [rows, 2], the teacher's scores of positive and negative. shared: where passages have further queries,
+        labels: [rows, passages of a row], the teachers' scores, NaN in a row that has none; with loss.teacher.passages
+        batch, [queries, passages of this process], counted column by column. shared: where passages have further queries,
         which then follow those of the rows.
         """
         embeddings = list(embeddings)
@@ -69,14 +72,36 @@ class RankingLoss(SparseMultipleNegativesRankingLoss):
             contrastive = super().compute_loss_from_embeddings(embeddings, None)
         else:
             contrastive = self._over_shared_passages(embeddings[0], torch.cat(embeddings[1:]), shared)
-            embeddings[0] = embeddings[0][: shared.rows]
         losses = {"base_loss": contrastive}
         if self.teacher and labels is not None:
-            distillation = self.distillation.compute_loss_from_embeddings(embeddings, self.teacher.score_scale * labels)
+            scores = self.teacher.score_scale * labels
+            if self.teacher.passages == "batch":
+                temperature = self.teacher.temperature
+                distillation = self._over_the_batch(embeddings[0], torch.cat(embeddings[1:]), scores, temperature)
+            else:
+                distillation = self._over_rows([vectors[: len(scores)] for vectors in embeddings], scores)
             losses["distillation_loss"] = self.teacher.weight * distillation
         if self.recorded_losses is not None and self.model.training and torch.is_grad_enabled():
             self.recorded_losses.append(sum(loss.detach() for loss in losses.values()))
         return losses if len(losses) > 1 else contrastive
+
+    def _over_rows(self, embeddings: list[Tensor], scores: Tensor) -> Tensor:
+        """The library's distillation loss on the passages of each row, a mean over rows; 0 for those without scores."""
+        known = scores.isfinite().all(1)
+        if not known.any():
+            return embeddings[0].sum() * 0.0
+        loss = self.distillation.compute_loss_from_embeddings([vectors[known] for vectors in embeddings], scores[known])
+        return loss * (known.sum() / len(known))
+
+    def _over_the_batch(self, queries: Tensor, passages: Tensor, scores: Tensor, temperature: float) -> Tensor:
+        """KL divergence of the softmaxes over all passages of this process, a mean over the queries of all processes."""
+        student = (self.scale * self.similarity_fct(queries, passages) / temperature).log_softmax(1)
+        teacher = (scores / temperature).log_softmax(1)
+        count = torch.tensor(float(len(queries)), device=queries.device)
+        if self.gather_across_devices:
+            count = all_gather(count.reshape(1)).mean()  # the gradients of processes are averaged
+        total = functional.kl_div(student, teacher, reduction="sum", log_target=True)
+        return temperature**2 * total / count
 
     def _over_shared_passages(self, queries: Tensor, passages: Tensor, shared: SharedPassages) -> Tensor:
         """The library's loss where a passage may answer several queries. Other answers to a query are left out.

@@ -1,8 +1,7 @@
-"""Scores of a stronger model for every query with its passages, which the encoder then learns to imitate."""
+"""Scores of stronger models for every query with its passages, which the encoder then learns to imitate."""
 
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,56 +12,39 @@ from datasets import Dataset, DatasetDict
 
 from trainer.config import ConfigError, one_line
 from trainer.config.schema import ModelConfig, TeacherConfig
-from trainer.data import mining
-from trainer.data.rows import LABEL
+from trainer.data.roles import LABEL, negatives_of, passages_of
+from trainer.data.teacher_scores import mean_scores
 from trainer.hub.cache import cached_table, digest, folder_of, identity
-from trainer.hub.download import HubUnreachable, Snapshot, fetch
-from trainer.models.prompts import prompts_of, quoted
-from trainer.models.weights import loading
+from trainer.hub.download import HubUnreachable
+from trainer.losses.teacher_models import KINDS_OF_MODELS, Pair, Score, TeacherFiles, row_products
+from trainer.losses.teacher_vectors import Languages, bm25_vectors
 from trainer.system.distributed import processes_here, wait
 from trainer.system.progress_bar import encoding, in_columns
 
-Pair = tuple[str, str]
-Score = Callable[[list[Pair]], np.ndarray]
-Loaded = tuple[Score, Any]  # and the module that all of its texts go through
-
-KEY = "loss.teacher.model"
 PAIRS_PER_PART = 5_000
 SCORES = pa.schema([("pair", pa.string()), ("score", pa.float32())])
-
-
-def fetch_teacher(teacher: TeacherConfig) -> Snapshot:
-    """The teacher's files. Raises ConfigError when they cannot be had."""
-    return fetch(teacher.model, teacher.revision, kind="model", why="the teacher", key=KEY)
+ONE_NEGATIVE = "of two passages, normalized scores are 0 and 1 whatever the teachers' margin. Give rows more negatives"
 
 
 def pairs_of(rows: Dataset) -> list[Pair]:
-    """Every query with its positive, then every query with its negative, row by row."""
+    """Every query with its positive, then every query with its first negative, and so on."""
     columns = rows.with_format("arrow")[:]
     anchors = columns["anchor"].to_pylist()
-    return [pair for role in ("positive", "negative") for pair in zip(anchors, columns[role].to_pylist(), strict=True)]
+    roles = passages_of(rows.column_names)
+    return [pair for role in roles for pair in zip(anchors, columns[role].to_pylist(), strict=True)]
 
 
 def with_negatives(train: DatasetDict) -> dict[str, Dataset]:
-    """The sets that a teacher can compare passages in; pairs have one passage per query."""
-    return {name: rows for name, rows in train.items() if "negative" in rows.column_names}
-
-
-def teacher_prompts(teacher: TeacherConfig, snapshot: Snapshot, base: ModelConfig | None) -> dict[str, str]:
-    """What a dense teacher reads in front of queries and passages; a cross-encoder reads nothing."""
-    return prompts_of(teacher.model, snapshot.folder, base) if teacher.kind == "dense" else {}
+    """The sets that a teacher can compare passages of a row in; pairs have one passage per query."""
+    return {name: rows for name, rows in train.items() if negatives_of(rows.column_names)}
 
 
 class ScoreStore:
     """Scores by the content of a pair, in the folder of one teacher at one revision; every file in it is whole."""
 
-    def __init__(self, teacher: TeacherConfig, snapshot: Snapshot, base: ModelConfig | None = None) -> None:
-        """base: the config's model, for the prompts of a teacher that is the base model."""
-        prompts = quoted(teacher_prompts(teacher, snapshot, base))
-        of_teacher = digest(identity(snapshot), teacher.kind, *([prompts] if prompts else []))
-        self.folder = (
-            Path(teacher.cache).expanduser() / of_teacher if teacher.cache else folder_of("scores", of_teacher)
-        )
+    def __init__(self, files: TeacherFiles) -> None:
+        cache = files.teacher.cache
+        self.folder = Path(cache).expanduser() / files.digest if cache else folder_of("scores", files.digest)
 
     def read(self) -> dict[str, float]:
         """Every score by its pair's digest. Raises ConfigError when a file is not what was written."""
@@ -97,94 +79,115 @@ def add_teacher_scores(
     device: str,
     echo: Callable[[str], None],
     base: ModelConfig | None = None,
+    languages: Languages | None = None,
 ) -> dict[str, Any]:
-    """Give every row that has a negative the teacher's scores of positive and negative, as its label.
+    """Give every row that has negatives the teachers' scores of its passages, as its label; null where a row has none.
 
-    Only pairs that were never scored go through the teacher, each process of a machine taking its share. A teacher that is
-    the base model has the prompts of `base`, the config's model. Returns what run.json records. Raises ConfigError when no
-    row has a negative.
+    Only pairs that were never scored go through a model, each process of a machine taking its share. A teacher that is
+    the base model has the prompts of `base`, the config's model. languages: of the rows of each set, for bm25. Returns what
+    run.json records. Raises ConfigError when no row has a negative, or the data has no scores that it shall have.
     """
-    if not with_negatives(train):
+    taught = with_negatives(train)
+    if not taught:
         raise ConfigError(
             "loss.teacher: no data set has negatives, and a teacher compares passages. Add negatives, or find them with "
             "datasets.<name>.mine"
         )
-    snapshot = fetch_teacher(teacher)
-    store = ScoreStore(teacher, snapshot, base)
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in taught}
+    records, pairs_scored = [], 0
+    for key, one in teacher.teachers.items():
+        if one.kind in KINDS_OF_MODELS:
+            files = TeacherFiles(key, one, base)
+            found, count = _scores_of_model(train, files, device, echo)
+            pairs_scored += count
+            records.append({"model": one.model, "identity": identity(files.snapshot), "kind": one.kind})
+        else:
+            found = _scores_of_bm25(taught, languages or {}) if one.kind == "bm25" else _scores_of_data(taught)
+            records.append({"kind": one.kind})
+        for name, values in found.items():
+            scores[name].append(values)
+    weights = [one.weight for one in teacher.teachers.values()]
+    rows_taught = 0
+    for name, rows in taught.items():
+        labels = mean_scores(scores[name], weights, normalize=teacher.normalizes)
+        known = np.isfinite(labels).all(axis=1)
+        rows_taught += int(known.sum())
+        columns = [values if is_known else None for values, is_known in zip(labels.tolist(), known, strict=True)]
+        plain = rows.remove_columns(LABEL) if LABEL in rows.column_names else rows
+        train[name] = plain.add_column(LABEL, columns) if known.any() else plain
+    if teacher.normalizes and any(len(negatives_of(rows.column_names)) == 1 for rows in taught.values()):
+        echo(f"Warning: loss.teacher: {ONE_NEGATIVE}")
+    return {"teachers": records, "rows": rows_taught, "pairs_scored": pairs_scored}
+
+
+def _scores_of_model(
+    train: DatasetDict, files: TeacherFiles, device: str, echo: Callable[[str], None]
+) -> tuple[dict[str, np.ndarray], int]:
+    """[rows, passages] of each set, and how many pairs had to be scored."""
+    store, model = ScoreStore(files), files.teacher.model
     missing = store.missing(train)
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     wait()  # every process has seen the same scores before one adds to them
     parts = [missing[start : start + PAIRS_PER_PART] for start in range(0, len(missing), PAIRS_PER_PART)]
     if parts:
-        echo(f"teacher   {teacher.model}: scoring {len(missing):,} pairs (kept in {store.folder})")
+        echo(f"teacher   {model}: scoring {len(missing):,} pairs (kept in {store.folder})")
     if own := parts[rank :: processes_here()]:
-        score, network = TEACHERS[teacher.kind](snapshot, teacher, device, base)
-        # a dense model reads at most two texts for each pair
-        share = processes_here() / (2 if teacher.kind == "dense" else 1)
-        with encoding(network, in_columns("teacher", teacher.model), len(missing), "pairs", share) as progress:
+        score, network = files.load_scorer(device)
+        # a model that gives each text a vector reads at most two texts for each pair
+        share = processes_here() / (1 if files.teacher.kind == "cross-encoder" else 2)
+        with encoding(network, in_columns("teacher", str(model)), len(missing), "pairs", share) as progress:
             for number, part in enumerate(own, 1):
                 store.add(part, score)
                 progress.reach(min(number * PAIRS_PER_PART * processes_here(), len(missing)))
     wait()
-    known = store.read()
-    rows_scored = 0
+    known, found = store.read(), {}
     for name, rows in with_negatives(train).items():
         scores = np.array([known[digest(*pair)] for pair in pairs_of(rows)], dtype=np.float32)
-        train[name] = rows.add_column(LABEL, scores.reshape(2, -1).T.tolist())
-        rows_scored += len(rows)
-    return {
-        "model": teacher.model,
-        "identity": identity(snapshot),
-        "kind": teacher.kind,
-        "rows": rows_scored,
-        "pairs_scored": len(missing),
-    }
+        found[name] = scores.reshape(len(passages_of(rows.column_names)), -1).T
+    return found, len(missing)
 
 
-def missing_scores_line(teacher: TeacherConfig, train: DatasetDict, base: ModelConfig) -> str:
-    """How many pairs the teacher has to score before the first step."""
-    try:
-        missing = ScoreStore(teacher, fetch_teacher(teacher), base).missing(train)
-    except HubUnreachable:
-        return f"teacher   needs the hub: {teacher.model}"
-    rows = sum(map(len, with_negatives(train).values()))
-    return f"teacher   {teacher.model}: {rows:,} rows with a negative to teach, {len(missing):,} pairs to score first"
+def _scores_of_bm25(taught: dict[str, Dataset], languages: Languages) -> dict[str, np.ndarray]:
+    found = {}
+    for name, rows in taught.items():
+        texts, vectors = bm25_vectors(rows, languages[name])
+        columns = [
+            row_products(vectors.queries[texts.queries], vectors.passages[column]) for column in texts.passages.T
+        ]
+        found[name] = np.stack(columns, axis=1)
+    return found
 
 
-# ------------------------------------------------------------------------------------------- kinds of teachers
-def load_cross_encoder(snapshot: Snapshot, teacher: TeacherConfig, device: str, base: ModelConfig | None) -> Loaded:
-    """Reads a query and a passage together (arXiv 1901.04085); scores are logits."""
-    from sentence_transformers import CrossEncoder
-    from torch import nn
-
-    with loading(KEY, teacher.model, " as a cross-encoder"):
-        model = CrossEncoder(str(snapshot.folder), device=device)
-    if model.num_labels != 1:
+def _scores_of_data(taught: dict[str, Dataset]) -> dict[str, np.ndarray]:
+    """The scores that the rows came with; NaN where a row has none. Raises ConfigError when none has any."""
+    if not any(LABEL in rows.column_names for rows in taught.values()):
         raise ConfigError(
-            f"{KEY}: {teacher.model} gives {model.num_labels} numbers per pair; a teacher gives one score"
+            "loss.teacher: kind is data, but no row with negatives has scores. Name their column: "
+            "datasets.<name>.columns.scores"
         )
-    logits = nn.Identity()  # the library's default squeezes them into 0..1, where all margins are alike
-    options = {"batch_size": teacher.batch_size, "activation_fn": logits, "show_progress_bar": False}
-    return partial(model.predict, **options), model[0]
+    found = {}
+    for name, rows in taught.items():
+        scores = np.full((len(rows), len(passages_of(rows.column_names))), np.nan, dtype=np.float32)
+        for number, values in enumerate(rows[LABEL] if LABEL in rows.column_names else []):
+            if values is not None:
+                scores[number] = values
+        found[name] = scores
+    return found
 
 
-def load_dense(snapshot: Snapshot, teacher: TeacherConfig, device: str, base: ModelConfig | None) -> Loaded:
-    """A sentence encoder; scores are its own similarity of query and passage, each behind its prompt."""
-    model = mining.load_dense(snapshot, KEY, teacher_prompts(teacher, snapshot, base), device)
-
-    def score(pairs: list[Pair]) -> np.ndarray:
-        options = {"batch_size": teacher.batch_size, "show_progress_bar": False, "convert_to_tensor": True}
-        vectors = []
-        for side, encode in enumerate((model.encode_query, model.encode_document)):
-            texts = dict.fromkeys(pair[side] for pair in pairs)
-            place = {text: number for number, text in enumerate(texts)}
-            vectors.append(encode(list(texts), **options)[[place[pair[side]] for pair in pairs]])
-        return model.similarity_pairwise(*vectors).float().cpu().numpy()
-
-    return score, model[0]
-
-
-TEACHERS: dict[str, Callable[[Snapshot, TeacherConfig, str, ModelConfig | None], Loaded]] = {
-    "cross-encoder": load_cross_encoder,
-    "dense": load_dense,
-}
+def missing_scores_lines(teacher: TeacherConfig, train: DatasetDict, base: ModelConfig) -> list[str]:
+    """Per teacher that is a model: how much it has to read before the first step."""
+    rows, lines = sum(map(len, with_negatives(train).values())), []
+    for key, one in teacher.teachers.items():
+        if one.kind not in KINDS_OF_MODELS:
+            lines.append(f"teacher   {one.kind}: {rows:,} rows with negatives to teach")
+            continue
+        try:
+            missing = ScoreStore(TeacherFiles(key, one, base)).missing(train)
+        except HubUnreachable:
+            lines.append(f"teacher   needs the hub: {one.model}")
+            continue
+        lines.append(
+            f"teacher   {one.model}: {rows:,} rows with negatives to teach, {len(missing):,} pairs to score first"
+        )
+    return lines

@@ -103,7 +103,8 @@ def public_config(run: Run, paths: LocalPaths) -> str:
     loaded = load_config(run.folder / "config.yaml")
     values = paths.without(loaded.config.model_dump())
     if (teacher := values["loss"]["teacher"]) is not None:
-        teacher["cache"] = None  # where its scores are kept changes nothing
+        for one in (teacher, *(teacher["models"] or {}).values()):
+            one["cache"] = None  # where its scores are kept changes nothing
     loaded = type(loaded)(loaded.name, loaded.file, Config.model_validate(values), {})
     head = "# Resolved config of the training run. To train from it with nordsparse: make train CONFIG=config.yaml\n"
     if paths.keys:

@@ -1,6 +1,7 @@
 """From the config's training section to SparseEncoderTrainingArguments."""
 
 import re
+from collections.abc import Iterable
 
 from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder import SparseEncoderTrainingArguments
@@ -8,6 +9,7 @@ from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
 from torch import nn
 
 from trainer.config import Config
+from trainer.data.roles import ANCHOR, NEGATIVE, POSITIVE, side_of
 from trainer.runs.run import Run
 
 # Keys of the training section that are not arguments of the library: the trainer itself applies them.
@@ -15,18 +17,28 @@ OWN_KEYS = {"query_learning_rate", "max_seq_length", "start_share"}
 # One that is, but is applied to the networks alone (trainer/models/compiled.py); the library would compile head and all.
 APPLIED_HERE = {"torch_compile"}
 
-ROUTES = {"anchor": "query", "positive": "document", "negative": "document"}
-
 
 def routes_of(config: Config) -> dict[str, str]:
-    """The route of each column through the model; empty where one serves all."""
-    return ROUTES if config.model.has_static_queries else {}
+    """The route of queries and of documents through the model; empty where one serves both."""
+    return {side: side for side in ("query", "document")} if config.model.has_static_queries else {}
 
 
 def build_arguments(
-    config: Config, run: Run, model: SparseEncoder, loss: nn.Module, device: str, *, best_metric: str | None
+    config: Config,
+    run: Run,
+    model: SparseEncoder,
+    loss: nn.Module,
+    device: str,
+    *,
+    best_metric: str | None,
+    roles: Iterable[str] = (ANCHOR, POSITIVE, NEGATIVE),
 ) -> SparseEncoderTrainingArguments:
-    """The library's arguments. best_metric picks the best checkpoint; None when nothing is evaluated."""
+    """The library's arguments.
+
+    Args:
+        best_metric: picks the best checkpoint; None when nothing is evaluated.
+        roles: the columns of texts that the rows have.
+    """
     values = config.training.model_dump(exclude=OWN_KEYS | APPLIED_HERE)
     values["load_best_model_at_end"] = config.training.load_best_model_at_end and best_metric is not None
     return SparseEncoderTrainingArguments(
@@ -43,7 +55,7 @@ def build_arguments(
         activation_checkpointing_kwargs={"use_reentrant": False} if config.hardware.gradient_checkpointing else None,
         # or each step's copy of its batch would wait until the GPU has done all of the step before
         accelerator_config={"non_blocking": config.training.dataloader_pin_memory},
-        router_mapping=routes_of(config),
+        router_mapping={role: side_of(role) for role in roles} if routes_of(config) else {},
         # A query's vector and its document's come from different parameters (Router), in separate forward passes: DDP may
         # not take those of the last pass for all. GradCache has a backward pass for every forward pass: there it must.
         ddp_broadcast_buffers=False,  # the trainer shares the one buffer that changes, CSR's count of dead dims

@@ -1,6 +1,6 @@
 """The words of the plan: one line for each decision, with its reason."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from sentence_transformers import SparseEncoder
 from torch import nn
@@ -8,6 +8,7 @@ from torch import nn
 from trainer.config import FROM_SCRATCH, Config, is_commit, is_local
 from trainer.data.choosing import choice_words
 from trainer.data.mining import mining_words
+from trainer.data.roles import LABEL
 from trainer.data.tokens import Tokeniser
 from trainer.data.training_data import TrainingData
 from trainer.encoding.windows import measure_lengths, reads_in_windows
@@ -30,7 +31,10 @@ NOTHING_TO_COMPARE = "a pair that is alone in its batch is told from nothing, an
 def data_lines(config: Config, data: TrainingData) -> Iterator[str]:
     """Per set: rows, languages, the share that will be seen, and what is left out. Per search set: its queries."""
     for summary in data.summaries.values():
-        kinds = [
+        kinds = (
+            [f"{sum(summary.several.values()):,} with {_either(summary.several)} negatives"] if summary.several else []
+        )
+        kinds += [
             f"{count:,} {kind}" for kind, count in (("triplets", summary.triplets), ("pairs", summary.pairs)) if count
         ]
         languages = ", ".join(f"{language} {count:,}" for language, count in summary.languages.items())
@@ -57,6 +61,32 @@ def data_lines(config: Config, data: TrainingData) -> Iterator[str]:
         yield f"search    {search.name}: {size}{choice_words(search)}"
         for note in search.reading.lines():
             yield f"            {note}"
+
+
+def unused_scores_lines(data: TrainingData) -> Iterator[str]:
+    """Sets that bring a teacher's scores which nothing is taught with."""
+    for name, rows in data.train.items():
+        if LABEL in rows.column_names:
+            yield in_columns(
+                "teacher", f"{name}: its scores are not used; loss.teacher: {{kind: data}} would learn from them"
+            )
+
+
+def teacher_lines(config: Config, data: TrainingData) -> Iterator[str]:
+    """How several teachers' scores become one, and on which passages queries are taught."""
+    teacher = config.loss.teacher
+    assert teacher is not None
+    if teacher.passages == "batch" or teacher.models is not None:
+        names = ", ".join(f"{one.model or one.kind} × {one.weight:g}" for one in teacher.teachers.values())
+        where = "all passages of a batch" if teacher.passages == "batch" else "the passages of each row"
+        how = ", each teacher's normalized per query" if teacher.normalizes else ""
+        yield in_columns("teacher", f"{names}, on {where}{how}")
+
+
+def _either(counts: Iterable[str]) -> str:
+    """The least and the most of some numbers."""
+    most, *_, least = [*counts, *counts]
+    return most if most == least else f"{least} to {most}"
 
 
 def steps_line(config: Config, progress: Progress) -> str:

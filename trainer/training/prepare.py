@@ -4,7 +4,6 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import transformers
@@ -24,7 +23,8 @@ from trainer.encoding.windows import read_in_windows
 from trainer.hub.download import HubUnreachable
 from trainer.losses.build import build_loss
 from trainer.losses.statistics import BatchStatistics
-from trainer.losses.teachers import add_teacher_scores, missing_scores_line
+from trainer.losses.teacher_vectors import batch_scores
+from trainer.losses.teachers import add_teacher_scores, missing_scores_lines
 from trainer.models.attention import choose_attention, plan_attention
 from trainer.models.build import build_model, document_idf, fetch_base_model, load_model
 from trainer.models.compiled import compile_networks
@@ -104,7 +104,9 @@ def prepare(loaded: LoadedConfig, run: Run, start: Start, decisions: Decisions) 
     if config.training.load_best_model_at_end and not parts.progress.is_comparable(best.depends_on):
         differs = what_differs(parts.progress.depends_on or {}, best.depends_on)
         decisions.add(f"          checkpoints up to step {start.step} do not count: {differs}")
-    arguments = build_arguments(config, run, parts.model, parts.loss, parts.device, best_metric=best.metric)
+    arguments = build_arguments(
+        config, run, parts.model, parts.loss, parts.device, best_metric=best.metric, roles=parts.data.roles
+    )
     return Prepared(**vars(parts), evaluator=evaluator, best=best, arguments=arguments, decisions=(*decisions.lines,))
 
 
@@ -153,9 +155,7 @@ def make_parts(loaded: LoadedConfig, decisions: Decisions, run: Run | None = Non
     if once:
         let_vectors_pass(model)
     statistics = BatchStatistics(enabled=config.evaluation.track_sparsity)
-    loss = build_loss(
-        config, model, statistics, document_idf(config, model, partial(data.texts, "positive", "negative"))
-    )
+    loss = build_loss(config, model, statistics, document_idf(config, model, data.passages))
     decisions.add(*describe.rate_lines(config, model, loss), *describe.sparsity_lines(config))
     return Parts(config, device, reason, base, data, progress, teacher, model, statistics, loss)
 
@@ -235,15 +235,24 @@ def decide_teacher(
 ) -> dict[str, Any] | None:
     """Give the rows their teacher scores, and return what run.json holds of them.
 
-    score: False for `make check`, which only adds a line with the number of pairs that the teacher has to score.
+    score: False for `make check`, which only adds lines on what the teachers have to read.
     """
     teacher = config.loss.teacher
+    if teacher is None or all(one.kind != "data" for one in teacher.teachers.values()):
+        decisions.add(*describe.unused_scores_lines(data))
+        data.forget_scores()
     if teacher is None:
         return None
-    if score:
-        return add_teacher_scores(data.train, teacher, device, decisions.add, config.model)
-    decisions.add(missing_scores_line(teacher, data.train, config.model))
-    return None
+    decisions.add(*describe.teacher_lines(config, data))
+    if not score:
+        decisions.add(*missing_scores_lines(teacher, data.train, config.model))
+        return None
+    if teacher.passages == "batch":
+        data.batch_scores, record = batch_scores(
+            data.train, teacher, device, decisions.add, config.model, data.languages
+        )
+        return record
+    return add_teacher_scores(data.train, teacher, device, decisions.add, config.model, data.languages)
 
 
 def make_model(
@@ -255,7 +264,7 @@ def make_model(
         return load_model(start.checkpoint, config, device)
     corpus, lines = read_vocabulary_texts(config.model.vocabulary_texts)
     decisions.add(*(in_columns("vocabulary", line) for line in lines))
-    queries, documents = data.texts("anchor"), data.texts("positive", "negative")
+    queries, documents = data.queries(), data.passages()
     with going_on(in_columns("model", "building")):
         return build_model(config, base, queries, documents, device, corpus or None)
 

@@ -199,7 +199,10 @@ class SparseTrainer(SparseEncoderTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The library's metrics, and eval_loss: the mean over all sets by their rows, which it only has for one set."""
+        kept = self.accelerator._dataloaders
+        before = len(kept)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        del kept[before:]  # the library keeps the loader of every evaluation, with its rows' order, to the end of the run
         if eval_dataset is None and isinstance(self.eval_dataset, dict):
             rows = {name: len(dataset) for name, dataset in self.eval_dataset.items()}
             losses = [metrics[f"eval_{name}_loss"] * count for name, count in rows.items()]

@@ -15,13 +15,14 @@ from tests.benchmarks.speed.step import config_of, stock_parts
 from trainer.config import load_config
 from trainer.data.batches import text_ids
 from trainer.data.forward_passes import ForwardPasses, forward_passes_of
+from trainer.data.roles import side_of
 from trainer.data.tokens import TokenCollator, Tokeniser
 from trainer.encoding.fuse import fuse, transformers_of
 from trainer.losses.build import build_loss
 from trainer.losses.statistics import BatchStatistics
 from trainer.system.libraries import set_up_libraries
-from trainer.training.arguments import ROUTES
 
+ROLES = ("anchor", "positive", "negative")
 # Each a fifth to a half more than the one before.
 SIZES = [2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024]
 
@@ -78,8 +79,10 @@ def features_of(
 ) -> Callable[[int], list[dict[str, Any]]]:
     """Makes the features of the first rows: in these passes as our trainer does, or in columns as the library's does."""
     if passes is None:
-        return lambda size: [model.preprocess(rows[:size][column], task=task) for column, task in ROUTES.items()]
-    tokens = Tokeniser(model, ROUTES, print, keep=False).rows("rows", rows, text_ids(rows), "content")
+        return lambda size: [model.preprocess(rows[:size][role], task=side_of(role)) for role in ROLES]
+    tokens = Tokeniser(model, {side: side for side in ("query", "document")}, print, keep=False).rows(
+        "rows", rows, text_ids(rows), "content"
+    )
     collate = TokenCollator([tokens], passes)
     return lambda size: SparseEncoderTrainer.collect_features(None, collate(range(size)))[0]
 

@@ -26,7 +26,6 @@ from trainer.models.build import build_model, fetch_base_model
 from trainer.models.scratch import build_from_scratch
 from trainer.runs.run import Run
 from trainer.system.libraries import set_up_libraries
-from trainer.training.arguments import ROUTES
 from trainer.training.trainer import SparseTrainer
 
 DATA = ROOT.parent / "shared" / "data"
@@ -215,7 +214,7 @@ def train_stock(config: Config, folder: Path, clock: StepClock) -> None:
         learning_rate_mapping={r"sub_modules\.query\.0\.weight": training.query_learning_rate},
         warmup_steps=training.warmup_steps,
         batch_sampler=BatchSamplers.NO_DUPLICATES,
-        router_mapping=ROUTES,
+        router_mapping={"anchor": "query", "positive": "document", "negative": "document"},
         logging_steps=training.logging_steps,
         bf16=training.bf16,
         tf32=True if gpu else None,
