@@ -32,7 +32,7 @@ def lines_about(config, data):
     """What is said of the rows and of the steps."""
     progress = Progress(config, data)
     progress.plan()
-    return [*data_lines(config, data), steps_line(config, progress)]
+    return [*data_lines(config, data, progress.steps), steps_line(config, progress)]
 
 
 def line_with(lines, word):

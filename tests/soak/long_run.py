@@ -14,8 +14,8 @@ from trainer.training.trainer import SparseTrainer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EVERY = 50  # steps between two looks
-# The allocator takes more from the system now and then, and what leaks is taken again and again: 6,000 steps had three jumps,
-# of 0.8, 1.3 and 1.6 MB. A line through 1,500 of these steps rose by more than 1 MB per 1,000 in a third of all places.
+# The allocator takes more from the system now and then; what leaks is taken again and again. 6,000 steps had three jumps:
+# 0.8, 1.3 and 1.6 MB. A line through 1,500 of these steps rose by more than 1 MB per 1,000 in a third of all places.
 # Without the two largest jumps of each place, growth was 0.67 at most.
 JUMPS = 2
 SECONDS_PER_STEP = 1.0  # by then it hangs: 0.05 on an idle machine

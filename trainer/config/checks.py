@@ -354,16 +354,35 @@ def _datasets(config: Config) -> Iterator[Contradiction]:
     for name, source in sets.items():
         if source and source.enabled and source.mine:
             yield from _mining(("datasets", name, "mine"), source.mine)
+            yield from _mining_rounds(("datasets", name, "mine"), source.mine, config)
+
+
+def _mining_rounds(path: Path_, mining: MiningConfig, config: Config) -> Iterator[Contradiction]:
+    if mining.method != "self":
+        for key in ("every", "rounds"):
+            if getattr(mining, key) != MiningConfig.model_fields[key].default:
+                yield (*path, key), f"has no effect with method {mining.method}. Remove it, or set method: self"
+    elif mining.every is None:
+        yield (*path, "method"), f"self needs '{dotted((*path, 'every'))}': the steps from one mining to the next"
+    elif mining.every % config.training.save_steps:
+        steps = config.training.save_steps
+        yield (
+            (*path, "every"),
+            f"({mining.every}) must be a multiple of training.save_steps ({steps}): the checkpoint mines",
+        )
+    if mining.method == "self" and (config.loss.type == "csr" or config.loss.cached):
+        what = "csr" if config.loss.type == "csr" else "loss.cached"
+        yield (*path, "method"), f"self is for SPLADE without GradCache, not with {what}. Choose bm25 or model"
 
 
 def _mining(path: Path_, mining: MiningConfig) -> Iterator[Contradiction]:
     lowest, highest = mining.range
     if highest - lowest < mining.per_query:
         yield (*path, "range"), f"[{lowest}, {highest}] has fewer ranks than per_query ({mining.per_query}) asks for"
-    if mining.method == "bm25":
+    if mining.method != "model":
         for key in ("model", "revision"):
             if getattr(mining, key):
-                yield (*path, key), "has no effect with method bm25. Remove it, or set method: model"
+                yield (*path, key), f"has no effect with method {mining.method}. Remove it, or set method: model"
     elif not mining.model:
         yield (*path, "method"), f"model needs '{dotted((*path, 'model'))}'"
     else:

@@ -381,8 +381,9 @@ class LossConfig(Section):
 class MiningConfig(Section):
     """Finds negatives for the rows of a data set that have none."""
 
-    method: Literal["bm25", "model"] = "bm25"
-    """bm25: passages with the query's words, in its language; model: passages that a dense model finds similar."""
+    method: Literal["bm25", "model", "self"] = "bm25"
+    """bm25: passages with the query's words, in its language; model: passages that a dense model finds similar; self: bm25
+    at first, and again with the model that is being trained (arXiv 2007.00808), at steps that `every` and `rounds` say."""
     model: Source | None = None
     """model: a hub repository, or a local folder."""
     revision: Revision | None = None
@@ -391,6 +392,20 @@ class MiningConfig(Section):
     """Negatives that are found for each query at most."""
     range: Annotated[list[Count], Field(min_length=2, max_length=2)] = [10, 100]
     """Ranks from and to which passages are taken, the query's own left out: the first few may be answers too."""
+    every: Positive | None = None
+    """self: steps from one mining to the next; a multiple of training.save_steps."""
+    rounds: Positive = 1
+    """self: how often is mined with the model."""
+
+    def round_at(self, step: int) -> int:
+        """How many rounds of self are behind a run after this step."""
+        return min(self.rounds, step // self.every) if self.method == "self" and self.every else 0
+
+    def steps_of_rounds(self, last: int) -> list[int]:
+        """The steps of a run of `last` steps after which is mined with the model."""
+        steps = range(1, self.rounds + 1) if self.method == "self" and self.every else ()
+        return [number * self.every for number in steps if self.every and number * self.every < last]
+
     margin: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Only passages that score at least this share below the query's own, 0.05: 5 % (arXiv 2407.15831)."""
 

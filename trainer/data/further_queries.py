@@ -63,6 +63,8 @@ class FurtherQueries:
 
     def rows_for(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows whose queries are added to the batch of these rows, and which of its passages answers each."""
+        if self.most == 1:
+            return np.zeros(0, int), np.zeros(0, int)
         rng = np.random.default_rng([self.seed, *rows.tolist()])
         asked = set(self.ids[rows, 0].tolist())
         found: list[int] = []

@@ -59,15 +59,12 @@ def fill_negatives(
     missing = count_negatives(table) == 0
     if not missing.any():
         return rows, {}
-    search = _search_of(table, table.filter(pa.array(missing)), everything)
+    search = search_of(table, everything)
     mined = _mined(name, search, settings, base)
-    found: dict[str, list[str]] = defaultdict(list)
-    for query, negative in zip(mined["query"].to_pylist(), mined["negative"].to_pylist(), strict=True):
-        if negative is not None:
-            found[search.queries[query]].append(search.passages[negative])
+    found = found_in(mined, search)
     filled, negatives = _with_negatives(table, missing, found)
     counts = {
-        "method": settings.method if settings.method == "bm25" else str(settings.model),
+        "method": str(settings.model) if settings.method == "model" else "bm25",
         "queries": len(search.queries),
         "queries_filled": len(found),
         "negatives": negatives,
@@ -76,7 +73,9 @@ def fill_negatives(
     return Rows(filled, rows.left_out, rows.reading), counts
 
 
-def _search_of(rows: pa.Table, without: pa.Table, everything: list[pa.Table]) -> Search:
+def search_of(rows: pa.Table, everything: list[pa.Table]) -> Search:
+    """What negatives are looked for in, for the queries of rows that have none. everything: what answers a query."""
+    without = rows.filter(pa.array(count_negatives(rows) == 0))
     answers: dict[str, dict[str, None]] = defaultdict(dict)
     for table in everything:
         for anchor, positive in zip(table["anchor"].to_pylist(), table["positive"].to_pylist(), strict=True):
@@ -96,6 +95,15 @@ def _search_of(rows: pa.Table, without: pa.Table, everything: list[pa.Table]) ->
         languages=list(queries.values()),
         passage_languages=list(languages.values()),
     )
+
+
+def found_in(mined: pa.Table, search: Search) -> dict[str, list[str]]:
+    """The negatives of each query that has any. mined: MINED rows."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for query, negative in zip(mined["query"].to_pylist(), mined["negative"].to_pylist(), strict=True):
+        if negative is not None:
+            found[search.queries[query]].append(search.passages[negative])
+    return found
 
 
 def _with_negatives(table: pa.Table, missing: np.ndarray, found: dict[str, list[str]]) -> tuple[pa.Table, int]:
@@ -118,8 +126,10 @@ def _with_negatives(table: pa.Table, missing: np.ndarray, found: dict[str, list[
 def _mined(name: str, search: Search, settings: MiningConfig, base: ModelConfig | None) -> pa.Table:
     """MINED rows: (query, negative) per negative, and one without a negative per query that has none."""
     texts = digest(*search.queries, *search.passages, repr(search.positives), repr(search.languages))
-    if settings.method == "bm25":
-        folder = folder_of("mined", digest(VERSION, texts, settings.model_dump_json()))
+    how = settings.model_dump_json(exclude={"every", "rounds"})
+    if settings.method != "model":
+        how = settings.model_copy(update={"method": "bm25"}).model_dump_json(exclude={"every", "rounds"})
+        folder = folder_of("mined", digest(VERSION, texts, how))
         numbers = list(range(len(search.queries)))
         mine = _BM25Miner(search, settings).mine
         with going_on(in_columns("mining", name), len(numbers), "queries") as progress:
@@ -130,7 +140,7 @@ def _mined(name: str, search: Search, settings: MiningConfig, base: ModelConfig 
     model = fetch(settings.model, settings.revision, kind="model", why=why, key=key)
     prompts = prompts_of(settings.model, model.folder, base)
     of_model = digest(identity(model), quoted(prompts)) if quoted(prompts) else identity(model)
-    folder = folder_of("mined", digest(VERSION, texts, settings.model_dump_json(), of_model))
+    folder = folder_of("mined", digest(VERSION, texts, how, of_model))
     load = partial(load_dense, model, key, prompts)
     with going_on(in_columns("mining", name)):
         return cached_table(folder / "mined.parquet", partial(_mine_with_model, search, settings, load, of_model))
@@ -165,7 +175,20 @@ def choose(candidates: Iterable[int], search: Search, query: int, count: int) ->
     return chosen, passed_over
 
 
-def _table(chosen: Iterable[tuple[int, list[int], int]]) -> pa.Table:
+def choose_within(
+    passages: np.ndarray, scores: np.ndarray, limit: float, search: Search, query: int, settings: MiningConfig
+) -> tuple[list[int], int]:
+    """`choose` among a query's ranks of settings.range that score no more than the limit. passages: best first."""
+    positives, (lowest, highest) = set(search.positives[query]), settings.range
+    candidates = [
+        int(passage)
+        for passage, score in zip(passages, scores, strict=True)
+        if passage not in positives and 0 < score <= limit
+    ]
+    return choose(candidates[lowest:highest], search, query, settings.per_query)
+
+
+def table_of(chosen: Iterable[tuple[int, list[int], int]]) -> pa.Table:
     """MINED rows of queries, each with its negatives and how many near duplicates were passed over."""
     rows = [
         (query, negative, passed if place == 0 else 0)
@@ -189,7 +212,7 @@ class _BM25Miner:
         for query in queries:
             by_language[self.search.languages[query]].append(query)
         chosen = [found for language, those in by_language.items() for found in self._within(language, those)]
-        return _table(sorted(chosen))
+        return table_of(sorted(chosen))
 
     def _within(self, language: str, queries: list[int]) -> Iterator[tuple[int, list[int], int]]:
         if language not in self.indexes:
@@ -198,22 +221,16 @@ class _BM25Miner:
         if index.is_empty:
             yield from ((query, [], 0) for query in queries)
             return
-        lowest, highest = self.settings.range
+        highest = self.settings.range[1]
         most = max(len(self.search.positives[query]) for query in queries)
         words = index.words_of([self.search.queries[query] for query in queries])
         places, scores = index.search(words, highest + most)
         for query, own_words, row, values in zip(queries, words, numbers[places], scores, strict=True):
-            positives = set(self.search.positives[query])
             limit = np.inf
             if self.settings.margin is not None:
-                of_positives = index.scores_of(own_words)[np.isin(numbers, list(positives))]
+                of_positives = index.scores_of(own_words)[np.isin(numbers, self.search.positives[query])]
                 limit = (1 - self.settings.margin) * float(of_positives.min(initial=np.inf))
-            candidates = [
-                int(passage)
-                for passage, value in zip(row, values, strict=True)
-                if passage not in positives and 0 < value <= limit
-            ]
-            yield (query, *choose(candidates[lowest:highest], self.search, query, self.settings.per_query))
+            yield (query, *choose_within(row, values, limit, self.search, query, self.settings))
 
     def _index(self, language: str) -> tuple[BM25Index, np.ndarray]:
         """The language's passages, and their numbers."""
@@ -282,7 +299,7 @@ def _mine_with_model(search: Search, settings: MiningConfig, load: Callable, of_
     candidates: dict[str, dict[int, None]] = defaultdict(dict)
     for anchor, negative in zip(mined["anchor"], mined["negative"], strict=True):
         candidates[anchor][number[negative]] = None
-    return _table(
+    return table_of(
         (place, *choose(candidates[query], search, place, settings.per_query))
         for place, query in enumerate(search.queries)
     )

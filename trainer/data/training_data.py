@@ -20,10 +20,11 @@ from trainer.data.choosing import divide, read_search_splits, search_splits
 from trainer.data.forward_passes import forward_passes_of, padding
 from trainer.data.further_queries import FurtherQueries, answers_of
 from trainer.data.held_out import hold_out
-from trainer.data.mining import fill_negatives
-from trainer.data.negatives import by_count, with_at_most
+from trainer.data.mining import fill_negatives, search_of
+from trainer.data.negatives import by_count, count_negatives, with_at_most
 from trainer.data.roles import ANCHOR, LABEL, negatives_of, passages_of, roles_of
 from trainer.data.rows import Rows, fingerprint, text_numbers
+from trainer.data.self_mining import ToMine
 from trainer.data.sources import LoadedSource, mining_of, sample, sources_of
 from trainer.data.teacher_scores import BatchScores
 from trainer.data.texts import Reading
@@ -79,6 +80,9 @@ class TrainingData:
     eval_tokens: dict[str, TokenRows] = field(default_factory=dict)
     languages: dict[str, list[str]] = field(default_factory=dict)  # of each row in `train`
     batch_scores: dict[str, BatchScores] = field(default_factory=dict)  # of teachers that compare all of a batch
+    to_mine: dict[str, ToMine] = field(default_factory=dict)  # sets that are mined again with the model
+    first_mined: dict[str, Dataset] = field(default_factory=dict)  # rows of `train` as they were before a later mining
+    _first_lengths: dict[str, np.ndarray] = field(default_factory=dict)
     _text_ids: dict[str, np.ndarray] = field(default_factory=dict)
     _batches: dict[str, NoDuplicateBatches] = field(default_factory=dict)
 
@@ -123,20 +127,29 @@ class TrainingData:
         than one, the seed draws them.
         """
         self._batches.clear()
+        for (
+            subset,
+            rows,
+        ) in self.first_mined.items():  # their lengths part the rows into batches, whatever is mined later
+            self._first_lengths[subset] = self._tokenise(subset, rows, tokeniser, windows, None).longest_passages()
         for name, subsets in self.subsets.items():
             for subset in subsets:
-                content, rows, ids = self.summaries[name].fingerprint, self.train[subset], self.text_ids(subset)
-                if windows:
-                    rows = windows.rows(rows)
-                    content, ids = fingerprint(rows.with_format("arrow")[:]), text_ids(rows)
-                tokens = tokeniser.rows(subset, rows, ids, content)
+                content = None if subset in self.first_mined else self.summaries[name].fingerprint
+                tokens = self._tokenise(subset, self.train[subset], tokeniser, windows, content)
                 self.tokens[subset] = replace(tokens, batch_scores=self.batch_scores.get(subset))
-            if queries > 1:
+            if queries > 1 or any(subset in self.first_mined for subset in subsets):
                 self._add_further_queries(subsets, queries, seed)
-        for subset, dataset in self.eval.items():
-            rows = windows.rows(dataset) if windows else dataset
-            content = fingerprint(rows.with_format("arrow")[:])
-            self.eval_tokens[subset] = tokeniser.rows(subset, rows, text_ids(rows), content)
+        for subset, rows in self.eval.items():
+            self.eval_tokens[subset] = self._tokenise(subset, rows, tokeniser, windows, None)
+
+    def _tokenise(
+        self, subset: str, rows: Dataset, tokeniser: Tokeniser, windows: BestWindows | None, content: str | None
+    ) -> TokenRows:
+        """content: a hash of the rows' texts, where it is known."""
+        read = windows.rows(rows) if windows else rows
+        if content is None or windows:
+            content = fingerprint(read.with_format("arrow")[:])
+        return tokeniser.rows(subset, read, text_ids(read), content)
 
     def _add_further_queries(self, subsets: list[str], most: int, seed: int) -> None:
         numbered = text_numbers([self.train[subset].with_format("arrow")[:] for subset in subsets])
@@ -160,11 +173,24 @@ class TrainingData:
                 config.training.per_device_train_batch_size,
                 seed=config.training.seed,
                 processes=processes(),
-                ids=self.text_ids(subset),
-                lengths=self.tokens[subset].longest_passages() if subset in self.tokens else None,
+                ids=text_ids(self.first_mined[subset]) if subset in self.first_mined else self.text_ids(subset),
+                lengths=self._lengths(subset),
                 window=1 if config.model.packs_texts else config.datasets.length_window,
             )
         return self._batches[subset]
+
+    def _lengths(self, subset: str) -> np.ndarray | None:
+        if subset in self._first_lengths:
+            return self._first_lengths[subset]
+        return self.tokens[subset].longest_passages() if subset in self.tokens else None
+
+    def replace_mined(self, name: str, table: pa.Table, config: Config) -> None:
+        """Give a set's rows the negatives of a later mining. Their batches stay those of the first one."""
+        table = with_at_most(table, config.datasets.negatives_per_row or len(table.column_names))
+        for subset, part in by_count(name, table, _rows_of_a_batch(config)).items():
+            self.first_mined[subset] = self.train[subset]
+            self.train[subset] = Dataset(part.drop_columns("language"))
+            self._text_ids.pop(subset, None)
 
     def rows_without_a_batch(self, config: Config, name: str) -> int:
         """Rows of a set that sit out its first pass, because every batch already holds one of their texts."""
@@ -358,10 +384,14 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
     assert held_out is not None  # since hold_out
     mined: dict[str, int | str] = {}
     if mining := mining_of(config.datasets, name):
+        given = rows
         rows, mined = fill_negatives(name, rows, source.everything, mining, config.model)
+        if mining.method == "self" and mined:
+            is_mined = count_negatives(given.table) == 0
+            data.to_mine[name] = ToMine(mining, rows.table, is_mined, search_of(given.table, source.everything))
     most, training = config.datasets.negatives_per_row, config.training
     rows, held_out = _with_at_most(rows, most), _with_at_most(held_out, most)
-    subsets = by_count(name, rows.table, training.per_device_train_batch_size * processes())
+    subsets = by_count(name, rows.table, _rows_of_a_batch(config))
     data.subsets[name] = list(subsets)
     for subset, table in subsets.items():
         data.languages[subset] = table["language"].to_pylist()
@@ -391,6 +421,10 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
         mined=mined,
         notes=list((rows.reading + held_out.reading).lines()),
     )
+
+
+def _rows_of_a_batch(config: Config) -> int:
+    return config.training.per_device_train_batch_size * processes()
 
 
 def _with_at_most(rows: Rows, most: int | None) -> Rows:

@@ -69,6 +69,11 @@ def _first_change(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
     return None
 
 
+def checkpoint_at(folder: Path, step: int) -> Path:
+    """The checkpoint of a step, among the checkpoints in a folder."""
+    return folder / f"{PREFIX}{step}"
+
+
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])

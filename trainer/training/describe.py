@@ -28,8 +28,11 @@ from trainer.training.progress import Progress
 NOTHING_TO_COMPARE = "a pair that is alone in its batch is told from nothing, and its contrastive loss is 0"
 
 
-def data_lines(config: Config, data: TrainingData) -> Iterator[str]:
-    """Per set: rows, languages, the share that will be seen, and what is left out. Per search set: its queries."""
+def data_lines(config: Config, data: TrainingData, last: int) -> Iterator[str]:
+    """Per set: rows, languages, the share that will be seen, and what is left out. Per search set: its queries.
+
+    last: the run's last step.
+    """
     for summary in data.summaries.values():
         kinds = (
             [f"{sum(summary.several.values()):,} with {_either(summary.several)} negatives"] if summary.several else []
@@ -48,6 +51,10 @@ def data_lines(config: Config, data: TrainingData) -> Iterator[str]:
             yield f"            from {source}" + (f" at {commit}" if commit else " (local copy)")
         if summary.mined:
             yield f"            {mining_words(summary.mined)}"
+        if to_mine := data.to_mine.get(summary.name):
+            steps = to_mine.settings.steps_of_rounds(last)
+            when = f"step {', '.join(f'{step:,}' for step in steps)}" if steps else "no step: training is shorter"
+            yield f"            mined again with the model after {when}"
         for reason, count in summary.left_out.items():
             yield f"            {count:,} rows not trained on: {reason}"
         for reason, count in summary.eval_left_out.items():

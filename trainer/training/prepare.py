@@ -38,6 +38,7 @@ from trainer.training.arguments import build_arguments, routes_of
 from trainer.training.best_checkpoint import BestCheckpoint, best_checkpoint_of, checkpoint_line, what_differs
 from trainer.training.evaluators import SearchEvaluator, build_evaluator
 from trainer.training.memory import estimate_memory, memory_lines, precision_of
+from trainer.training.mining_rounds import mine_again
 from trainer.training.progress import Progress
 from trainer.training.resume import START, Start, check_same_data, check_steps_left
 
@@ -83,14 +84,16 @@ class Prepared(Parts):
 class Decisions:
     """Prints each decision as soon as it is made, and keeps the line. Of several processes only the first prints."""
 
-    def __init__(self, echo: Callable[[str], None]) -> None:
+    def __init__(self, echo: Callable[[str], None], *, quiet: bool = False) -> None:
+        """quiet: keep the lines and do not print them."""
         self.lines: list[str] = []
+        self.quiet = quiet
         self.echo = echo if is_first() else lambda line: None
 
     def add(self, *lines: str) -> None:
         """Print and keep these lines."""
         self.lines += lines
-        for line in lines:
+        for line in () if self.quiet else lines:
             self.echo(line)
 
 
@@ -129,6 +132,8 @@ def make_parts(loaded: LoadedConfig, decisions: Decisions, run: Run | None = Non
     config = loaded.config
     device, reason = decide_device(config, decisions, must_exist=run is not None)
     base, data, progress = load(loaded, decisions, run, start)
+    if run:
+        mine_again(config, data, run, start, device, decisions.echo)
     teacher = decide_teacher(config, data, device, decisions, score=run is not None)
     model = make_model(config, base, data, start, device if run else "cpu", decisions)
     decisions.add(*describe.model_lines(config, base, model))
@@ -206,7 +211,7 @@ def load(
     else:
         check_steps_left(loaded, start.step, progress.steps, decisions.add)
         progress.plan()
-        decisions.add(*describe.data_lines(config, data), describe.steps_line(config, progress))
+        decisions.add(*describe.data_lines(config, data, progress.steps), describe.steps_line(config, progress))
         check_something_to_learn(config, data)
         decisions.add(*describe.lonely_pairs_lines(config, data))
     if data.unreachable and config.model.depends_on_texts:

@@ -17,7 +17,7 @@ from trainer.models.attention import with_padded_attention
 from trainer.models.build import autoencoder_of, save_model
 from trainer.models.cut_vocabulary import vocabulary_cut
 from trainer.models.fitted_head import head_fit
-from trainer.runs.checkpoints import put_in_place
+from trainer.runs.checkpoints import checkpoint_at, put_in_place
 from trainer.runs.choice import REPORTED
 from trainer.runs.run import Run
 from trainer.system.device import describe_device
@@ -36,6 +36,7 @@ from trainer.training.evaluators import SearchEvaluator
 from trainer.training.failures import Stopped
 from trainer.training.forgetting import keep_query_scores, warn_of_forgetting
 from trainer.training.learned_words import learned_lines
+from trainer.training.mining_rounds import StopForRound, steps_of_rounds
 from trainer.training.prepare import Decisions, Prepared, prepare
 from trainer.training.resume import Start, find_start
 from trainer.training.start_weights import keep_start_weights, mix_in_start_weights
@@ -61,13 +62,16 @@ def train(
         before = scores_before(prepared, run, start, decisions.echo)
 
         # 3. Train
-        throughput, watchdog = Throughput(static_routes(prepared.model)), Watchdog(prepared.statistics, decisions.echo)
-        trainer = build_trainer(prepared, run, start, stop, throughput, watchdog, decisions.echo)
-        totals = RunTotals(run, throughput, watchdog, prepared.device, began)
-        with totals.counting(trainer):
-            trainer.train_from(start.checkpoint)
-        if stop.received is not None and trainer.state.global_step < prepared.progress.steps:
-            raise Stopped(trainer.state.global_step, stop.received)
+        while True:
+            trainer, totals = train_steps(prepared, run, start, stop, began, decisions.echo)
+            if trainer.state.global_step == prepared.progress.steps:
+                break
+            # a round of mining: the run goes on from its checkpoint, as a resumed one would
+            checkpoint = checkpoint_at(run.checkpoints, trainer.state.global_step)
+            start, began = Start(checkpoint, prepared.config.model.packs_texts), time.perf_counter()
+            del trainer, prepared, totals
+            prepared = prepare(loaded, run, start, Decisions(decisions.echo, quiet=True))
+            record_start(prepared, run, start)
 
         # 4. Save and score, in the precision in which users will open the model, without training's autocast
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -87,6 +91,24 @@ def train(
         worse = warn_of_forgetting(run, before, decisions.echo) if is_first() else []
         decisions.echo(verdict(before, after, prepared.evaluator, run.manifest, worse))
     return after
+
+
+def train_steps(
+    prepared: Prepared, run: Run, start: Start, stop: StopOnSignal, began: float, echo: Callable[[str], None]
+) -> tuple[SparseTrainer, RunTotals]:
+    """Train to the last step, or to the next round of mining. began: the moment from which the run's seconds count.
+
+    Raises Stopped after a signal.
+    """
+    throughput, watchdog = Throughput(static_routes(prepared.model)), Watchdog(prepared.statistics, echo)
+    trainer = build_trainer(prepared, run, start, stop, throughput, watchdog, echo)
+    totals = RunTotals(run, throughput, watchdog, prepared.device, began)
+    with totals.counting(trainer):
+        trainer.train_from(start.checkpoint)
+    step, last = trainer.state.global_step, prepared.progress.steps
+    if stop.received is not None and step < last:
+        raise Stopped(step, stop.received)
+    return trainer, totals
 
 
 def build_trainer(
@@ -122,6 +144,7 @@ def build_trainer(
             EvaluationProgress(),
             ProgressBar() if sys.stderr.isatty() else ProgressLines(echo),
             stop,
+            StopForRound(steps_of_rounds(prepared.data, prepared.progress.steps)),
         ],
     )
 

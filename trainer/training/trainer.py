@@ -21,7 +21,7 @@ from trainer.data.tokens import TokenCollator
 from trainer.models.remote_code import keep_code
 from trainer.runs.checkpoints import (
     ASIDE,
-    PREFIX,
+    checkpoint_at,
     put_in_place,
     remove_oldest,
     require_unchanged,
@@ -202,7 +202,9 @@ class SparseTrainer(SparseEncoderTrainer):
         kept = self.accelerator._dataloaders
         before = len(kept)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        del kept[before:]  # the library keeps the loader of every evaluation, with its rows' order, to the end of the run
+        del kept[
+            before:
+        ]  # the library keeps the loader of every evaluation, with its rows' order, to the end of the run
         if eval_dataset is None and isinstance(self.eval_dataset, dict):
             rows = {name: len(dataset) for name, dataset in self.eval_dataset.items()}
             losses = [metrics[f"eval_{name}_loss"] * count for name, count in rows.items()]
@@ -247,7 +249,7 @@ class SparseTrainer(SparseEncoderTrainer):
     @between_steps
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint appears whole: written aside, sealed, flushed, renamed. Then the oldest go. One process writes."""
-        place = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
+        place = checkpoint_at(Path(self.args.output_dir), self.state.global_step)
         if is_first():
             with written_aside(place.parent) as aside:
                 super()._save_checkpoint(model, trial)
