@@ -59,10 +59,18 @@ def pretend(project, version="echo 20.10", device="cpu", build=0, gpus=None, end
     command = project / "bin" / "docker"
     command.write_text(PRETEND.format(version=version, device=device, build=build, gpus=gpus or 0, ended=ended))
     command.chmod(0o755)
+    write_df(project, free_kib=10**8)
     if gpus is not None:
         driver = project / "bin" / "nvidia-smi"
         driver.write_text("#!/bin/sh\n")
         driver.chmod(0o755)
+
+
+def write_df(project, free_kib):
+    """A df whose disk has so much space, whatever this machine's has."""
+    df = project / "bin" / "df"
+    df.write_text(f"#!/bin/sh\necho header\necho /dev/x 100 99 {free_kib} 100% /\n")
+    df.chmod(0o755)
 
 
 def ran(project):
@@ -442,9 +450,7 @@ def test_an_image_that_cannot_be_built_is_one_line(project):
 
 def test_a_full_disk_of_the_engine_is_one_line_with_the_remedy(project):
     pretend(project, build=1)
-    df = project / "bin" / "df"
-    df.write_text("#!/bin/sh\necho header\necho /dev/x 100 99 1024 100% /\n")
-    df.chmod(0o755)
+    write_df(project, free_kib=1024)
     said = one_line_of(run(project, "trainer", "check", RUNTIME="docker"))
     assert "the disk of the Docker engine is full (0 GiB left in /): docker system prune" in said
 

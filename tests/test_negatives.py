@@ -10,7 +10,7 @@ from tests.test_data import error_of, load, write_lines
 from trainer.config import ConfigError
 from trainer.data.negatives import by_count, with_at_most
 from trainer.data.roles import negative_roles, negatives_of, roles_of
-from trainer.data.rows import read_files, rows_from_table
+from trainer.data.rows import DEFAULT_COLUMNS, read_files, rows_from_table
 
 NTUPLES = [
     {"anchor": "a", "positive": "p", "negative_1": "x", "negative_2": "y", "score": 0.1},
@@ -129,7 +129,11 @@ def test_scores_follow_the_passages_that_are_read(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_one_column_holds_all_scores_or_the_margin(tmp_path, suffix):
     lists = [row | {"scores": [5, 1, 2]} for row in NTUPLES[:1]] + [row | {"scores": None} for row in NTUPLES[4:]]
-    assert labels_of(read_files(str(written(tmp_path, lists, suffix)), None, "no", "key")) == [[5, 1, 2], None]
+    columns = DEFAULT_COLUMNS | {"scores": "scores"}
+    assert labels_of(read_files(str(written(tmp_path, lists, suffix)), columns, "no", "key")) == [[5, 1, 2], None]
+    unnamed = read_files(str(written(tmp_path, lists, suffix)), None, "no", "key")
+    assert "label" not in unnamed.table.column_names
+    assert list(unnamed.reading.lines()) == ["not read: columns score, scores"]
     margins = [{"q": "a", "p": "b", "n": "c", "margin": 1.5}, {"q": "d", "p": "e", "n": "f", "margin": None}]
     columns = {"anchor": "q", "positive": "p", "negative": "n", "scores": "margin"}
     assert labels_of(read_files(str(written(tmp_path, margins, suffix)), columns, "no", "key")) == [[1.5, 0], None]
@@ -148,7 +152,7 @@ def test_one_column_holds_all_scores_or_the_margin(tmp_path, suffix):
 def test_scores_that_cannot_be_used_are_one_line(tmp_path, scores, says):
     file = written(tmp_path, [NTUPLES[0] | {"scores": scores}], "jsonl")
     with pytest.raises(ConfigError, match=says):
-        read_files(str(file), None, "no", "key")
+        read_files(str(file), DEFAULT_COLUMNS | {"scores": "scores"}, "no", "key")
 
 
 # ---------------------------------------------------------------------------------- how many a row has

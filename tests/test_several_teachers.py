@@ -88,7 +88,8 @@ def test_scores_in_the_data_teach_without_a_model_and_with_others(tmp_path):
 def test_scores_in_the_data_that_nothing_learns_from_are_said(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [{"anchor": f"q{i}", "positive": f"p{i}", "negative": f"n{i}",
                                                  "scores": [2, 1]} for i in range(4)])  # fmt: skip
-    data = load(tmp_path, f"  mine: {{source: {source}, eval_rows: 0}}")
+    columns = "{anchor: anchor, positive: positive, negative: negative, scores: scores}"
+    data = load(tmp_path, f"  mine: {{source: {source}, eval_rows: 0, columns: {columns}}}")
     assert data.train["mine"]["label"] == [[2, 1]] * 4
     bert = write_bert(tmp_path / "bert")
     said = []

@@ -23,10 +23,10 @@ from trainer.data.texts import Reading, as_strings, have_text, is_json_lines, re
 
 # Twice the languages of the largest set here; more are no languages, and would fill the plan with a line of any length.
 MOST_LANGUAGES = 12
-# What a column is read as -> its name in the source: anchor, positive, negative, or scores. The name that is given for
-# negative stands for those with a number too: negative_1, negative_2, …
+# What a column is read as -> its name in the source: anchor, positive, negative, or one of SCORES. The name that is given
+# for negative stands for those with a number too: negative_1, negative_2, …
 Columns = dict[str, str]
-DEFAULT_COLUMNS: Columns = {name: name for name in ("anchor", "positive", "negative", "scores")}
+DEFAULT_COLUMNS: Columns = {name: name for name in ("anchor", "positive", "negative")}
 
 
 @dataclass
@@ -141,9 +141,9 @@ def rows_from_table(table: pa.Table, columns: Columns, language: str | None, *, 
     """
     reading = Reading()
     found = negatives_in(table.column_names, columns)
-    scored = {key: columns[key] for key in SCORES if columns.get(key) in table.column_names}
+    scored = {key: columns[key] for key in SCORES if key in columns}
     needed = [columns["anchor"], columns["positive"]]
-    needed += [columns[key] for key in SCORES if columns.get(key, key) != key]  # a name of the user's own
+    needed += [columns[key] for key in SCORES if key in columns]
     if "negative" in columns and columns["negative"] != "negative" and not found:
         needed.append(columns["negative"])
     for column in needed:

@@ -414,7 +414,7 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
         several={str(count): counts[count] for count in sorted(counts, reverse=True) if count > 1},
         eval_rows=len(held_out),
         eval_left_out=dict(+held_out.left_out),
-        languages=rows.languages,
+        languages=Rows(pa.concat_tables([table.select(["language"]) for table in subsets.values()])).languages,
         left_out=dict(+rows.left_out),
         revisions=source.revisions,
         fingerprint=fingerprint(rows.table),
