@@ -1,7 +1,7 @@
 """Query latency of trained models in a large index, whose posting lists are as long as the models make them.
 
-The passages of a real corpus are encoded, and drawn with replacement until the index has PASSAGES. Models take turns, query by
-query, on one core.
+The passages of a real corpus are encoded, and drawn with replacement until the index has PASSAGES. Models take turns, query
+by query, on one core.
 
     python -m tests.benchmarks.large_index path/to/beir_folder models/one/final models/other/final
 """
