@@ -9,8 +9,8 @@ import pytest
 
 from tests.conftest import TINY
 from trainer.config import ConfigError, load_config
+from trainer.data.loading import load_data
 from trainer.data.rows import MOST_LANGUAGES
-from trainer.data.training_data import load_data
 from trainer.models.scratch import train_vocabulary, without_long_words
 from trainer.runs.run import Run
 from trainer.training.train import train

@@ -9,7 +9,8 @@ from tests.test_models import config_of
 from trainer.config import ConfigError
 from trainer.data.beir import SearchSet, read_search_set
 from trainer.data.choosing import choice_of, choice_words, divide, half_of, read_search_splits
-from trainer.data.training_data import TrainingData, load_data
+from trainer.data.loading import load_data
+from trainer.data.training_data import TrainingData
 from trainer.runs.choice import choosers_of, hash_of, reported
 from trainer.training.best_checkpoint import BestCheckpoint, checkpoint_line, choices_of
 from trainer.training.evaluators import GradedSearch, SearchEvaluator

@@ -13,9 +13,9 @@ from tests.conftest import ROOT, TINY
 from tests.test_shipped_configs import NAMES
 from trainer.config import ConfigError, load_config
 from trainer.data.beir import read_search_set
+from trainer.data.loading import load_data
 from trainer.data.rows import fingerprint
 from trainer.data.sources import QUICKSTART, QUICKSTART_SETS
-from trainer.data.training_data import load_data
 from trainer.hub.download import HubUnreachable
 from trainer.models.build import fetch_base_model
 

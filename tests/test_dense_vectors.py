@@ -17,8 +17,8 @@ from trainer.config import load_config
 from trainer.data import dense_vectors
 from trainer.data.batches import text_ids
 from trainer.data.dense_vectors import DenseVectors, let_vectors_pass, pays, texts_to_encode
+from trainer.data.loading import load_data
 from trainer.data.tokens import Tokeniser
-from trainer.data.training_data import load_data
 from trainer.runs.run import Run
 from trainer.training import prepare
 from trainer.training.arguments import routes_of

@@ -19,7 +19,7 @@ from tests.test_plan import lines_about
 from tests.test_training import assert_same_weights
 from trainer.config import ConfigError, load_config
 from trainer.data.batches import NoDuplicateBatches, batch_sizes
-from trainer.data.training_data import load_data
+from trainer.data.loading import load_data
 from trainer.runs.run import Run
 from trainer.system.device import choose_device
 from trainer.system.launch import exit_status

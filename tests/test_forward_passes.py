@@ -18,8 +18,8 @@ from trainer.config import load_config
 from trainer.data.batches import text_ids
 from trainer.data.buckets import bucket_lengths
 from trainer.data.forward_passes import CPU_POSITIONS, ForwardPasses, forward_passes_of, padding
+from trainer.data.loading import load_data
 from trainer.data.tokens import PLACE, TokenCollator, Tokeniser
-from trainer.data.training_data import load_data
 from trainer.encoding.fuse import transformers_of
 from trainer.losses.build import build_loss
 from trainer.losses.splade import SpladeLoss, embed

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import TINY
 from tests.test_plan import lines_about
 from trainer.config import load_config
-from trainer.data.training_data import load_data
+from trainer.data.loading import load_data
 
 
 def load(folder, **sets):

@@ -11,9 +11,9 @@ from tests.test_plan import lines_about
 from trainer.config import ConfigError, load_config
 from trainer.config.schema import MiningConfig
 from trainer.data import roles
+from trainer.data.loading import load_data
 from trainer.data.mining import fill_negatives, is_near_duplicate
 from trainer.data.rows import Rows
-from trainer.data.training_data import load_data
 from trainer.hub.cache import cached_table, cached_tables
 from trainer.hub.download import HubUnreachable
 from trainer.system.progress_bar import ProgressReport

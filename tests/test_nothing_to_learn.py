@@ -9,7 +9,7 @@ from sentence_transformers import util
 from tests.conftest import TINY, run_trainer
 from tests.test_plan import decisions_of
 from trainer.config import ConfigError, load_config
-from trainer.data.training_data import load_data
+from trainer.data.loading import load_data
 from trainer.losses.ranking import RankingLoss
 from trainer.losses.statistics import BatchStatistics
 from trainer.training.describe import lonely_pairs_lines

@@ -8,7 +8,7 @@ from tests.checkpoints import write_bert
 from tests.conftest import ROOT, TINY, run_trainer
 from tests.test_models import config_of
 from trainer.config import load_config
-from trainer.data.training_data import load_data
+from trainer.data.loading import load_data
 from trainer.runs.run import Run
 from trainer.training.describe import data_lines, steps_line
 from trainer.training.prepare import Decisions, check, prepare

@@ -28,8 +28,8 @@ from trainer.config.resume import MODEL, ORDER, ROWS, RULES, UNIT, rule_of, why_
 from trainer.config.schema import DatasetsConfig, LocalSource
 from trainer.config.tree import Origin
 from trainer.data.batches import MixedBatches
+from trainer.data.loading import load_data
 from trainer.data.rows import LABEL
-from trainer.data.training_data import load_data
 from trainer.losses.build import build_csr_loss
 from trainer.losses.dims_controller import DimsController
 from trainer.losses.regularizers import Step

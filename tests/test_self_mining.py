@@ -11,11 +11,11 @@ from tests.test_mining import PASSAGES, QUESTIONS, table
 from tests.test_models import build
 from trainer.config import ConfigError, load_config
 from trainer.config.schema import MiningConfig
+from trainer.data.loading import load_data
 from trainer.data.mining import fill_negatives, search_of, table_of
 from trainer.data.negatives import count_negatives
 from trainer.data.rows import Rows
 from trainer.data.self_mining import ToMine
-from trainer.data.training_data import load_data
 from trainer.runs.run import Run
 from trainer.system.progress_bar import ProgressReport
 from trainer.training import mining_rounds

@@ -15,10 +15,10 @@ from trainer.config import ConfigError, load_config
 from trainer.data import tokens as module
 from trainer.data.batches import text_ids
 from trainer.data.forward_passes import ForwardPasses
+from trainer.data.loading import load_data
 from trainer.data.roles import side_of
 from trainer.data.token_file import TEXTS_PER_PART, TokenFile
 from trainer.data.tokens import TokenCollator, Tokeniser
-from trainer.data.training_data import load_data
 from trainer.losses.build import build_loss
 from trainer.losses.statistics import BatchStatistics
 from trainer.models.build import build_model, fetch_base_model, load_model, save_model

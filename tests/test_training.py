@@ -18,7 +18,7 @@ from tests.checkpoints import write_bert, write_dense
 from tests.conftest import ROOT, TINY, run_trainer
 from tests.test_models import config_of
 from trainer.config import load_config
-from trainer.data.training_data import load_data
+from trainer.data.loading import load_data
 from trainer.runs.checkpoints import fault_of, newest_complete, seal
 from trainer.runs.run import Run
 from trainer.training.train import train

@@ -21,7 +21,7 @@ from tests.test_export import run_export
 from tests.test_models import build, config_of, dense_vectors
 from trainer.config import ConfigError, load_config
 from trainer.data.beir import SearchSet
-from trainer.data.training_data import load_data
+from trainer.data.loading import load_data
 from trainer.encoding.encode import document_modules, encode
 from trainer.encoding.fuse import fuse
 from trainer.encoding.windows import (

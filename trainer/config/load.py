@@ -13,8 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainer.config.checks import dotted, find_contradictions, is_local
+from trainer.config.checks import find_contradictions
 from trainer.config.errors import ConfigError, did_you_mean
+from trainer.config.names import dotted, is_local
 from trainer.config.pins import FILE_NAME, read_pins
 from trainer.config.schema import Config, section_at
 from trainer.config.tree import (

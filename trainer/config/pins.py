@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
-from trainer.config.checks import dotted, is_commit, is_local
 from trainer.config.errors import ConfigError
+from trainer.config.names import dotted, is_commit, is_local
 from trainer.config.schema import Config, Revision, Section, Sha256
 from trainer.config.tree import Origin, Origins, Path_, YamlError, is_file, parse_file, scalar
 

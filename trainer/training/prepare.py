@@ -15,8 +15,9 @@ from trainer.config import Config, ConfigError, LoadedConfig
 from trainer.data.best_windows import BestWindows
 from trainer.data.dense_vectors import DenseVectors, let_vectors_pass, pays, texts_to_encode
 from trainer.data.forward_passes import forward_passes_of
+from trainer.data.loading import load_data
 from trainer.data.tokens import Tokeniser
-from trainer.data.training_data import TrainingData, load_data
+from trainer.data.training_data import TrainingData
 from trainer.data.vocabulary_texts import read_vocabulary_texts
 from trainer.encoding.fuse import fuse
 from trainer.encoding.windows import read_in_windows
