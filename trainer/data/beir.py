@@ -56,6 +56,7 @@ class Record(NamedTuple):
     id: str
     title: str
     text: str
+    language: str = ""  # as a column says it, where that is asked for
 
     @property
     def passage(self) -> str:
@@ -75,6 +76,11 @@ class Files(NamedTuple):
 def is_beir(folder: Path) -> bool:
     """Whether a folder holds a corpus in BEIR layout."""
     return bool(_candidates(folder, "corpus.jsonl"))
+
+
+def corpus_file(folder: Path) -> Path:
+    """The file that holds the corpus of such a folder. Raises ConfigError when it is there twice."""
+    return _only(folder, "corpus.jsonl")
 
 
 def has_split(folder: Path, split: str) -> bool:
@@ -118,19 +124,22 @@ def _only(folder: Path, *names: str) -> Path:
 
 
 # ------------------------------------------------------------------------------------------- passages and queries
-def read_records(file: Path, reading: Reading) -> Iterator[Record]:
+def read_records(file: Path, reading: Reading, language: str | None = None) -> Iterator[Record]:
     """Passages or queries of a .jsonl or .parquet file, one after the other: `_id` or `id`, `text`, perhaps `title`.
 
     `contents` stands for `text` too. Texts come in NFC; ids as they are, since they are keys.
+
+    language: a column that may say the language of a row.
     """
-    for number, row in read_rows(file, RECORD):
+    for number, row in read_rows(file, (*RECORD, *([language] if language else []))):
         id_column, name = id_of(row, file, number)
         column = next((column for column in TEXTS if column in row), TEXTS[0])
         title = text_of(row, "title", file, number, needed=False) or ""
         text = text_of(row, column, file, number) or ""
-        if others := row.keys() - {id_column, "title", column}:
+        said = text_of(row, language, file, number, needed=False) if language else None
+        if others := row.keys() - {id_column, "title", column, language}:
             reading.pass_over("columns", sorted(others))
-        yield Record(number, name, reading.compose(title), reading.compose(text))
+        yield Record(number, name, reading.compose(title), reading.compose(text), said or "")
 
 
 def unique(records: Iterable[Record], file: Path) -> Iterator[Record]:
@@ -147,7 +156,7 @@ def unique(records: Iterable[Record], file: Path) -> Iterator[Record]:
 
 def read_corpus(folder: Path, reading: Reading) -> dict[str, str]:
     """Passage texts, with their titles, by id."""
-    file = _only(folder, "corpus.jsonl")
+    file = corpus_file(folder)
     corpus = {record.id: record.passage for record in unique(read_records(file, reading), file)}
     if not corpus:
         raise ConfigError(f"{file}: no passages")

@@ -19,7 +19,7 @@ NOT_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
-def only_one_in(folder: Path, echo: Callable[[str], None]) -> Iterator[None]:
+def only_one_in(folder: Path, echo: Callable[[str], None], doing: str = "trained") -> Iterator[None]:
     """Hold the folder's lock. Raises ConfigError, one line with the owner and its age, when another process holds it.
 
     The lock is the kernel's (fcntl, POSIX): it ends with its process, even by SIGKILL, so none is ever stale; it holds
@@ -29,7 +29,7 @@ def only_one_in(folder: Path, echo: Callable[[str], None]) -> Iterator[None]:
     """
     handle = _open(folder)
     try:
-        if _lock(handle, folder, echo) and (left := _owner(handle)):
+        if _lock(handle, folder, echo, doing) and (left := _owner(handle)):
             echo(f"lock      {folder} was left by {left}, which ended without a word: taken over")
         _write(handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}))
         try:
@@ -48,17 +48,17 @@ def _open(folder: Path) -> int:
         raise cannot_be_written(folder, error) from None
 
 
-def _lock(handle: int, folder: Path, echo: Callable[[str], None]) -> bool:
+def _lock(handle: int, folder: Path, echo: Callable[[str], None], doing: str) -> bool:
     """Whether the lock is ours now; False where the file system has none."""
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: another process has it
-        raise ConfigError(f"{folder} is being trained by {_owner(handle)}. Stop it first, or wait") from None
+        raise ConfigError(f"{folder} is being {doing} by {_owner(handle)}. Stop it first, or wait") from None
     except OSError as error:
         if error.errno not in NOT_HERE:
             raise
-    echo(f"Warning: {folder} is on a file system without locks: a second training of it would not be noticed")
+    echo(f"Warning: {folder} is on a file system without locks: a second process in it would not be noticed")
     return False
 
 
