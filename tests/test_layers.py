@@ -20,6 +20,7 @@ TRAINER = [
     "training",  # prepare, train, evaluate, resume, callbacks
     "publish",  # the card, the upload
     "export",  # files for search engines
+    "queries",  # written by a language model for a corpus that has none
     "cli",
     "__main__",
 ]

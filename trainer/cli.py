@@ -1,9 +1,10 @@
-"""python -m trainer: train, check, show, publish, export. Heavy imports are inside the commands: help is quick."""
+"""python -m trainer: train, check, show, publish, export, queries. Heavy imports are inside the commands: help is quick."""
 
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -198,6 +199,71 @@ def export(
     export_in_processes(to, request, count_processes(processes, click.echo))
     if upsert:
         upload_points(request.folder(to), upsert, run.name, click.echo)
+
+
+@main.command()
+@click.argument("corpus", metavar="CORPUS")
+@click.option("--llm", required=True, metavar="URL", help="An OpenAI-compatible endpoint: http://localhost:11434/v1")
+@click.option("--model", required=True, metavar="NAME", help="The model that writes, as the endpoint calls it.")
+@click.option("--output", type=Path, help="Folder to write to; models/queries/<name of the corpus> by default.")
+@click.option("--prompt", type=Path, help="A prompt of your own in place of trainer/queries/prompt.txt.")
+@click.option(
+    "--language", metavar="CODE", help="nb, nn, da, sv or no, for all passages; told by their words by default."
+)
+@click.option("--passages", type=click.IntRange(1), help="Ask about so many, a random sample; about all by default.")
+@click.option("--seed", default=42, show_default=True, help="Of the sample, and of what is held out.")
+@click.option("--questions", default=3, type=click.IntRange(0), show_default=True, help="Questions for each passage.")
+@click.option("--keywords", default=2, type=click.IntRange(0), show_default=True, help="Keyword queries for each.")
+@click.option("--shortest", default=10, type=click.IntRange(1), show_default=True, help="Words that a passage needs.")
+@click.option(
+    "--found-in",
+    default=10,
+    type=click.IntRange(1),
+    show_default=True,
+    help="Keep a query if BM25 finds its passage among so many.",
+)
+@click.option("--dense", metavar="MODEL", help="Or if this dense model does: a folder, or a name on the hub.")
+@click.option("--dense-revision", metavar="COMMIT", help="Of the dense model on the hub.")
+@click.option(
+    "--dev-share", default=0.1, type=click.FloatRange(0, 0.9), show_default=True, help="Share of the passages held out."
+)
+@click.option("--concurrency", default=4, type=click.IntRange(1, 64), show_default=True, help="Requests at once.")
+@click.option("--retries", default=5, type=click.IntRange(0), show_default=True, help="Further tries for a passage.")
+@click.option(
+    "--timeout", default=300.0, type=click.FloatRange(0.01), show_default=True, help="Seconds to wait for an answer."
+)
+@click.option("--price-in", type=click.FloatRange(0), help="Price of a million tokens that the model reads.")
+@click.option("--price-out", type=click.FloatRange(0), help="Price of a million tokens that it writes.")
+@click.option("--spend", type=click.FloatRange(0, min_open=True), metavar="AMOUNT", help="Stop when so much is spent.")
+@click.option("--max-tokens-total", type=click.IntRange(1), metavar="N", help="Stop when so many tokens are used.")
+def queries(
+    corpus: str,
+    llm: str,
+    model: str,
+    price_in: float | None,
+    price_out: float | None,
+    spend: float | None,
+    max_tokens_total: int | None,
+    retries: int,
+    timeout: float,
+    **settings: Any,
+) -> None:
+    """Have a language model write queries for CORPUS, check each, and write a folder to train on.
+
+    CORPUS is a .jsonl or .parquet file or a folder in BEIR layout. A key is taken from LLM_API_KEY or OPENAI_API_KEY.
+    Run it again after a kill: it asks about no passage twice.
+    """
+    set_up_libraries(verbose=False)
+    from trainer.queries.ask import Limits
+    from trainer.queries.command import make_queries
+    from trainer.queries.endpoint import Patience
+    from trainer.queries.request import Request
+
+    limits = Limits(price_in, price_out, spend, max_tokens_total)
+    patience = Patience(timeout, retries)
+    make_queries(
+        Request(Path(corpus), llm, model, click.echo, limits=limits, patience=patience, **settings),
+    )
 
 
 @main.command()
