@@ -24,9 +24,9 @@ export PYTORCH_ENABLE_MPS_FALLBACK ?= 1
 # In place of the shell, since make hands on a signal to its own child alone.
 RUN     := exec docker/run
 export CONFIG SET RUNTIME VENV NODES PROCS RENDEZVOUS PORT IMAGE
-export MODEL ONLY TASKS BASELINE DENSE REPO TO CORPUS QUERIES OUTPUT
+export MODEL ONLY TASKS BASELINE DENSE REPO TO CORPUS QUERIES OUTPUT LLM
 
-.PHONY: help train resume eval check show pin bm25 prove publish export tensorboard images test test-docker lint audit smoke bench soak lock schema clean
+.PHONY: help train resume eval check show pin bm25 prove publish export queries tensorboard images test test-docker lint audit smoke bench soak lock schema clean
 .DEFAULT_GOAL := help
 
 help: ## this help
@@ -71,6 +71,9 @@ publish: ## upload the trained model of CONFIG: REPO=owner/name, PUBLIC=1, DRY_R
 export: ## files for a search engine: TO=lucene CORPUS=file.jsonl QUERIES=… OUTPUT=folder SHARD=1/4
 	@$(RUN) trainer export "$$CONFIG" --to "$$TO" $(if $(CORPUS),--corpus "$$CORPUS") \
 	  $(if $(QUERIES),--queries "$$QUERIES") $(if $(OUTPUT),--output "$$OUTPUT") $(if $(SHARD),--shard $(SHARD)) $(ARGS)
+
+queries: ## have an LLM write queries for a corpus that has none: CORPUS=pages.jsonl LLM=http://localhost:11434/v1 MODEL=gemma3
+	@$(RUN) trainer queries "$$CORPUS" --llm "$$LLM" --model "$$MODEL" $(if $(OUTPUT),--output "$$OUTPUT") $(ARGS)
 
 tensorboard: ## watch runs at http://127.0.0.1:6006, or PORT=…
 	@$(RUN) tensorboard

@@ -267,6 +267,28 @@ def test_a_config_of_the_mac_is_sent_to_the_host(project):
     assert "Set RUNTIME=host" in one_line_of(run(project, "trainer", "train", "splade", CONFIG="splade"))
 
 
+def test_the_key_of_an_endpoint_goes_by_its_name_into_the_container_of_queries_alone(project):
+    pretend(project)
+    command = ("trainer", "queries", "data/pages.jsonl", "--llm", "https://models.example/v1", "--model", "m")
+    run(project, *command, LLM_API_KEY="sk-secret")
+    run(project, *command)
+    run(project, "trainer", "train", "quickstart", LLM_API_KEY="sk-secret")
+    queries, without, training = ran(project)
+    assert " --env LLM_API_KEY --entrypoint python -m trainer train queries data/pages.jsonl" in queries
+    assert "OPENAI_API_KEY" not in queries
+    assert "API_KEY" not in without + training
+    assert "sk-secret" not in queries + training
+    assert "compose.machines.yaml" not in queries
+
+
+@pytest.mark.parametrize("host", ["localhost:11434", "localhost", "127.0.0.1:8000", "[::1]:80"])
+def test_an_endpoint_of_this_machine_is_seen_from_the_container(project, host):
+    pretend(project)
+    run(project, "trainer", "queries", "data/pages.jsonl", "--llm", f"http://{host}/v1", "--model", "m")
+    (command,) = ran(project)
+    assert "--file docker/compose.machines.yaml run " in command
+
+
 def test_each_command_runs_in_its_service(project):
     pretend(project)
     for arguments, ends in {
@@ -314,7 +336,7 @@ def test_no_shell_stands_between_make_and_docker_run(project):
     """make hands on a signal, as of a scheduler that stops a job, to its own child alone."""
     (project / "docker" / "run").write_text("#!/bin/sh\ncat /proc/$PPID/comm\n")
     targets = ("train", "resume", "check", "show", "eval", "bm25")
-    for target in (*targets, "prove", "publish", "export", "tensorboard", "images"):
+    for target in (*targets, "prove", "publish", "export", "queries", "tensorboard", "images"):
         command = ["make", target, "SET=a=1", "TASKS=b", "CORPUS=c"]
         assert subprocess.run(command, cwd=project, capture_output=True, text=True).stdout == "make\n", target
 
@@ -346,6 +368,9 @@ def test_make_hands_on_every_path_as_one_word(project):
     words = made(project, "export", "CONFIG=c", "TO=lucene", *given)
     assert words[2:5] == ["c", "--to", "lucene"]
     assert words[5:] == options("CORPUS", "QUERIES", "OUTPUT")
+    words = made(project, "queries", *given, f"LLM={ODD}", "ARGS=--passages 5")
+    assert words[:3] == ["trainer", "queries", paths["CORPUS"]]
+    assert words[3:] == ["--llm", ODD, *options("MODEL", "OUTPUT"), "--passages", "5"]
     assert made(project, "bm25", *given) == ["evaluate", "bm25", "--tasks", paths["TASKS"]]
     assert made(project, "publish", "CONFIG=c", f"REPO={ODD}")[2:] == ["c", "--repo", ODD]
     assert made(project, "prove", f"ONLY={ODD}", f"TASKS={ODD}", f"SET={ODD}", "DRY_RUN=1") == [
