@@ -58,6 +58,12 @@ def write_even_rows(folder):
         rows = [json.loads(line) for line in (QUICKSTART / f"{source}.jsonl").read_text().splitlines()]
         lines = [json.dumps({role: row[column] for role, column in roles.items()}) for row in rows]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    rows = [json.loads(line) for line in (folder / "triplets.jsonl").read_text().splitlines()]
+    several = [
+        row | {f"negative_{place}": rows[(number + place) % len(rows)]["negative"] for place in (1, 2)}
+        for number, row in enumerate(rows)
+    ]
+    (folder / "several.jsonl").write_text("\n".join(map(json.dumps, several)))
 
 
 @pytest.fixture
@@ -329,8 +335,12 @@ def test_a_process_ends_with_its_own_status_while_the_last_numbers_are_still_hel
             *("--set", "training.query_learning_rate=null"),
         ),
         ("--set", "loss.document_regularizer_weight=null", "--set", "loss.target_document_dims=20"),
+        (
+            *("--set", "datasets.triplets.source=several.jsonl", "--set", "loss.teacher.kind=bm25"),
+            *("--set", "loss.teacher.objective=kl"),
+        ),
     ],
-    ids=["plain", "cached", "accumulated", "splade", "target"],
+    ids=["plain", "cached", "accumulated", "splade", "target", "several negatives and their scores"],
 )
 def test_two_processes_give_the_loss_curve_of_one_with_the_same_batch(even, options):
     train(even, "one", *options)
@@ -345,6 +355,18 @@ def test_two_processes_give_the_loss_curve_of_one_with_the_same_batch(even, opti
         assert manifests[0][key] == manifests[1][key], key
     assert manifests[0]["after"] == pytest.approx(manifests[1]["after"], rel=1e-3)
     assert result.stdout.count("verdict") == 1
+
+
+@pytest.mark.slow
+def test_the_first_of_two_processes_mines_for_both(even):
+    mine = "datasets.pairs.mine={method: self, every: 8, rounds: 2, range: [0, 40]}"
+    result = train(even, "two", *TWO, "--set", mine)
+    assert [line.split(",")[0] for line in result.stdout.splitlines() if line.startswith("mining")] == [
+        "mining    pairs: round 1 of 2", "mining    pairs: round 2 of 2"
+    ]  # fmt: skip
+    mined = sorted(file.name for file in (even / "models/two/mined").iterdir())
+    assert mined == ["pairs-step-16.parquet", "pairs-step-8.parquet"]
+    assert len(losses(even, "two")) == 24
 
 
 # Put in front of Python's path: every process but the first gets a view of the working directory that it cannot write to.
