@@ -6,11 +6,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.checkpoints import write_bert
 from tests.test_data import error_of, load, write_lines
+from tests.test_models import build
 from trainer.config import ConfigError
-from trainer.data.negatives import by_count, with_at_most
+from trainer.data.negatives import FEW, by_count, parted_like, with_at_most
 from trainer.data.roles import negative_roles, negatives_of, roles_of
 from trainer.data.rows import DEFAULT_COLUMNS, read_files, rows_from_table
+from trainer.data.tokens import Tokeniser
 
 NTUPLES = [
     {"anchor": "a", "positive": "p", "negative_1": "x", "negative_2": "y", "score": 0.1},
@@ -97,6 +100,34 @@ def test_a_list_item_without_text_is_named(tmp_path):
                         "no", where="file")  # fmt: skip
 
 
+def test_what_is_empty_in_a_list_is_counted_and_strange_types_are_one_line_or_read():
+    def read(**columns):
+        return rows_from_table(pa.table({"query": ["a"] * 2, **columns}), FLAG_COLUMNS, "no", where="file")
+
+    rows = read(pos=[["p"], ["q"]], neg=[["x", " ", None], []])
+    assert next(rows.reading.lines()) == "not read: 2 passages in lists without text"
+    assert len(read(pos=[[], []], neg=[[], []])) == 0
+    passages = pa.array([[{"title": None, "text": "p"}], [{"title": None, "text": None}]])
+    assert texts_of(read(pos=passages, neg=[[], []])) == [("a", "p")]
+    large = pa.array([[{"title": "T", "text": "p"}], []], pa.list_(
+        pa.struct([("title", pa.string()), ("text", pa.large_string())])))  # fmt: skip
+    assert texts_of(read(pos=large, neg=[[], []])) == [("a", "T p")]
+    with pytest.raises(ConfigError, match="column 'pos' holds passages whose 'title' is int64, not text"):
+        read(pos=pa.array([[{"title": 1, "text": "p"}], []]), neg=[[], []])
+
+
+def test_a_long_list_widens_no_other_part_of_the_rows(monkeypatch):
+    monkeypatch.setattr("trainer.data.rows.ROWS_AT_ONCE", 2)
+    lists = [["x"], ["y"], ["z", "w", "v"], [], ["u"]]
+    table = pa.table({"query": list("abcde"), "pos": [[f"p{n}"] for n in range(5)], "neg": lists})
+    rows = rows_from_table(table, FLAG_COLUMNS, "no", where="file")
+    assert [[text for text in row[2:] if text] for row in texts_of(rows)] == lists
+    scored = table.append_column("s", [[[1], [1], [1, 2], [], [1]]]).append_column("t", [[[1], [1], [1], [1], [1]]])
+    columns = FLAG_COLUMNS | {"positive_scores": "t", "negative_scores": "s"}
+    with pytest.raises(ConfigError, match="file: row 3: column 's' holds another number of scores"):
+        rows_from_table(scored, columns, "no", where="file")
+
+
 def test_a_text_that_stands_twice_in_a_row_is_read_once():
     table = pa.table({"q": ["a", "b"], "p": ["r", "s"], "n_1": ["x", "y"], "n_2": [" x", "z"], "n_3": ["w", "y"]})
     rows = rows_from_table(table, {"anchor": "q", "positive": "p", "negative": "n"}, "no", where="file")
@@ -147,6 +178,7 @@ def test_one_column_holds_all_scores_or_the_margin(tmp_path, suffix):
         ("high", "column 'scores' holds \"high\", not a teacher's score"),
         ([1, 2, float("nan")], "column 'scores' holds NaN, not a teacher's score"),
         (True, "column 'scores' holds true, not a teacher's score"),
+        ([1, 2, 10**400], "column 'scores' holds 1000000000"),
     ],
 )
 def test_scores_that_cannot_be_used_are_one_line(tmp_path, scores, says):
@@ -168,38 +200,48 @@ def test_a_row_with_more_negatives_than_asked_for_becomes_several_and_loses_none
     assert with_at_most(table, 5) is table
 
 
-def test_rows_are_parted_by_their_negatives_and_too_few_for_a_batch_are_triplets():
-    many = [(f"a{i}", f"p{i}", f"x{i}", f"y{i}") for i in range(4)]
+def test_rows_are_parted_by_their_negatives_and_a_rare_number_is_shared_among_rows_of_frequent_ones():
+    many = [(f"a{i}", f"p{i}", f"x{i}", f"y{i}") for i in range(FEW)]
     few = [("b", "q", "1", "2", "3"), ("c", "r", "4", "5", "6")]
-    sets = by_count("mine", in_columns(*many, *few, ("d", "s"), ("e", "t", "7")), batch_size=4)
+    sets = by_count("mine", in_columns(*many, *few, ("d", "s"), ("e", "t", "7")))
     assert {name: table.num_rows for name, table in sets.items()} == {
-        "mine-2-negatives": 4, "mine-triplets": 7, "mine-pairs": 1
+        "mine-2-negatives": FEW + 2, "mine-triplets": 3, "mine-pairs": 1
     }  # fmt: skip
-    triplets = sets["mine-triplets"].to_pylist()
-    assert sorted(row["negative"] for row in triplets) == list("1234567")
-    assert {row["anchor"]: row["positive"] for row in triplets} == {"b": "q", "c": "r", "e": "t"}
+    last = [(row["anchor"], row["negative"], row["negative2"]) for row in sets["mine-2-negatives"].to_pylist()[FEW:]]
+    assert last == [("b", "1", "2"), ("c", "4", "5")]
+    assert {(row["anchor"], row["negative"]) for row in sets["mine-triplets"].to_pylist()} == {
+        ("b", "3"), ("c", "6"), ("e", "7")
+    }  # fmt: skip
     # where all rows are of one kind, they stay as they are, however few
-    assert [*by_count("mine", in_columns(*few), batch_size=4)] == ["mine"]
+    assert [*by_count("mine", in_columns(*few))] == ["mine"]
+
+
+def test_held_out_rows_have_as_many_negatives_as_some_row_that_is_trained_on():
+    table = in_columns(("a", "p", "1", "2", "3"), ("b", "q", "4", "5"), ("c", "r", "6"), ("d", "s"))
+    sets, left_out = parted_like("mine", table, {2, 0})
+    assert {name: table.num_rows for name, table in sets.items()} == {"mine-2-negatives": 2, "mine-pairs": 2}
+    assert left_out == 2
+    assert sets["mine-2-negatives"].to_pylist()[0]["negative2"] == "2"
 
 
 def test_the_plan_counts_rows_by_their_negatives(tmp_path):
     rows = [{"anchor": f"q{i}", "positive": f"d{i}"} | {f"negative_{n}": f"n{i} {n}" for n in range(1, 4)}
-            for i in range(20)]  # fmt: skip
+            for i in range(70)]  # fmt: skip
     rows += [{"anchor": f"r{i}", "positive": f"e{i}"} for i in range(20)]
     source = write_lines(tmp_path / "a.jsonl", rows)
     data = load(tmp_path, f"  mine: {{source: {source}, eval_rows: 0}}")
     assert data.subsets == {"mine": ["mine-3-negatives", "mine-pairs"]}
     found = data.summaries["mine"]
-    assert (found.several, found.triplets, found.pairs, found.rows) == ({"3": 20}, 0, 20, 40)
+    assert (found.several, found.triplets, found.pairs, found.rows) == ({"3": 70}, 0, 20, 90)
     assert data.columns == 5
     data = load(tmp_path, f"  mine: {{source: {source}, eval_rows: 0}}\n  negatives_per_row: 2")
     found = data.summaries["mine"]
-    assert (found.several, found.triplets, found.pairs, found.rows) == ({"2": 20}, 20, 20, 60)
-    assert found.notes == ["20 rows more, since datasets.negatives_per_row is 2"]
+    assert (found.several, found.triplets, found.pairs, found.rows) == ({"2": 70}, 70, 20, 160)
+    assert found.notes == ["70 rows more, since datasets.negatives_per_row is 2"]
     negatives = [
         text for rows in data.train.values() for name in negatives_of(rows.column_names) for text in rows[name]
     ]
-    assert len(set(negatives)) == len(negatives) == 60
+    assert len(set(negatives)) == len(negatives) == 210
 
 
 def test_columns_of_scores_that_exclude_each_other_are_one_line(tmp_path):
@@ -217,3 +259,22 @@ def test_ids_of_texts_are_the_same_for_equal_texts_of_any_column(tmp_path):
     assert ids.shape == (2, 4)
     assert (ids[0, 1], ids[0, 2], ids[0, 3]) == (ids[1, 2], ids[1, 3], ids[1, 1])
     assert len(np.unique(ids)) == 5
+
+
+def test_token_ids_that_are_kept_are_of_the_rows_as_they_are_parted(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("trainer.data.tokens.MIN_TEXTS_ON_DISK", 1)
+    base = write_bert(tmp_path / "bert")
+    model = build(tmp_path, base, "splade")
+    rows = [
+        {"anchor": f"q{i}", "positive": f"p{i}"} | {f"negative_{n}": f"n{i} {n}" for n in range(4)} for i in range(9)
+    ]
+    source = write_lines(tmp_path / "a.jsonl", rows)
+    for most in (4, 2, 4, 1):
+        data = load(tmp_path, f"  mine: {{source: {source}, eval_rows: 0}}\n  negatives_per_row: {most}")
+        data.tokenise(Tokeniser(model, {}, print))
+        tokens, table = data.tokens["mine"], data.train["mine"]
+        assert [column.name for column in tokens.columns] == roles_of(table.column_names)
+        for column in tokens.columns:
+            expected = [model.tokenizer(text)["input_ids"] for text in table[column.name]]
+            assert [ids.tolist() for ids in column.texts(range(len(table)))] == expected

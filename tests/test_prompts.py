@@ -236,8 +236,8 @@ def test_a_dense_teacher_reads_its_own_prompts_and_is_known_by_them(tmp_path, de
 
     def scores(base=None):
         rows = DatasetDict({"a": Dataset.from_dict({"anchor": QUERIES, "positive": DOCUMENTS, "negative": DOCUMENTS})})
-        found = add_teacher_scores(rows, teacher, "cpu", lambda line: None, base)
-        return np.array(rows["a"]["label"])[:, 0], found["pairs_scored"]
+        scored, found = add_teacher_scores({"a": rows}, teacher, "cpu", lambda line: None, base)
+        return np.array(scored["a"]["label"])[:, 0], found["pairs_scored"]
 
     without, _ = scores()
     base = ModelConfig(base_model=str(dense), architecture="csr", prompts=PromptsConfig(**PROMPTS))

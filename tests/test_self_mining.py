@@ -1,5 +1,7 @@
 """Negatives mined again with the model that is being trained."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -164,6 +166,15 @@ def test_a_run_mines_between_its_steps_and_resumed_anywhere_ends_with_the_same_b
     train(loaded, killed, resume=True, echo=said.append)
     assert_equal(weights_of(whole), weights_of(killed))
     assert killed.manifest["rows_trained"] == whole.manifest["rows_trained"]
+
+    # back at the first round: what the later model found is found again, and not read
+    for step in (4, 6):
+        shutil.rmtree(killed.checkpoints / f"checkpoint-{step}")
+    mined = []
+    monkeypatch.setattr(mining_rounds, "_mine", lambda *arguments: mined.append(1) or mine(*arguments))
+    train(loaded, killed, resume=True, echo=said.append)
+    assert len(mined) == 1
+    assert_equal(weights_of(whole), weights_of(killed))
 
 
 @pytest.mark.slow

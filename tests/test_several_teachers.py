@@ -14,7 +14,7 @@ from tests.test_data import load, write_lines
 from tests.test_models import build, config_of
 from tests.test_teachers import own_cache, write_cross_encoder  # noqa: F401  a fixture
 from tests.test_training import manifest
-from trainer.config import ConfigError
+from trainer.config import ConfigError, load_config
 from trainer.config.schema import OneOfTeachers, TeacherConfig, TeacherModels
 from trainer.data.bm25 import BM25Index
 from trainer.data.further_queries import SharedPassages
@@ -22,10 +22,12 @@ from trainer.data.teacher_scores import mean_scores
 from trainer.losses import teacher_models
 from trainer.losses.build import build_loss
 from trainer.losses.statistics import BatchStatistics
-from trainer.losses.teacher_vectors import batch_scores, bm25_vectors
+from trainer.losses.teacher_vectors import Texts, batch_scores, bm25_vectors
 from trainer.losses.teachers import add_teacher_scores
 from trainer.models.build import save_model
-from trainer.training.prepare import Decisions, decide_teacher
+from trainer.runs.run import Run
+from trainer.training.prepare import Decisions, check, decide_teacher
+from trainer.training.train import train
 
 ROLES = ["positive", "negative", "negative2", "negative3"]
 
@@ -37,8 +39,7 @@ def rows(width=3):
 
 
 def scored(teacher, sets, languages=None):
-    found = add_teacher_scores(sets, teacher, "cpu", lambda line: None, None, languages)
-    return sets, found
+    return add_teacher_scores({"set": sets}, teacher, "cpu", lambda line: None, None, languages)
 
 
 def several(**teachers):
@@ -94,20 +95,23 @@ def test_scores_in_the_data_that_nothing_learns_from_are_said(tmp_path):
     bert = write_bert(tmp_path / "bert")
     said = []
     assert decide_teacher(config_of(tmp_path, bert, "splade"), data, "cpu", Decisions(said.append), score=True) is None
-    assert said == ["teacher   mine: its scores are not used; loss.teacher: {kind: data} would learn from them"]
+    assert said == ["teacher   mine: its scores are not used, for no teacher is of kind data"]
     assert "label" not in data.train["mine"].column_names
 
 
-def test_bm25_scores_are_those_of_the_index_and_none_between_languages():
-    sets = rows(1)
-    texts, vectors = bm25_vectors(sets, ["no"] * 4)
+def test_bm25_scores_are_those_of_the_index_of_the_whole_set_and_none_between_languages():
+    subsets = {"triplets": rows(1).select([0, 1]), "pairs": rows(0).select([2, 3])}
+    texts = Texts.of(subsets)
+    vectors = bm25_vectors(texts, {subset: ["no", "no"] for subset in subsets})
     index = BM25Index(texts.different_passages, "no", without_stop_words=True)
     expected = np.stack([index.scores_of(words) for words in index.words_of(texts.different_queries)])
     assert expected.max() > 0.1
     np.testing.assert_allclose((vectors.queries @ vectors.passages.T).toarray(), expected, atol=1e-6)
-    texts, vectors = bm25_vectors(sets, ["no", "no", "sv", "sv"])
+    assert [texts.different_passages[number] for number in texts.passages["pairs"][:, 0]] == DOCUMENTS[2:]
+    vectors = bm25_vectors(texts, {"triplets": ["no", "no"], "pairs": ["sv", "sv"]})
     found = (vectors.queries @ vectors.passages.T).toarray()
-    of_norwegian = set(texts.passages[:2].ravel().tolist())
+    of_norwegian = set(texts.passages["triplets"].ravel().tolist())
+    assert found[:2].any()
     for passage in range(len(texts.different_passages)):
         if passage not in of_norwegian:
             assert not found[:2, passage].any()
@@ -132,8 +136,7 @@ def test_scores_in_batches_are_the_models_similarities_and_are_kept(tmp_path, mo
         said = []
 
         def found(settings=settings, said=said):
-            sets = DatasetDict({"a": rows(1)})
-            scores, record = batch_scores(sets, settings, "cpu", said.append, config.model, {})
+            scores, record = batch_scores({"a": {"a": rows(1)}}, settings, "cpu", said.append, config.model, {})
             assert record["rows"] == 4
             return scores["a"].of(asking, picked)
 
@@ -210,6 +213,41 @@ def test_over_a_batch_kl_compares_all_passages_for_every_query(tmp_path, further
 
 
 # ------------------------------------------------------------------------------------------- runs
+@pytest.mark.parametrize("settings", ["", "objective: kl"])
+def test_a_run_learns_from_scores_that_some_rows_have(tmp_path, monkeypatch, settings):
+    monkeypatch.chdir(tmp_path)
+    given = [
+        {"anchor": f"hva er {n}", "positive": f"svaret er {n}", "scores": [3, 1, 0] if n % 2 else None}
+        | {f"negative_{place}": f"ikke {n} men {place}" for place in (1, 2)}
+        for n in range(80)
+    ]
+    source = write_lines(tmp_path / "a.jsonl", given)
+    columns = "{anchor: anchor, positive: positive, negative: negative, scores: scores}"
+    text = TINY.replace("quickstart: {}", f"mine: {{source: {source}, columns: {columns}}}")
+    teacher = f"teacher: {{kind: data{', ' if settings else ''}{settings}}}"
+    (tmp_path / "tiny.yaml").write_text(text.replace("1e-3}\ndatasets", f"1e-3, {teacher}}}\ndatasets"))
+    loaded = load_config(tmp_path / "tiny.yaml", ["training.max_steps=2"])
+    said = []
+    check(loaded, Decisions(said.append))
+    assert any("rows with negatives have scores to teach" in line for line in said)
+    train(loaded, run := Run.create(loaded), echo=said.append)
+    assert run.manifest["teacher"]["rows"] in (36, 37)  # of 72 or 73 that are trained on
+
+
+def test_a_teacher_of_a_csr_model_has_the_weight_that_is_said_whatever_gamma(tmp_path):
+    dense = write_dense(tmp_path / "dense")
+    parts = []
+    for gamma in (0.5, 2.0):
+        config = config_of(
+            tmp_path, dense, "csr", "loss.teacher.kind=bm25", "loss.teacher.weight=0.3", f"loss.gamma={gamma}"
+        )
+        loss = build_loss(config, build(tmp_path, dense, "csr"), BatchStatistics())
+        parts.append(loss.loss.teacher_weight * gamma)
+    assert parts == pytest.approx([0.3, 0.3])
+    with pytest.raises(ConfigError, match=r"loss.teacher' has no effect with loss.gamma 0"):
+        config_of(tmp_path, dense, "csr", "loss.teacher.kind=bm25", "loss.gamma=0.0")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["inference-free-splade", "csr"])
 @pytest.mark.parametrize("passages", ["row", "batch"])

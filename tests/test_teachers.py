@@ -59,7 +59,8 @@ def teacher_of(folder, kind="cross-encoder", **settings):
 
 def with_scores(teacher, data=None, said=None):
     data = data or rows()
-    return data, add_teacher_scores(data, teacher, "cpu", (said if said is not None else []).append)
+    scored, found = add_teacher_scores({"set": data}, teacher, "cpu", (said if said is not None else []).append)
+    return {**data, **scored}, found
 
 
 # ------------------------------------------------------------------------------------------- scores

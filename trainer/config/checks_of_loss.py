@@ -31,6 +31,11 @@ def contradictions_of_loss(config: Config) -> Iterator[Contradiction]:
         for key in (*SPLADE_KEYS, "cached"):
             if getattr(loss, key):
                 yield ("loss", key), "is for SPLADE; a csr model is sparse by model.csr_k. Remove it."
+        if teacher and not loss.gamma:
+            yield (
+                ("loss", "teacher"),
+                "has no effect with loss.gamma 0, which leaves out the loss it is a part of. Raise gamma",
+            )
         return
     for route in ("document", "query"):
         yield from _weight_or_target(config, route)

@@ -397,10 +397,6 @@ class MiningConfig(Section):
     rounds: Positive = 1
     """self: how often is mined with the model."""
 
-    def round_at(self, step: int) -> int:
-        """How many rounds of self are behind a run after this step."""
-        return min(self.rounds, step // self.every) if self.method == "self" and self.every else 0
-
     def steps_of_rounds(self, last: int) -> list[int]:
         """The steps of a run of `last` steps after which is mined with the model."""
         steps = range(1, self.rounds + 1) if self.method == "self" and self.every else ()

@@ -2,8 +2,9 @@
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -18,74 +19,100 @@ SCORES = ("scores", "positive_scores", "negative_scores")
 def numbers_of(row: dict, column: str, file: Path, number: int) -> list[float] | float | None:
     """The number in a column of a line, or its list of numbers. Raises ConfigError when it holds something else."""
     value = row.get(column)
-    for item in value if isinstance(value, list) else [value]:
-        is_number = isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item)
-        if not is_number and not (item is None and value is None):
-            raise ConfigError(f"{file}:{number}: column '{column}' holds {_short(item)}, not a teacher's score")
-    return value
+    if value is None:
+        return None
+    numbers = [_number(item) for item in (value if isinstance(value, list) else [value])]
+    if None in numbers:
+        item = value[numbers.index(None)] if isinstance(value, list) else value
+        raise ConfigError(f"{file}:{number}: column '{column}' holds {_short(item)}, not a teacher's score")
+    known = [value for value in numbers if value is not None]
+    return known if isinstance(value, list) else known[0]
+
+
+def _number(value: Any) -> float | None:
+    """None for what is no number, or one that is not finite."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def scores_of(
-    table: pa.Table, columns: dict[str, str], positives: np.ndarray, negatives: np.ndarray, where: str
+    table: pa.Table, columns: dict[str, str], cells: tuple[np.ndarray, np.ndarray], where: str, first: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """The scores of the cells that hold positives, and of those that hold negatives; NaN where a row has none.
 
-    columns: the names of those in SCORES that the table has. positives, negatives: [rows, columns] which cells are there.
     Raises ConfigError for a row that has another number of scores than passages.
+
+    Args:
+        columns: the names of those in SCORES that the table has.
+        cells: of positives and of negatives, [rows, columns] which are there.
+        first: number of the table's first row.
     """
     if "scores" in columns:
-        name = columns["scores"]
-        values, is_there = _matrix(table, name, where)
-        is_margin = _is_number(table[name].type)
-        cells = np.concatenate([positives, negatives], axis=1)
-        if is_margin:
-            _require(
-                cells.sum(axis=1) == 2, is_there, name, where, "one number, so it needs one positive and one negative"
-            )
+        place = _Place(where, columns["scores"], first)
+        values, is_there = _matrix(table, place)
+        both = np.concatenate(cells, axis=1)
+        if _is_number(table[place.column].type):
+            place.require(both.sum(axis=1) == 2, is_there, "one number, so it needs one positive and one negative")
             values, is_there = np.column_stack([values, np.zeros(len(values))]), np.repeat(is_there, 2, axis=1)
-        placed = _placed(values, is_there, cells, name, where)
-        return np.split(placed, [positives.shape[1]], axis=1)[0], placed[:, positives.shape[1] :]
-    if missing := [key for key in SCORES[1:] if key not in columns]:
-        raise ConfigError(f"{where}: there are scores of one side only. Name the column of '{missing[0]}' too")
-    return (
-        _placed(*_matrix(table, columns["positive_scores"], where), positives, columns["positive_scores"], where),
-        _placed(*_matrix(table, columns["negative_scores"], where), negatives, columns["negative_scores"], where),
+        placed = _placed(values, is_there, both, place)
+        positives = cells[0].shape[1]
+        return placed[:, :positives], placed[:, positives:]
+    places = [_Place(where, columns[key], first) for key in SCORES[1:]]
+    of_positives, of_negatives = (
+        _placed(*_matrix(table, place), own, place) for place, own in zip(places, cells, strict=True)
     )
+    return of_positives, of_negatives
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A column, and the number of its first row, for messages."""
+
+    where: str
+    column: str
+    first: int
+
+    def fail(self, row: int, what: str) -> NoReturn:
+        """Raise ConfigError for a row."""
+        raise ConfigError(f"{self.where}: row {self.first + row + 1}: column '{self.column}' holds {what}")
+
+    def require(self, fits: np.ndarray, is_there: np.ndarray, what: str) -> None:
+        """Raise ConfigError for the first row whose scores do not fit; a row without any is not taught."""
+        wrong = ~fits & is_there.any(axis=1)
+        if wrong.any():
+            self.fail(int(wrong.argmax()), what)
 
 
 def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
-def _matrix(table: pa.Table, name: str, where: str) -> tuple[np.ndarray, np.ndarray]:
+def _matrix(table: pa.Table, place: _Place) -> tuple[np.ndarray, np.ndarray]:
     """[rows, items] numbers, and whether they are there."""
-    columns, is_there = items_of(table[name], f"{where}: column '{name}'")
+    held = table[place.column]
+    columns, is_there = items_of(held, f"{place.where}: column '{place.column}'")
     for column in columns:
         if not _is_number(column.type) and not pa.types.is_null(column.type):
-            raise ConfigError(f"{where}: column '{name}' holds {table[name].type}, not a teacher's scores")
-    values = [column.cast(pa.float64()).to_numpy(zero_copy_only=False) for column in columns]
+            raise ConfigError(f"{place.where}: column '{place.column}' holds {held.type}, not a teacher's scores")
+    values = [column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False) for column in columns]
     numbers = np.column_stack(values) if values else np.zeros((table.num_rows, 0))
     broken: list[int] = np.argwhere(is_there & ~np.isfinite(numbers))[:, 0].tolist()
     if broken:
-        row = broken[0]
-        raise ConfigError(f"{where}: row {row + 1}: column '{name}' holds {_short(numbers[row].tolist())}, not numbers")
+        place.fail(broken[0], f"{_short(numbers[broken[0]].tolist())}, not numbers")
     return numbers, is_there
 
 
-def _placed(values: np.ndarray, is_there: np.ndarray, cells: np.ndarray, name: str, where: str) -> np.ndarray:
+def _placed(values: np.ndarray, is_there: np.ndarray, cells: np.ndarray, place: _Place) -> np.ndarray:
     """The scores of each row in the cells that it has, in order."""
-    _require(is_there.sum(axis=1) == cells.sum(axis=1), is_there, name, where, "another number of scores than passages")
+    place.require(is_there.sum(axis=1) == cells.sum(axis=1), is_there, "another number of scores than passages")
     placed = np.full(cells.shape, np.nan)
-    scored = is_there.any(axis=1, keepdims=True)
-    placed[cells & scored] = values[is_there]
+    placed[cells & is_there.any(axis=1, keepdims=True)] = values[is_there]
     return placed
-
-
-def _require(fits: np.ndarray, is_there: np.ndarray, name: str, where: str, what: str) -> None:
-    """Raise ConfigError for the first row whose scores do not fit; a row without any is not taught."""
-    wrong = ~fits & is_there.any(axis=1)
-    if wrong.any():
-        raise ConfigError(f"{where}: row {int(wrong.argmax()) + 1}: column '{name}' holds {what}")
 
 
 def _short(value: Any) -> str:

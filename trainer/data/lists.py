@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from trainer.config import ConfigError
-from trainer.data.texts import passage_text, text_of
+from trainer.data.texts import as_strings, passage_text, text_of
 
 PASSAGE_KEYS = ("title", "text")
 
@@ -30,14 +30,17 @@ def _item_of(item: Any, column: str, file: Path, number: int) -> str | None:
     return passage_text(parts["title"], parts["text"] or "")
 
 
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds lists."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
 def items_of(column: pa.ChunkedArray, where: str) -> tuple[list[pa.ChunkedArray], np.ndarray]:
     """The first, second, … items of a column of lists, null beyond a list's end, and [rows, items] whether they are there.
 
     A column that holds no lists is its own first items. Of a passage with a title and a text, both are read.
     """
-    if not any(
-        is_kind(column.type) for is_kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    ):
+    if not is_list(column.type):
         return [column], column.is_valid().to_numpy().reshape(-1, 1)
     lists = column.cast(pa.large_list(column.type.value_type)).combine_chunks()
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
@@ -54,8 +57,12 @@ def _passages(items: pa.StructArray, where: str) -> pa.Array:
     names = [field.name for field in items.type]
     if "text" not in names:
         raise ConfigError(f"{where} holds passages without 'text'. They have: {', '.join(names)}")
-    if "title" not in names:
-        return items.field("text")
-    return pc.utf8_trim_whitespace(
-        pc.binary_join_element_wise(pc.fill_null(items.field("title"), ""), items.field("text"), " ")
-    )
+    parts = []
+    for name in (name for name in PASSAGE_KEYS if name in names):
+        strings = as_strings(pa.chunked_array([items.field(name)]))
+        if strings is None:
+            raise ConfigError(f"{where} holds passages whose '{name}' is {items.type.field(name).type}, not text")
+        parts.append(
+            pc.fill_null(pa.concat_arrays(strings.chunks) if strings.chunks else pa.array([], pa.string()), "")
+        )
+    return pc.utf8_trim_whitespace(pc.binary_join_element_wise(*parts, " "))

@@ -13,13 +13,13 @@ from trainer.data.beir import SearchSet, files_beside, is_beir
 from trainer.data.choosing import read_search_splits, search_splits
 from trainer.data.held_out import hold_out
 from trainer.data.mining import fill_negatives, search_of
-from trainer.data.negatives import by_count, count_negatives, with_at_most
+from trainer.data.negatives import FEW, by_count, count_negatives, parted_like, with_at_most
 from trainer.data.roles import negatives_of, roles_of
 from trainer.data.rows import Rows, fingerprint
 from trainer.data.self_mining import ToMine
 from trainer.data.sources import LoadedSource, mining_of, sample, sources_of
 from trainer.data.texts import Reading
-from trainer.data.training_data import SetSummary, TrainingData, rows_of_a_batch
+from trainer.data.training_data import SetSummary, TrainingData
 from trainer.hub.download import HubUnreachable
 from trainer.runs.choice import REPORTED, SCORE
 from trainer.system.distributed import processes
@@ -105,23 +105,25 @@ def _add_set(data: TrainingData, name: str, source: LoadedSource, config: Config
         if mining.method == "self" and mined:
             is_mined = count_negatives(given.table) == 0
             data.to_mine[name] = ToMine(mining, rows.table, is_mined, search_of(given.table, source.everything))
-    most, training = config.datasets.negatives_per_row, config.training
-    rows, held_out = _with_at_most(rows, most), _with_at_most(held_out, most)
-    subsets = by_count(name, rows.table, rows_of_a_batch(config))
+    most = config.datasets.negatives_per_row
+    rows = _with_at_most(rows, most)
+    subsets = by_count(name, rows.table)
     data.subsets[name] = list(subsets)
     for subset, table in subsets.items():
         data.languages[subset] = table["language"].to_pylist()
         data.train[subset] = Dataset(table.drop_columns("language"))
-    for subset, table in by_count(name, held_out.table, training.per_device_eval_batch_size * processes()).items():
+    counts = Counter({len(negatives_of(table.column_names)): table.num_rows for table in subsets.values()})
+    evaluated, cut = parted_like(name, held_out.table, counts)
+    held_out.reading.counts["negatives of held-out rows, beyond those that rows to train on have"] += cut
+    for subset, table in evaluated.items():
         if table.num_rows >= processes():  # every process evaluates an equal part of each batch
             data.eval[subset] = Dataset(table.select(roles_of(table.column_names)))
         else:
             rows.left_out[f"held out in vain: too few to evaluate in {processes()} processes"] = table.num_rows
     if source.search:
         data.add_search(source.search, source.validation, config)
-    counts = Counter({len(negatives_of(table.column_names)): table.num_rows for table in subsets.values()})
     if more := counts.total() - len(rows):
-        rows.reading.notes["rows more, since too few have as many negatives for a batch of their own"] += more
+        rows.reading.notes[f"rows more, since fewer than {FEW} have the same number of negatives"] += more
     data.summaries[name] = SetSummary(
         name=name,
         rows=counts.total(),

@@ -1,6 +1,6 @@
 """Rows with several passages: each has one positive, and its negatives stand in columns that are filled from the left."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,8 @@ import pyarrow.compute as pc
 from trainer.data.roles import LABEL, POSITIVE, negative_roles, negatives_of
 from trainer.data.texts import Reading, as_strings
 
+# Rows with the same number of negatives that are parted from others. Fewer would make batches of a few rows.
+FEW = 64
 OWN_POSITIVE = "negatives that are their row's own positive"
 TWICE = "passages that their row has twice"
 SEVERAL_POSITIVES = "rows are of ones with several positives, one for each"
@@ -26,12 +28,12 @@ class Passages:
     negatives: list[pa.ChunkedArray]
     scores: tuple[np.ndarray, np.ndarray] | None = None
 
-    def arrange(self, reading: Reading) -> tuple[np.ndarray, dict[str, pa.ChunkedArray | pa.Array]]:
-        """For each positive of each row: the row's number, and its columns positive, negative, negative2, …, label.
+    def arrange(self, rows: int, reading: Reading) -> tuple[np.ndarray, dict[str, pa.ChunkedArray | pa.Array]]:
+        """For each positive of each of the rows: the row's number, and its columns positive, negative, negative2, …, label.
 
         A negative that is a positive of its row would teach that it is no answer, and is left out; so is a repeated text.
         """
-        texts, ids = _numbered([*self.positives, *self.negatives])
+        texts, ids = _numbered([*self.positives, *self.negatives], rows)
         positives, negatives = ids[:, : len(self.positives)], ids[:, len(self.positives) :]
         own = np.zeros(negatives.shape, dtype=bool)
         for column in positives.T:
@@ -44,24 +46,24 @@ class Passages:
             reading.counts[TWICE] += int(twice.sum())
         from_left = np.argsort(negatives < 0, axis=1, kind="stable")
         negatives = np.take_along_axis(negatives, from_left, axis=1)
-        rows, places = (positives >= 0).nonzero()
-        if further := len(rows) - int((positives >= 0).any(axis=1).sum()):
+        numbers, places = (positives >= 0).nonzero()
+        if further := len(numbers) - int((positives >= 0).any(axis=1).sum()):
             reading.notes[SEVERAL_POSITIVES] += further + int(((positives >= 0).sum(axis=1) > 1).sum())
         most = int((negatives >= 0).sum(axis=1).max(initial=0))
-        columns = [positives[rows, places], *negatives[rows, :most].T]
+        columns = [positives[numbers, places], *negatives[numbers, :most].T]
         names = [POSITIVE, *negative_roles(most)]
-        table = {name: _taken(texts, numbers) for name, numbers in zip(names, columns, strict=True)}
+        table = {name: _taken(texts, cells) for name, cells in zip(names, columns, strict=True)}
         if self.scores is not None:
             of_positives, of_negatives = self.scores
-            of_negatives = np.take_along_axis(of_negatives, from_left, axis=1)[rows, :most]
-            of_negatives[negatives[rows, :most] < 0] = np.nan
+            of_negatives = np.take_along_axis(of_negatives, from_left, axis=1)[numbers, :most]
+            of_negatives[negatives[numbers, :most] < 0] = np.nan
             table[LABEL] = _labels(
-                np.column_stack([of_positives[rows, places], of_negatives]), np.stack(columns, axis=1)
+                np.column_stack([of_positives[numbers, places], of_negatives]), np.stack(columns, axis=1)
             )
-        return rows, table
+        return numbers, table
 
 
-def _numbered(columns: Sequence[pa.ChunkedArray]) -> tuple[pa.Array, np.ndarray]:
+def _numbered(columns: Sequence[pa.ChunkedArray], rows: int) -> tuple[pa.Array, np.ndarray]:
     """The different texts, and [rows, columns] their numbers; -1 for null."""
     large = pa.large_string()  # the different texts may be more than 2 GiB
     chunks = [chunk.cast(large) for column in columns for chunk in column.chunks]
@@ -69,7 +71,7 @@ def _numbered(columns: Sequence[pa.ChunkedArray]) -> tuple[pa.Array, np.ndarray]
     texts = encoded.chunk(0).dictionary if encoded.num_chunks else pa.array([], large)
     numbers = [pc.fill_null(chunk.indices, -1).to_numpy() for chunk in encoded.chunks]
     joined = np.concatenate([np.zeros(0, np.int32), *numbers])
-    return texts, joined.reshape(len(columns), -1).T.copy()
+    return texts, joined.reshape(len(columns), rows).T.copy()
 
 
 def _repeated(ids: np.ndarray) -> np.ndarray:
@@ -134,21 +136,41 @@ def with_at_most(table: pa.Table, most: int) -> pa.Table:
     return taken
 
 
-def by_count(name: str, table: pa.Table, batch_size: int) -> dict[str, pa.Table]:
+def by_count(name: str, table: pa.Table) -> dict[str, pa.Table]:
     """The rows of a set by their number of negatives, most first, so that all rows of a batch have the same.
 
-    Rows with several negatives that are too few for a batch become one for each negative: none is lost. A set whose rows
-    are all of one kind keeps its name.
+    A row whose number is rarer than FEW becomes several, of a smaller number that is not rare, and the rest of it: none of
+    its negatives is lost. A set whose rows are all of one kind keeps its name.
     """
     table = table.combine_chunks()
     counts = count_negatives(table)
-    few = [count for count in np.unique(counts[counts > 1]).tolist() if (counts == count).sum() < batch_size]
-    if few and (len(few) > 1 or len(np.unique(counts)) > 1):
-        is_few = pa.array(np.isin(counts, few))
-        table = pa.concat_tables(
-            [table.filter(pc.invert(is_few)), with_at_most(table.filter(is_few), 1)], promote_options="default"
-        ).combine_chunks()
-        counts = count_negatives(table)
+    frequent = {1} | {
+        int(count) for count, rows in zip(*np.unique(counts, return_counts=True), strict=True) if rows >= FEW
+    }
+    for count in np.unique(counts)[::-1].tolist() if len(np.unique(counts)) > 1 else ():
+        if count > 1 and count not in frequent:
+            is_rare = pa.array(count_negatives(table) == count)
+            smaller = max(other for other in frequent if 0 < other < count)
+            parts = [table.filter(pc.invert(is_rare)), with_at_most(table.filter(is_rare), smaller)]
+            table = pa.concat_tables(parts, promote_options="default").combine_chunks()
+    return _parted(name, table)
+
+
+def parted_like(name: str, table: pa.Table, kinds: Collection[int]) -> tuple[dict[str, pa.Table], int]:
+    """Held-out rows by their number of negatives, which is one that rows to train on have, and how many are left out.
+
+    A row with another number has its first negatives: more rows of one query would be left out of its batch.
+    """
+    counts = count_negatives(table)
+    kept = np.array([max((kind for kind in kinds if kind <= count), default=0) for count in counts.tolist()], dtype=int)
+    for number, role in enumerate(negatives_of(table.column_names)):
+        column = pc.if_else(pa.array(kept > number), table[role], pa.scalar(None, pa.string()))
+        table = table.set_column(table.column_names.index(role), role, column)
+    return _parted(name, table.combine_chunks()), int((counts - kept).sum())
+
+
+def _parted(name: str, table: pa.Table) -> dict[str, pa.Table]:
+    counts = count_negatives(table)
     kinds = np.unique(counts)[::-1].tolist()
     return {
         name if len(kinds) == 1 else f"{name}-{kind_of(count)}": _columns_for(

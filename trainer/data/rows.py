@@ -16,13 +16,15 @@ import pyarrow.parquet as pq
 
 from trainer.config import ConfigError, one_line
 from trainer.data.given_scores import SCORES, numbers_of, scores_of
-from trainer.data.lists import items_of, texts_of
+from trainer.data.lists import is_list, items_of, texts_of
 from trainer.data.negatives import Passages
 from trainer.data.roles import LABEL, roles_of
 from trainer.data.texts import Reading, as_strings, have_text, is_json_lines, read_json_lines, text_of
 
 # Twice the languages of the largest set here; more are no languages, and would fill the plan with a line of any length.
 MOST_LANGUAGES = 12
+ROWS_AT_ONCE = 2**16
+BLANK = "passages in lists without text"
 # What a column is read as -> its name in the source: anchor, positive, negative, or one of SCORES. The name that is given
 # for negative stands for those with a number too: negative_1, negative_2, …
 Columns = dict[str, str]
@@ -133,11 +135,18 @@ def _array_of(values: list[Any], kind: pa.DataType) -> pa.Array:
 
 
 def rows_from_table(table: pa.Table, columns: Columns, language: str | None, *, where: str) -> Rows:
+    """What `_rows_of` gives for the table. One long list would widen all rows, so they are read in parts."""
+    starts = range(0, max(table.num_rows, 1), ROWS_AT_ONCE)
+    parts = [_rows_of(table.slice(start, ROWS_AT_ONCE), columns, language, where, start) for start in starts]
+    return join(parts) if len(parts) > 1 else parts[0]
+
+
+def _rows_of(table: pa.Table, columns: Columns, language: str | None, where: str, first: int) -> Rows:
     """Only the texts of a table, under the names anchor, positive[, negative, negative2, …], and their language.
 
     Every other column is left out, and the plan says so: sentence-transformers would train it as a negative.
     Rows without an anchor or a positive are left out and counted; one with several positives becomes one for each.
-    `language` is a language, or the name of a column that says it.
+    `language` is a language, or the name of a column that says it. first: number of the table's first row.
     """
     reading = Reading()
     found = negatives_in(table.column_names, columns)
@@ -155,13 +164,13 @@ def rows_from_table(table: pa.Table, columns: Columns, language: str | None, *, 
     negatives = _cells_of(table, found, reading, where)
     passages = Passages(positives.texts, negatives.texts)
     if scored:
-        passages.scores = scores_of(table, scored, positives.given, negatives.given, where)
+        passages.scores = scores_of(table, scored, (positives.given, negatives.given), where, first)
     anchors = _texts_of(table[columns["anchor"]], columns["anchor"], reading, where)
     if language in table.column_names:
         languages = _language_tags(table[language], f"{where}: column '{language}'")
     else:
         languages = pa.chunked_array([pa.repeat(pa.scalar(language or "?"), table.num_rows)])
-    numbers, arranged = passages.arrange(reading)
+    numbers, arranged = passages.arrange(table.num_rows, reading)
     usable = anchors.is_valid().to_numpy()[numbers]
     rows = pa.table({"anchor": anchors.take(numbers), **arranged, "language": languages.take(numbers)})
     rows = rows.filter(pa.array(usable))
@@ -185,7 +194,10 @@ def _cells_of(table: pa.Table, names: Sequence[str], reading: Reading, where: st
     given: list[np.ndarray] = [np.zeros((table.num_rows, 0), dtype=bool)]
     for name in names:
         columns, there = items_of(table[name], f"{where}: column '{name}'")
-        texts += [_texts_of(column, name, reading, where) for column in columns]
+        read = [_texts_of(column, name, reading, where) for column in columns]
+        if is_list(table[name].type):
+            reading.counts[BLANK] += int(there.sum()) - sum(len(column) - column.null_count for column in read)
+        texts += read
         given.append(there)
     return _Cells(texts, np.concatenate(given, axis=1))
 

@@ -118,29 +118,21 @@ class TrainingData:
         than one, the seed draws them.
         """
         self._batches.clear()
-        for (
-            subset,
-            rows,
-        ) in self.first_mined.items():  # their lengths part the rows into batches, whatever is mined later
-            self._first_lengths[subset] = self._tokenise(subset, rows, tokeniser, windows, None).longest_passages()
-        for name, subsets in self.subsets.items():
+        # these lengths part the rows into batches, whatever is mined later
+        for subset, rows in self.first_mined.items():
+            self._first_lengths[subset] = self._tokenise(subset, rows, tokeniser, windows).longest_passages()
+        for subsets in self.subsets.values():
             for subset in subsets:
-                content = None if subset in self.first_mined else self.summaries[name].fingerprint
-                tokens = self._tokenise(subset, self.train[subset], tokeniser, windows, content)
+                tokens = self._tokenise(subset, self.train[subset], tokeniser, windows)
                 self.tokens[subset] = replace(tokens, batch_scores=self.batch_scores.get(subset))
             if queries > 1 or any(subset in self.first_mined for subset in subsets):
                 self._add_further_queries(subsets, queries, seed)
         for subset, rows in self.eval.items():
-            self.eval_tokens[subset] = self._tokenise(subset, rows, tokeniser, windows, None)
+            self.eval_tokens[subset] = self._tokenise(subset, rows, tokeniser, windows)
 
-    def _tokenise(
-        self, subset: str, rows: Dataset, tokeniser: Tokeniser, windows: BestWindows | None, content: str | None
-    ) -> TokenRows:
-        """content: a hash of the rows' texts, where it is known."""
+    def _tokenise(self, subset: str, rows: Dataset, tokeniser: Tokeniser, windows: BestWindows | None) -> TokenRows:
         read = windows.rows(rows) if windows else rows
-        if content is None or windows:
-            content = fingerprint(read.with_format("arrow")[:])
-        return tokeniser.rows(subset, read, text_ids(read), content)
+        return tokeniser.rows(subset, read, text_ids(read), fingerprint(read.with_format("arrow")[:]))
 
     def _add_further_queries(self, subsets: list[str], most: int, seed: int) -> None:
         numbered = text_numbers([self.train[subset].with_format("arrow")[:] for subset in subsets])
@@ -178,7 +170,7 @@ class TrainingData:
     def replace_mined(self, name: str, table: pa.Table, config: Config) -> None:
         """Give a set's rows the negatives of a later mining. Their batches stay those of the first one."""
         table = with_at_most(table, config.datasets.negatives_per_row or len(table.column_names))
-        for subset, part in by_count(name, table, rows_of_a_batch(config)).items():
+        for subset, part in by_count(name, table).items():
             self.first_mined[subset] = self.train[subset]
             self.train[subset] = Dataset(part.drop_columns("language"))
             self._text_ids.pop(subset, None)
@@ -299,8 +291,3 @@ class TrainingData:
             table = self.train[subset].with_format("arrow")[:]
             chunks += (chunk for role in roles(table.column_names) for chunk in table[role].chunks)
         return pc.unique(pa.chunked_array(chunks, pa.string()))
-
-
-def rows_of_a_batch(config: Config) -> int:
-    """Rows of a full batch, which all processes share."""
-    return config.training.per_device_train_batch_size * processes()

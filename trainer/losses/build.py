@@ -48,7 +48,7 @@ def build_csr_loss(config: Config, model: SparseEncoder, statistics: BatchStatis
     """Reconstruction of the dense vector plus a contrastive loss on cosines (arXiv 2503.01776)."""
     loss = config.loss
     similarities = util.cos_sim, util.pairwise_cos_sim
-    ranking = RankingLoss(model, statistics, loss.scale or 20.0, similarities, loss.teacher)
+    ranking = RankingLoss(model, statistics, loss.scale or 20.0, similarities, loss.teacher, loss.gamma or 1.0)
     csr = CSRLoss(model, ranking, beta=loss.beta, gamma=loss.gamma)
     csr.reconstruction_loss = SharedReconstructionLoss(model, loss, ranking.scale)
     return csr

@@ -39,11 +39,15 @@ class RankingLoss(SparseMultipleNegativesRankingLoss):
         scale: float,
         similarities: tuple[Similarity, Similarity],
         teacher: TeacherConfig | None,
+        multiplied_by: float = 1.0,
     ) -> None:
-        """similarities: of all queries with all passages, and of each with its own."""
+        """similarities: of all queries with all passages, and of each with its own. multiplied_by: what the loss around
+        this one multiplies it by; the teacher's part is not to be.
+        """
         similarity, pairwise = similarities
         super().__init__(model, scale=scale, similarity_fct=similarity, gather_across_devices=processes() > 1)
         self.statistics, self.teacher = statistics, teacher
+        self.teacher_weight = teacher.weight / multiplied_by if teacher else 0.0
 
         def scaled(queries: Tensor, passages: Tensor) -> Tensor:
             return scale * pairwise(queries, passages)
@@ -80,7 +84,7 @@ class RankingLoss(SparseMultipleNegativesRankingLoss):
                 distillation = self._over_the_batch(embeddings[0], torch.cat(embeddings[1:]), scores, temperature)
             else:
                 distillation = self._over_rows([vectors[: len(scores)] for vectors in embeddings], scores)
-            losses["distillation_loss"] = self.teacher.weight * distillation
+            losses["distillation_loss"] = self.teacher_weight * distillation
         if self.recorded_losses is not None and self.model.training and torch.is_grad_enabled():
             self.recorded_losses.append(sum(loss.detach() for loss in losses.values()))
         return losses if len(losses) > 1 else contrastive

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
 from trainer.config.schema import ModelConfig, TeacherConfig
 from trainer.data.bm25 import BM25Index
@@ -25,83 +25,92 @@ from trainer.system.distributed import processes_here, wait
 from trainer.system.progress_bar import encoding, in_columns
 
 TEXTS_PER_PART = 5_000
-Languages = Mapping[str, Sequence[str]]  # of each row of a set
+Languages = Mapping[str, Sequence[str]]  # of each row of a subset
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The different queries and passages of a set, and which of them each row has."""
+    """The different queries and passages of a set, and which of them each row of its subsets has."""
 
     different_queries: list[str]
     different_passages: list[str]
-    queries: np.ndarray
-    """[rows]."""
-    passages: np.ndarray
-    """[rows, passages]."""
+    queries: dict[str, np.ndarray]
+    """[rows] of each subset."""
+    passages: dict[str, np.ndarray]
+    """[rows, passages] of each subset."""
 
     @classmethod
-    def of(cls, rows: Dataset) -> "Texts":
-        """The texts of these rows."""
-        columns = rows.with_format("arrow")[:]
-        anchors = columns["anchor"].to_pylist()
-        passages = [columns[role].to_pylist() for role in passages_of(rows.column_names)]
-        queries, own = {text: None for text in anchors}, {text: None for column in passages for text in column}
-        of_query, of_passage = ({text: number for number, text in enumerate(each)} for each in (queries, own))
-        return cls(
-            list(queries),
-            list(own),
-            np.array([of_query[text] for text in anchors], dtype=int),
-            np.array([[of_passage[text] for text in column] for column in passages], dtype=int).T,
-        )
+    def of(cls, subsets: Mapping[str, Dataset]) -> "Texts":
+        """The texts of the subsets of one set."""
+        of_query: dict[str, int] = {}
+        of_passage: dict[str, int] = {}
+        queries, passages = {}, {}
+        for name, rows in subsets.items():
+            columns = rows.with_format("arrow")[:]
+            anchors = columns["anchor"].to_pylist()
+            queries[name] = np.array([of_query.setdefault(text, len(of_query)) for text in anchors], dtype=int)
+            numbers = [
+                [of_passage.setdefault(text, len(of_passage)) for text in columns[role].to_pylist()]
+                for role in passages_of(rows.column_names)
+            ]
+            passages[name] = np.array(numbers, dtype=int).T
+        return cls(list(of_query), list(of_passage), queries, passages)
 
 
 def batch_scores(
-    train: DatasetDict,
+    sets: Mapping[str, Mapping[str, Dataset]],
     teacher: TeacherConfig,
     device: str,
     echo: Callable[[str], None],
     base: ModelConfig,
     languages: Languages,
 ) -> tuple[dict[str, BatchScores], dict[str, Any]]:
-    """The teachers' scores in batches of each set, and what run.json records. languages: of the rows of each set, for bm25.
+    """The teachers' scores in batches of each subset, and what run.json records.
 
     Vectors are kept under the revision of their teacher; only texts without one are encoded, each process of a machine
     taking its share.
+
+    Args:
+        sets: the subsets of each set.
+        languages: of the rows of each subset, for bm25.
     """
-    texts = {name: Texts.of(rows) for name, rows in train.items()}
-    vectors: dict[str, list[TextVectors]] = {name: [] for name in train}
+    texts = {name: Texts.of(subsets) for name, subsets in sets.items()}
+    vectors: dict[str, list[TextVectors]] = {name: [] for name in sets}
     records: list[dict[str, Any]] = []
     for key, one in teacher.teachers.items():
-        files = None if one.kind == "bm25" else TeacherFiles(key, one, base)
-        encoder = partial(_Encoder, files, device, echo) if files else None
-        for name, rows in train.items():
-            if encoder is None:
-                _, found = bm25_vectors(rows, languages[name], one.weight)
-            else:
-                encode = encoder(name)
-                queries = encode(texts[name].different_queries, "query")
-                found = TextVectors(queries, encode(texts[name].different_passages, "document"), one.weight)
-            vectors[name].append(found)
-        record = {"model": one.model, "identity": identity(files.snapshot)} if files else {}
-        records.append({**record, "kind": one.kind})
+        if one.kind == "bm25":
+            for name, each in texts.items():
+                vectors[name].append(bm25_vectors(each, languages, one.weight))
+            records.append({"kind": one.kind})
+            continue
+        encode = _Encoder(TeacherFiles(key, one, base), device, echo)
+        for name, each in texts.items():
+            queries = encode(each.different_queries, "query", name)
+            vectors[name].append(TextVectors(queries, encode(each.different_passages, "document", name), one.weight))
+        records.append({"model": one.model, "identity": identity(encode.files.snapshot), "kind": one.kind})
     scores = {
-        name: BatchScores(vectors[name], each.queries, each.passages, teacher.normalizes)
+        subset: BatchScores(vectors[name], each.queries[subset], each.passages[subset], teacher.normalizes)
         for name, each in texts.items()
+        for subset in each.queries
     }
-    return scores, {"teachers": records, "rows": sum(map(len, train.values()))}
+    return scores, {
+        "teachers": records,
+        "rows": sum(len(rows) for subsets in sets.values() for rows in subsets.values()),
+    }
 
 
-def bm25_vectors(rows: Dataset, languages: Sequence[str], weight: float = 1.0) -> tuple[Texts, TextVectors]:
-    """The texts of a set, and vectors whose dot products are BM25's scores among the set's passages of a query's language.
+def bm25_vectors(texts: Texts, languages: Languages, weight: float = 1.0) -> TextVectors:
+    """Vectors whose dot products are BM25's scores among the set's passages of a query's language.
 
-    Between two languages they are 0.
+    Between two languages they are 0. languages: of the rows of each subset.
     """
-    texts = Texts.of(rows)
     of_query: dict[int, str] = {}
     of_passages: dict[str, set[int]] = {}
-    for query, own, language in zip(texts.queries.tolist(), texts.passages.tolist(), languages, strict=True):
-        of_query.setdefault(query, language)
-        of_passages.setdefault(language, set()).update(own)
+    for subset, queries_of_rows in texts.queries.items():
+        own = texts.passages[subset].tolist()
+        for query, passages_of_row, language in zip(queries_of_rows.tolist(), own, languages[subset], strict=True):
+            of_query.setdefault(query, language)
+            of_passages.setdefault(language, set()).update(passages_of_row)
     queries, passages = [], []
     for language, numbers in of_passages.items():
         places = sorted(numbers)
@@ -112,13 +121,12 @@ def bm25_vectors(rows: Dataset, languages: Sequence[str], weight: float = 1.0) -
         words = index.words_of([texts.different_queries[number] for number in asking]) if asking else []
         queries.append(_at(asking, index.query_vectors(words), len(texts.different_queries)))
         passages.append(_at(places, index.passage_vectors(), len(texts.different_passages)))
-    nothing = [
-        sp.csr_array((len(side), 1), dtype=np.float32) for side in (texts.different_queries, texts.different_passages)
-    ]
+    sizes = len(texts.different_queries), len(texts.different_passages)
+    nothing = [sp.csr_array((size, 1), dtype=np.float32) for size in sizes]
     sides = [
         sp.hstack([empty, *found], format="csr") for empty, found in zip(nothing, (queries, passages), strict=True)
     ]
-    return texts, TextVectors(sides[0], sides[1], weight)
+    return TextVectors(sides[0], sides[1], weight)
 
 
 def _at(places: Sequence[int], vectors: sp.csr_array, count: int) -> sp.csr_array:
@@ -129,30 +137,30 @@ def _at(places: Sequence[int], vectors: sp.csr_array, count: int) -> sp.csr_arra
 
 # ------------------------------------------------------------------------------------------- vectors of models
 class _Encoder:
-    """Vectors of a teacher, kept in parts of TEXTS_PER_PART texts by their content."""
+    """Vectors of a teacher, which is loaded once; kept in parts of TEXTS_PER_PART texts by their content."""
 
-    def __init__(self, files: TeacherFiles, device: str, echo: Callable[[str], None], name: str) -> None:
-        """name: of the set, for the progress."""
-        self.files, self.device, self.echo, self.name = files, device, echo, name
+    def __init__(self, files: TeacherFiles, device: str, echo: Callable[[str], None]) -> None:
+        self.files, self.device, self.echo = files, device, echo
         cache = files.teacher.cache
         self.folder = Path(cache).expanduser() / files.digest if cache else folder_of("teacher", files.digest)
+        self._loaded: tuple[Encode, Any] | None = None
 
-    def __call__(self, texts: list[str], side: str) -> Any:
-        """[texts, width], dense or sparse."""
+    def __call__(self, texts: list[str], side: str, name: str) -> Any:
+        """[texts, width], dense or sparse. name: of the set, for the progress."""
         parts = [texts[start : start + TEXTS_PER_PART] for start in range(0, len(texts), TEXTS_PER_PART)]
         places = [self.folder / f"{side}-{digest(*part)}.parquet" for part in parts]
         missing = [(part, place) for part, place in zip(parts, places, strict=True) if not place.is_file()]
         wait()  # every process has seen the same files before one adds to them
+        count = sum(len(part) for part, _ in missing)
         if missing:
-            count = sum(len(part) for part, _ in missing)
-            words = "queries" if side == "query" else "passages"
-            self.echo(
-                f"teacher   {self.files.teacher.model}: encoding {count:,} {words} of {self.name} (kept in {self.folder})"
-            )
+            what = f"{count:,} {'queries' if side == 'query' else 'passages'} of {name}"
+            self.echo(f"teacher   {self.files.teacher.model}: encoding {what} (kept in {self.folder})")
         if own := missing[int(os.environ.get("LOCAL_RANK", "0")) :: processes_here()]:
-            encode, network = self.files.load_encoder(self.device)
-            what = in_columns("teacher", str(self.files.teacher.model))
-            with encoding(network, what, count, "texts", processes_here()):
+            self._loaded = self._loaded or self.files.load_encoder(self.device)
+            encode, network = self._loaded
+            with encoding(
+                network, in_columns("teacher", str(self.files.teacher.model)), count, "texts", processes_here()
+            ):
                 for part, place in own:
                     cached_table(place, partial(_table, encode, part, side))
         wait()

@@ -1,29 +1,28 @@
 """Scores of stronger models for every query with its passages, which the encoder then learns to imitate."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
 from trainer.config import ConfigError, one_line
 from trainer.config.schema import ModelConfig, TeacherConfig
-from trainer.data.roles import LABEL, negatives_of, passages_of
+from trainer.data.roles import LABEL, negatives_of, passages_of, roles_of
 from trainer.data.teacher_scores import mean_scores
 from trainer.hub.cache import cached_table, digest, folder_of, identity
 from trainer.hub.download import HubUnreachable
 from trainer.losses.teacher_models import KINDS_OF_MODELS, Pair, Score, TeacherFiles, row_products
-from trainer.losses.teacher_vectors import Languages, bm25_vectors
+from trainer.losses.teacher_vectors import Languages, Texts, bm25_vectors
 from trainer.system.distributed import processes_here, wait
 from trainer.system.progress_bar import encoding, in_columns
 
 PAIRS_PER_PART = 5_000
 SCORES = pa.schema([("pair", pa.string()), ("score", pa.float32())])
-ONE_NEGATIVE = "of two passages, normalized scores are 0 and 1 whatever the teachers' margin. Give rows more negatives"
 
 
 def pairs_of(rows: Dataset) -> list[Pair]:
@@ -34,7 +33,7 @@ def pairs_of(rows: Dataset) -> list[Pair]:
     return [pair for role in roles for pair in zip(anchors, columns[role].to_pylist(), strict=True)]
 
 
-def with_negatives(train: DatasetDict) -> dict[str, Dataset]:
+def with_negatives(train: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """The sets that a teacher can compare passages of a row in; pairs have one passage per query."""
     return {name: rows for name, rows in train.items() if negatives_of(rows.column_names)}
 
@@ -66,33 +65,52 @@ class ScoreStore:
 
         cached_table(self.folder / f"{digest(*keys)}.parquet", table)
 
-    def missing(self, train: DatasetDict) -> list[Pair]:
+    def missing(self, train: Mapping[str, Dataset]) -> list[Pair]:
         """The different pairs that have no score yet, in a fixed order."""
         known = self.read()
         pairs = dict.fromkeys(pair for rows in with_negatives(train).values() for pair in pairs_of(rows))
         return [pair for pair in pairs if digest(*pair) not in known]
 
 
-def add_teacher_scores(
-    train: DatasetDict,
-    teacher: TeacherConfig,
-    device: str,
-    echo: Callable[[str], None],
-    base: ModelConfig | None = None,
-    languages: Languages | None = None,
-) -> dict[str, Any]:
-    """Give every row that has negatives the teachers' scores of its passages, as its label; null where a row has none.
-
-    Only pairs that were never scored go through a model, each process of a machine taking its share. A teacher that is
-    the base model has the prompts of `base`, the config's model. languages: of the rows of each set, for bm25. Returns what
-    run.json records. Raises ConfigError when no row has a negative, or the data has no scores that it shall have.
-    """
+def check_teachable(train: Mapping[str, Dataset], teacher: TeacherConfig) -> None:
+    """Raise ConfigError where no row can be taught: none has a negative, or the scores that it shall have."""
+    if teacher.passages == "batch":
+        return
     taught = with_negatives(train)
     if not taught:
         raise ConfigError(
             "loss.teacher: no data set has negatives, and a teacher compares passages. Add negatives, or find them with "
             "datasets.<name>.mine"
         )
+    needs_scores = any(one.kind == "data" for one in teacher.teachers.values())
+    if needs_scores and not any(LABEL in rows.column_names for rows in taught.values()):
+        raise ConfigError(
+            "loss.teacher: kind is data, but no row with negatives has scores. Name their column: "
+            "datasets.<name>.columns.scores"
+        )
+
+
+def add_teacher_scores(
+    sets: Mapping[str, Mapping[str, Dataset]],
+    teacher: TeacherConfig,
+    device: str,
+    echo: Callable[[str], None],
+    base: ModelConfig | None = None,
+    languages: Languages | None = None,
+) -> tuple[dict[str, Dataset], dict[str, Any]]:
+    """The subsets with negatives, with the teachers' scores of each row's passages as its label, null where a row has none;
+    and what run.json records.
+
+    Only pairs that were never scored go through a model, each process of a machine taking its share. A teacher that is
+    the base model has the prompts of `base`, the config's model. Raises ConfigError when no row can be taught.
+
+    Args:
+        sets: the subsets of each set.
+        languages: of the rows of each subset, for bm25.
+    """
+    train = {subset: rows for subsets in sets.values() for subset, rows in subsets.items()}
+    check_teachable(train, teacher)
+    taught = with_negatives(train)
     scores: dict[str, list[np.ndarray]] = {name: [] for name in taught}
     records, pairs_scored = [], 0
     for key, one in teacher.teachers.items():
@@ -102,10 +120,10 @@ def add_teacher_scores(
             pairs_scored += count
             records.append({"model": one.model, "identity": identity(files.snapshot), "kind": one.kind})
         else:
-            found = _scores_of_bm25(taught, languages or {}) if one.kind == "bm25" else _scores_of_data(taught)
+            found = _scores_of_bm25(sets, languages or {}) if one.kind == "bm25" else _scores_of_data(taught)
             records.append({"kind": one.kind})
-        for name, values in found.items():
-            scores[name].append(values)
+        for name in taught:
+            scores[name].append(found[name])
     weights = [one.weight for one in teacher.teachers.values()]
     rows_taught = 0
     for name, rows in taught.items():
@@ -114,14 +132,12 @@ def add_teacher_scores(
         rows_taught += int(known.sum())
         columns = [values if is_known else None for values, is_known in zip(labels.tolist(), known, strict=True)]
         plain = rows.remove_columns(LABEL) if LABEL in rows.column_names else rows
-        train[name] = plain.add_column(LABEL, columns) if known.any() else plain
-    if teacher.normalizes and any(len(negatives_of(rows.column_names)) == 1 for rows in taught.values()):
-        echo(f"Warning: loss.teacher: {ONE_NEGATIVE}")
-    return {"teachers": records, "rows": rows_taught, "pairs_scored": pairs_scored}
+        taught[name] = plain.add_column(LABEL, columns) if known.any() else plain
+    return taught, {"teachers": records, "rows": rows_taught, "pairs_scored": pairs_scored}
 
 
 def _scores_of_model(
-    train: DatasetDict, files: TeacherFiles, device: str, echo: Callable[[str], None]
+    train: Mapping[str, Dataset], files: TeacherFiles, device: str, echo: Callable[[str], None]
 ) -> tuple[dict[str, np.ndarray], int]:
     """[rows, passages] of each set, and how many pairs had to be scored."""
     store, model = ScoreStore(files), files.teacher.model
@@ -147,24 +163,20 @@ def _scores_of_model(
     return found, len(missing)
 
 
-def _scores_of_bm25(taught: dict[str, Dataset], languages: Languages) -> dict[str, np.ndarray]:
+def _scores_of_bm25(sets: Mapping[str, Mapping[str, Dataset]], languages: Languages) -> dict[str, np.ndarray]:
     found = {}
-    for name, rows in taught.items():
-        texts, vectors = bm25_vectors(rows, languages[name])
-        columns = [
-            row_products(vectors.queries[texts.queries], vectors.passages[column]) for column in texts.passages.T
-        ]
-        found[name] = np.stack(columns, axis=1)
+    for subsets in sets.values():
+        texts = Texts.of(subsets)
+        vectors = bm25_vectors(texts, languages)
+        for name, queries in texts.queries.items():
+            asked = vectors.queries[queries]
+            columns = [row_products(asked, vectors.passages[column]) for column in texts.passages[name].T]
+            found[name] = np.stack(columns, axis=1)
     return found
 
 
 def _scores_of_data(taught: dict[str, Dataset]) -> dict[str, np.ndarray]:
-    """The scores that the rows came with; NaN where a row has none. Raises ConfigError when none has any."""
-    if not any(LABEL in rows.column_names for rows in taught.values()):
-        raise ConfigError(
-            "loss.teacher: kind is data, but no row with negatives has scores. Name their column: "
-            "datasets.<name>.columns.scores"
-        )
+    """The scores that the rows came with; NaN where a row has none."""
     found = {}
     for name, rows in taught.items():
         scores = np.full((len(rows), len(passages_of(rows.column_names))), np.nan, dtype=np.float32)
@@ -175,19 +187,29 @@ def _scores_of_data(taught: dict[str, Dataset]) -> dict[str, np.ndarray]:
     return found
 
 
-def missing_scores_lines(teacher: TeacherConfig, train: DatasetDict, base: ModelConfig) -> list[str]:
-    """Per teacher that is a model: how much it has to read before the first step."""
-    rows, lines = sum(map(len, with_negatives(train).values())), []
+def missing_scores_lines(teacher: TeacherConfig, train: Mapping[str, Dataset], base: ModelConfig) -> list[str]:
+    """Per teacher: what it teaches, and how much a model has to read before the first step."""
+    if teacher.passages == "batch":
+        texts = len({text for rows in train.values() for role in roles_of(rows.column_names) for text in rows[role]})
+        return [
+            f"teacher   {one.model or one.kind}: {texts:,} different texts to compare"
+            for one in teacher.teachers.values()
+        ]
+    taught, lines = with_negatives(train), []
+    rows = sum(map(len, taught.values()))
     for key, one in teacher.teachers.items():
-        if one.kind not in KINDS_OF_MODELS:
-            lines.append(f"teacher   {one.kind}: {rows:,} rows with negatives to teach")
-            continue
-        try:
-            missing = ScoreStore(TeacherFiles(key, one, base)).missing(train)
-        except HubUnreachable:
-            lines.append(f"teacher   needs the hub: {one.model}")
-            continue
-        lines.append(
-            f"teacher   {one.model}: {rows:,} rows with negatives to teach, {len(missing):,} pairs to score first"
-        )
+        name = one.model or one.kind
+        if one.kind == "data":
+            scored = sum(len(each) - each[LABEL].count(None) for each in taught.values() if LABEL in each.column_names)
+            lines.append(f"teacher   data: {scored:,} of {rows:,} rows with negatives have scores to teach")
+        elif one.kind == "bm25":
+            lines.append(f"teacher   bm25: {rows:,} rows with negatives to teach")
+        else:
+            try:
+                missing = ScoreStore(TeacherFiles(key, one, base)).missing(train)
+                lines.append(
+                    f"teacher   {name}: {rows:,} rows with negatives to teach, {len(missing):,} pairs to score first"
+                )
+            except HubUnreachable:
+                lines.append(f"teacher   needs the hub: {name}")
     return lines

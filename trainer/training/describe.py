@@ -8,7 +8,7 @@ from torch import nn
 from trainer.config import FROM_SCRATCH, Config, is_commit, is_local
 from trainer.data.choosing import choice_words
 from trainer.data.mining import mining_words
-from trainer.data.roles import LABEL
+from trainer.data.roles import LABEL, negatives_of
 from trainer.data.tokens import Tokeniser
 from trainer.data.training_data import TrainingData
 from trainer.encoding.windows import measure_lengths, reads_in_windows
@@ -72,15 +72,13 @@ def data_lines(config: Config, data: TrainingData, last: int) -> Iterator[str]:
 
 def unused_scores_lines(data: TrainingData) -> Iterator[str]:
     """Sets that bring a teacher's scores which nothing is taught with."""
-    for name, rows in data.train.items():
-        if LABEL in rows.column_names:
-            yield in_columns(
-                "teacher", f"{name}: its scores are not used; loss.teacher: {{kind: data}} would learn from them"
-            )
+    for name, subsets in data.subsets.items():
+        if any(LABEL in data.train[subset].column_names for subset in subsets if subset in data.train):
+            yield in_columns("teacher", f"{name}: its scores are not used, for no teacher is of kind data")
 
 
 def teacher_lines(config: Config, data: TrainingData) -> Iterator[str]:
-    """How several teachers' scores become one, and on which passages queries are taught."""
+    """How several teachers' scores become one, on which passages queries are taught, and what a teacher cannot tell."""
     teacher = config.loss.teacher
     assert teacher is not None
     if teacher.passages == "batch" or teacher.models is not None:
@@ -88,6 +86,13 @@ def teacher_lines(config: Config, data: TrainingData) -> Iterator[str]:
         where = "all passages of a batch" if teacher.passages == "batch" else "the passages of each row"
         how = ", each teacher's normalized per query" if teacher.normalizes else ""
         yield in_columns("teacher", f"{names}, on {where}{how}")
+    if teacher.normalizes and teacher.passages == "row":
+        lone = sum(len(rows) for rows in data.train.values() if len(negatives_of(rows.column_names)) == 1)
+        if lone:
+            yield (
+                f"Warning: loss.teacher: {lone:,} rows have one negative; normalized scores of two passages are 0 and 1, "
+                "whatever the teachers' margin. Give rows more negatives, or set passages: batch"
+            )
 
 
 def _either(counts: Iterable[str]) -> str:

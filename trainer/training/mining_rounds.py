@@ -28,18 +28,24 @@ def steps_of_rounds(data: TrainingData, last: int) -> list[int]:
 
 
 def mine_again(
-    config: Config, data: TrainingData, run: Run, start: Start, device: str, echo: Callable[[str], None]
+    config: Config, data: TrainingData, run: Run, start: Start, last: int, device: str, echo: Callable[[str], None]
 ) -> None:
     """Give each set the negatives of its newest round, mined with that round's checkpoint where this was not done yet.
 
+    last: the run's last step.
     Raises ConfigError when a round's negatives are gone, and so is the checkpoint that would find them again.
     """
     for name, to_mine in data.to_mine.items():
-        number = to_mine.settings.round_at(start.step)
+        rounds = to_mine.settings.steps_of_rounds(last)
+        files = {step: run.folder / "mined" / f"{name}-step-{step}.parquet" for step in rounds}
+        for step, file in files.items():
+            if step > start.step and is_first():  # of a model that is trained anew from here
+                file.unlink(missing_ok=True)
+        number = sum(step <= start.step for step in rounds)
         if not number:
             continue
-        step = number * (to_mine.settings.every or 0)
-        file = run.folder / "mined" / f"{name}-step-{step}.parquet"
+        step = rounds[number - 1]
+        file = files[step]
         is_new = from_first(not file.is_file() if is_first() else None)
         if is_new and start.step != step:
             raise ConfigError(
@@ -51,7 +57,7 @@ def mine_again(
         if is_new:
             own = int(to_mine.is_mined.sum())
             when = f"round {number} of {to_mine.settings.rounds}, after step {step}"
-            echo(in_columns("mining", f"{name}: {when}: {changed:,} other negatives in {own:,} rows"))
+            echo(in_columns("mining", f"{name}: {when}: {changed:,} negatives are others than BM25's, in {own:,} rows"))
 
 
 def _mine(to_mine: ToMine, config: Config, start: Start, device: str) -> pa.Table:

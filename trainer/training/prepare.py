@@ -25,7 +25,7 @@ from trainer.hub.download import HubUnreachable
 from trainer.losses.build import build_loss
 from trainer.losses.statistics import BatchStatistics
 from trainer.losses.teacher_vectors import batch_scores
-from trainer.losses.teachers import add_teacher_scores, missing_scores_lines
+from trainer.losses.teachers import add_teacher_scores, check_teachable, missing_scores_lines
 from trainer.models.attention import choose_attention, plan_attention
 from trainer.models.build import build_model, document_idf, fetch_base_model, load_model
 from trainer.models.compiled import compile_networks
@@ -134,7 +134,7 @@ def make_parts(loaded: LoadedConfig, decisions: Decisions, run: Run | None = Non
     device, reason = decide_device(config, decisions, must_exist=run is not None)
     base, data, progress = load(loaded, decisions, run, start)
     if run:
-        mine_again(config, data, run, start, device, decisions.echo)
+        mine_again(config, data, run, start, progress.steps, device, decisions.echo)
     teacher = decide_teacher(config, data, device, decisions, score=run is not None)
     model = make_model(config, base, data, start, device if run else "cpu", decisions)
     decisions.add(*describe.model_lines(config, base, model))
@@ -250,15 +250,18 @@ def decide_teacher(
     if teacher is None:
         return None
     decisions.add(*describe.teacher_lines(config, data))
+    if not data.unreachable:
+        check_teachable(data.train, teacher)
     if not score:
         decisions.add(*missing_scores_lines(teacher, data.train, config.model))
         return None
+    sets = {name: {subset: data.train[subset] for subset in subsets} for name, subsets in data.subsets.items()}
     if teacher.passages == "batch":
-        data.batch_scores, record = batch_scores(
-            data.train, teacher, device, decisions.add, config.model, data.languages
-        )
-        return record
-    return add_teacher_scores(data.train, teacher, device, decisions.add, config.model, data.languages)
+        data.batch_scores, record = batch_scores(sets, teacher, device, decisions.add, config.model, data.languages)
+    else:
+        taught, record = add_teacher_scores(sets, teacher, device, decisions.add, config.model, data.languages)
+        data.train.update(taught)
+    return record
 
 
 def make_model(
