@@ -18,7 +18,7 @@ from trainer.hub.cache import cached_table
 from trainer.models.build import load_model
 from trainer.runs.run import Run
 from trainer.system.distributed import from_first, is_first
-from trainer.system.progress_bar import encoding, in_columns
+from trainer.system.progress_bar import going_on, in_columns
 from trainer.training.resume import Start
 
 
@@ -66,8 +66,7 @@ def _mine(to_mine: ToMine, config: Config, start: Start, device: str) -> pa.Tabl
     fuse(model, device)
     if config.model.long_documents == "windows":
         read_in_windows(model)
-    texts = len(to_mine.search.passages)
-    with encoding(model[0], in_columns("mining", "passages"), texts) as progress:
+    with going_on(in_columns("mining", "encoding"), len(to_mine.search.passages), "passages") as progress:
         return to_mine.mine(model, config.training.per_device_eval_batch_size, progress)
 
 
