@@ -29,7 +29,7 @@ from trainer.config.schema import DatasetsConfig, LocalSource
 from trainer.config.tree import Origin
 from trainer.data.batches import MixedBatches
 from trainer.data.loading import load_data
-from trainer.data.rows import LABEL
+from trainer.data.roles import LABEL
 from trainer.losses.build import build_csr_loss
 from trainer.losses.dims_controller import DimsController
 from trainer.losses.regularizers import Step
@@ -228,12 +228,15 @@ def resumed(trained_once, tmp_path_factory):
     (four / "qrels.dev.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"{n}\t{n}\t1\n" for n in range(4)))
     asked = []
 
-    def add_teacher_scores(train_sets, teacher, *_):
+    def add_teacher_scores(sets, teacher, *_):
         asked.append(teacher)
-        for name, rows in train_sets.items():
-            if "negative" in rows.column_names:
-                train_sets[name] = rows.add_column(LABEL, [[1.0, 0.0]] * len(rows))
-        return {"model": teacher.model}
+        subsets = {name: rows for subsets in sets.values() for name, rows in subsets.items()}
+        taught = {
+            name: rows.add_column(LABEL, [[1.0, 0.0]] * len(rows))
+            for name, rows in subsets.items()
+            if "negative" in rows.column_names
+        }
+        return taught, {"model": teacher.model}
 
     def choose_device(config):
         asked.append(config.hardware.device)

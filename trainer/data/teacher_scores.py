@@ -15,7 +15,6 @@ class TextVectors:
     """[different queries, width], dense or sparse."""
     passages: Any
     """[different passages, width]."""
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,7 @@ class BatchScores:
     """The weighted mean of all teachers' scores."""
 
     teachers: list[TextVectors]
+    weights: list[float]
     queries: np.ndarray
     """[rows]: which of the different queries a row has."""
     passages: np.ndarray
@@ -36,7 +36,7 @@ class BatchScores:
         for teacher in self.teachers:
             found = teacher.queries[queries] @ teacher.passages[passages].T
             scores.append(found.toarray() if sp.issparse(found) else found.astype(np.float32))
-        return mean_scores(scores, [teacher.weight for teacher in self.teachers], normalize=self.normalize)
+        return mean_scores(scores, self.weights, normalize=self.normalize)
 
 
 def mean_scores(scores: list[np.ndarray], weights: list[float], *, normalize: bool) -> np.ndarray:

@@ -21,7 +21,6 @@ from trainer.models.weights import loading
 Pair = tuple[str, str]
 Score = Callable[[list[Pair]], np.ndarray]
 Encode = Callable[[list[str], str], Any]  # texts of a side, "query" or "document": [texts, width], dense or sparse
-KINDS_OF_MODELS = ("cross-encoder", "dense", "sparse")
 
 
 class TeacherFiles:
@@ -45,19 +44,12 @@ class TeacherFiles:
         prompts = quoted(self.prompts)
         return digest(identity(self.snapshot), self.teacher.kind, *([prompts] if prompts else []))
 
-    def load_scorer(self, device: str) -> tuple[Score, Any]:
-        """How it scores pairs, and the module that all of its texts go through."""
-        if self.teacher.kind == "cross-encoder":
-            return self._cross_encoder(device)
-        encode_side, module = self.load_encoder(device)
-        return partial(_scores_of_vectors, encode_side), module
-
     def load_encoder(self, device: str) -> tuple[Encode, Any]:
         """How it encodes texts, so that dot products are its scores, and the module that all of them go through."""
         return self._dense(device) if self.teacher.kind == "dense" else self._sparse(device)
 
-    def _cross_encoder(self, device: str) -> tuple[Score, Any]:
-        """Reads a query and a passage together (arXiv 1901.04085); scores are logits."""
+    def load_cross_encoder(self, device: str) -> tuple[Score, Any]:
+        """How it scores pairs, by logits (arXiv 1901.04085), and the module that all of its texts go through."""
         from sentence_transformers import CrossEncoder
         from torch import nn
 
@@ -105,13 +97,10 @@ class TeacherFiles:
             )
 
 
-def _scores_of_vectors(encode_side: Encode, pairs: list[Pair]) -> np.ndarray:
-    """[pairs]: each different text is encoded once."""
-    vectors = []
-    for place, side in enumerate(("query", "document")):
-        texts = {text: number for number, text in enumerate(dict.fromkeys(pair[place] for pair in pairs))}
-        vectors.append(encode_side(list(texts), side)[[texts[pair[place]] for pair in pairs]])
-    return row_products(*vectors)
+def record_of(teacher: TeacherModel, files: TeacherFiles | None) -> dict[str, Any]:
+    """What run.json holds of a teacher. files: None for one that is no model."""
+    model = {"model": teacher.model, "identity": identity(files.snapshot)} if files else {}
+    return {**model, "kind": teacher.kind}
 
 
 def row_products(queries: Any, passages: Any) -> np.ndarray:

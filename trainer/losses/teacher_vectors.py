@@ -19,8 +19,8 @@ from trainer.config.schema import ModelConfig, TeacherConfig
 from trainer.data.bm25 import BM25Index
 from trainer.data.roles import passages_of
 from trainer.data.teacher_scores import BatchScores, TextVectors
-from trainer.hub.cache import cached_table, digest, folder_of, identity
-from trainer.losses.teacher_models import Encode, TeacherFiles
+from trainer.hub.cache import cached_table, digest, folder_of
+from trainer.losses.teacher_models import Encode, TeacherFiles, record_of
 from trainer.system.distributed import processes_here, wait
 from trainer.system.progress_bar import encoding, in_columns
 
@@ -78,18 +78,15 @@ def batch_scores(
     vectors: dict[str, list[TextVectors]] = {name: [] for name in sets}
     records: list[dict[str, Any]] = []
     for key, one in teacher.teachers.items():
-        if one.kind == "bm25":
-            for name, each in texts.items():
-                vectors[name].append(bm25_vectors(each, languages, one.weight))
-            records.append({"kind": one.kind})
-            continue
-        encode = _Encoder(TeacherFiles(key, one, base), device, echo)
+        files = TeacherFiles(key, one, base) if one.model else None
+        encoder = Encoder(files, device, echo) if files else None
         for name, each in texts.items():
-            queries = encode(each.different_queries, "query", name)
-            vectors[name].append(TextVectors(queries, encode(each.different_passages, "document", name), one.weight))
-        records.append({"model": one.model, "identity": identity(encode.files.snapshot), "kind": one.kind})
+            found = encoder.vectors(name, each) if encoder else bm25_vectors(each, languages)
+            vectors[name].append(found)
+        records.append(record_of(one, files))
+    weights = [one.weight for one in teacher.teachers.values()]
     scores = {
-        subset: BatchScores(vectors[name], each.queries[subset], each.passages[subset], teacher.normalizes)
+        subset: BatchScores(vectors[name], weights, each.queries[subset], each.passages[subset], teacher.normalizes)
         for name, each in texts.items()
         for subset in each.queries
     }
@@ -99,7 +96,7 @@ def batch_scores(
     }
 
 
-def bm25_vectors(texts: Texts, languages: Languages, weight: float = 1.0) -> TextVectors:
+def bm25_vectors(texts: Texts, languages: Languages) -> TextVectors:
     """Vectors whose dot products are BM25's scores among the set's passages of a query's language.
 
     Between two languages they are 0. languages: of the rows of each subset.
@@ -126,7 +123,7 @@ def bm25_vectors(texts: Texts, languages: Languages, weight: float = 1.0) -> Tex
     sides = [
         sp.hstack([empty, *found], format="csr") for empty, found in zip(nothing, (queries, passages), strict=True)
     ]
-    return TextVectors(sides[0], sides[1], weight)
+    return TextVectors(sides[0], sides[1])
 
 
 def _at(places: Sequence[int], vectors: sp.csr_array, count: int) -> sp.csr_array:
@@ -136,7 +133,7 @@ def _at(places: Sequence[int], vectors: sp.csr_array, count: int) -> sp.csr_arra
 
 
 # ------------------------------------------------------------------------------------------- vectors of models
-class _Encoder:
+class Encoder:
     """Vectors of a teacher, which is loaded once; kept in parts of TEXTS_PER_PART texts by their content."""
 
     def __init__(self, files: TeacherFiles, device: str, echo: Callable[[str], None]) -> None:
@@ -145,8 +142,13 @@ class _Encoder:
         self.folder = Path(cache).expanduser() / files.digest if cache else folder_of("teacher", files.digest)
         self._loaded: tuple[Encode, Any] | None = None
 
-    def __call__(self, texts: list[str], side: str, name: str) -> Any:
-        """[texts, width], dense or sparse. name: of the set, for the progress."""
+    def vectors(self, name: str, texts: Texts) -> TextVectors:
+        """Those of a set. name: the set's, for the progress."""
+        queries = self._encode(texts.different_queries, "query", name)
+        return TextVectors(queries, self._encode(texts.different_passages, "document", name))
+
+    def _encode(self, texts: list[str], side: str, name: str) -> Any:
+        """[texts, width], dense or sparse."""
         parts = [texts[start : start + TEXTS_PER_PART] for start in range(0, len(texts), TEXTS_PER_PART)]
         places = [self.folder / f"{side}-{digest(*part)}.parquet" for part in parts]
         missing = [(part, place) for part, place in zip(parts, places, strict=True) if not place.is_file()]

@@ -13,11 +13,11 @@ from datasets import Dataset
 from trainer.config import ConfigError, one_line
 from trainer.config.schema import ModelConfig, TeacherConfig
 from trainer.data.roles import LABEL, negatives_of, passages_of, roles_of
-from trainer.data.teacher_scores import mean_scores
-from trainer.hub.cache import cached_table, digest, folder_of, identity
+from trainer.data.teacher_scores import TextVectors, mean_scores
+from trainer.hub.cache import cached_table, digest, folder_of
 from trainer.hub.download import HubUnreachable
-from trainer.losses.teacher_models import KINDS_OF_MODELS, Pair, Score, TeacherFiles, row_products
-from trainer.losses.teacher_vectors import Languages, Texts, bm25_vectors
+from trainer.losses.teacher_models import Pair, Score, TeacherFiles, record_of, row_products
+from trainer.losses.teacher_vectors import Encoder, Languages, Texts, bm25_vectors
 from trainer.system.distributed import processes_here, wait
 from trainer.system.progress_bar import encoding, in_columns
 
@@ -101,8 +101,9 @@ def add_teacher_scores(
     """The subsets with negatives, with the teachers' scores of each row's passages as its label, null where a row has none;
     and what run.json records.
 
-    Only pairs that were never scored go through a model, each process of a machine taking its share. A teacher that is
-    the base model has the prompts of `base`, the config's model. Raises ConfigError when no row can be taught.
+    Only pairs that a cross-encoder has never scored go through it, each process of a machine taking its share; other
+    models encode each text once. A teacher that is the base model has the prompts of `base`, the config's model. Raises
+    ConfigError when no row can be taught.
 
     Args:
         sets: the subsets of each set.
@@ -114,14 +115,16 @@ def add_teacher_scores(
     scores: dict[str, list[np.ndarray]] = {name: [] for name in taught}
     records, pairs_scored = [], 0
     for key, one in teacher.teachers.items():
-        if one.kind in KINDS_OF_MODELS:
-            files = TeacherFiles(key, one, base)
-            found, count = _scores_of_model(train, files, device, echo)
-            pairs_scored += count
-            records.append({"model": one.model, "identity": identity(files.snapshot), "kind": one.kind})
+        files = TeacherFiles(key, one, base) if one.model else None
+        if one.kind == "data":
+            found = _scores_of_data(taught)
+        elif files is None:
+            found = _scores_of_vectors(sets, lambda _, texts: bm25_vectors(texts, languages or {}))
+        elif one.kind == "cross-encoder":
+            found, pairs_scored = _scores_of_cross_encoder(train, files, device, echo)
         else:
-            found = _scores_of_bm25(sets, languages or {}) if one.kind == "bm25" else _scores_of_data(taught)
-            records.append({"kind": one.kind})
+            found = _scores_of_vectors(sets, Encoder(files, device, echo).vectors)
+        records.append(record_of(one, files))
         for name in taught:
             scores[name].append(found[name])
     weights = [one.weight for one in teacher.teachers.values()]
@@ -136,7 +139,7 @@ def add_teacher_scores(
     return taught, {"teachers": records, "rows": rows_taught, "pairs_scored": pairs_scored}
 
 
-def _scores_of_model(
+def _scores_of_cross_encoder(
     train: Mapping[str, Dataset], files: TeacherFiles, device: str, echo: Callable[[str], None]
 ) -> tuple[dict[str, np.ndarray], int]:
     """[rows, passages] of each set, and how many pairs had to be scored."""
@@ -148,10 +151,8 @@ def _scores_of_model(
     if parts:
         echo(f"teacher   {model}: scoring {len(missing):,} pairs (kept in {store.folder})")
     if own := parts[rank :: processes_here()]:
-        score, network = files.load_scorer(device)
-        # a model that gives each text a vector reads at most two texts for each pair
-        share = processes_here() / (1 if files.teacher.kind == "cross-encoder" else 2)
-        with encoding(network, in_columns("teacher", str(model)), len(missing), "pairs", share) as progress:
+        score, network = files.load_cross_encoder(device)
+        with encoding(network, in_columns("teacher", str(model)), len(missing), "pairs", processes_here()) as progress:
             for number, part in enumerate(own, 1):
                 store.add(part, score)
                 progress.reach(min(number * PAIRS_PER_PART * processes_here(), len(missing)))
@@ -163,15 +164,17 @@ def _scores_of_model(
     return found, len(missing)
 
 
-def _scores_of_bm25(sets: Mapping[str, Mapping[str, Dataset]], languages: Languages) -> dict[str, np.ndarray]:
+def _scores_of_vectors(
+    sets: Mapping[str, Mapping[str, Dataset]], vectors_of: Callable[[str, Texts], TextVectors]
+) -> dict[str, np.ndarray]:
     found = {}
-    for subsets in sets.values():
+    for name, subsets in sets.items():
         texts = Texts.of(subsets)
-        vectors = bm25_vectors(texts, languages)
-        for name, queries in texts.queries.items():
+        vectors = vectors_of(name, texts)
+        for subset, queries in texts.queries.items():
             asked = vectors.queries[queries]
-            columns = [row_products(asked, vectors.passages[column]) for column in texts.passages[name].T]
-            found[name] = np.stack(columns, axis=1)
+            columns = [row_products(asked, vectors.passages[column]) for column in texts.passages[subset].T]
+            found[subset] = np.stack(columns, axis=1)
     return found
 
 
@@ -202,14 +205,13 @@ def missing_scores_lines(teacher: TeacherConfig, train: Mapping[str, Dataset], b
         if one.kind == "data":
             scored = sum(len(each) - each[LABEL].count(None) for each in taught.values() if LABEL in each.column_names)
             lines.append(f"teacher   data: {scored:,} of {rows:,} rows with negatives have scores to teach")
-        elif one.kind == "bm25":
-            lines.append(f"teacher   bm25: {rows:,} rows with negatives to teach")
-        else:
-            try:
-                missing = ScoreStore(TeacherFiles(key, one, base)).missing(train)
-                lines.append(
-                    f"teacher   {name}: {rows:,} rows with negatives to teach, {len(missing):,} pairs to score first"
-                )
-            except HubUnreachable:
-                lines.append(f"teacher   needs the hub: {name}")
+            continue
+        line = f"teacher   {name}: {rows:,} rows with negatives to teach"
+        try:
+            files = TeacherFiles(key, one, base) if one.model else None
+            if files and one.kind == "cross-encoder":
+                line += f", {len(ScoreStore(files).missing(train)):,} pairs to score first"
+            lines.append(line)
+        except HubUnreachable:
+            lines.append(f"teacher   needs the hub: {name}")
     return lines

@@ -6,7 +6,8 @@ from typing import Any
 from sentence_transformers.sparse_encoder import SparseEncoderModelCardData
 
 from trainer.config import Config
-from trainer.data.roles import LABEL
+
+SCORES = "label"  # the column, as the library calls it
 
 
 @dataclass
@@ -18,8 +19,8 @@ class CardData(SparseEncoderModelCardData):
 
     def compute_dataset_metrics(self, dataset: Any, dataset_info: dict[str, Any], *args: Any, **kwargs: Any) -> dict:
         """Sizes and lengths of a data set, without sample rows, and without a teacher's scores, which some rows lack."""
-        if LABEL in dataset.column_names:
-            dataset = dataset.remove_columns(LABEL)
+        if SCORES in dataset.column_names:
+            dataset = dataset.remove_columns(SCORES)
         info = super().compute_dataset_metrics(dataset, dataset_info, *args, **kwargs)
         return {key: value for key, value in info.items() if "example" not in key}
 
