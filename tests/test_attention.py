@@ -16,6 +16,7 @@ from tests.test_models import config_of
 from tests.test_remote_code import PINNED
 from trainer.config import ConfigError, load_config
 from trainer.data.batches import text_ids
+from trainer.data.roles import side_of
 from trainer.data.tokens import TokenCollator, Tokeniser
 from trainer.encoding.fuse import fuse, is_fused
 from trainer.models import attention as module
@@ -341,12 +342,12 @@ def test_packed_features_are_those_of_the_library(tmp_path, flash, write, archit
     throughput = Throughput({"query"} if routes else ())
     columns = []
     for role in texts.column_names:
-        theirs = model.preprocess([texts[n][role] for n in (2, 0, 3)], task=routes.get(role))
+        theirs = model.preprocess([texts[n][role] for n in (2, 0, 3)], task=routes.get(side_of(role)))
         ours = {key.removeprefix(f"{role}_"): value for key, value in batch.items() if key.startswith(f"{role}_")}
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             assert torch.equal(ours[key], value) if torch.is_tensor(value) else ours[key] == value, key
-        assert ("attention_mask" in ours) == (routes.get(role) == "query")
+        assert ("attention_mask" in ours) == (routes.get(side_of(role)) == "query")
         columns.append(ours)
     throughput.add(columns)
     assert throughput.totals().rows == 3

@@ -78,6 +78,7 @@ def test_vectors_are_those_that_the_dense_model_gives_for_the_texts_themselves(t
     assert found >= 2
 
 
+@pytest.mark.slow
 def test_a_run_that_reads_vectors_learns_what_a_run_that_encodes_every_batch_does(tmp_path, monkeypatch):
     lines, losses, weights = trained(tmp_path, monkeypatch, "once")
     others, expected, expected_weights = trained(tmp_path, monkeypatch, "each", once=False)

@@ -20,7 +20,7 @@ from tests.standins import COMMIT, write_norbert
 from tests.test_models import build_from, config_of
 from tests.test_upload import hub_environment
 from trainer.config import Config, ConfigError, load_config, render
-from trainer.config.schema import HubSource, LocalSource
+from trainer.config.schema import HubSource, LocalSource, OneOfTeachers
 from trainer.encoding.stock import encode_both, open_model
 from trainer.models.build import save_model
 from trainer.publish.local_paths import FILE_KEYS, LocalPaths
@@ -192,7 +192,7 @@ def test_hub_names_prompts_and_numbers_stay_as_they_are(tmp_path, monkeypatch):
 def test_every_text_of_the_schema_is_known_to_name_files_or_not():
     plain = {
         "revision", "query", "document", "anchor", "positive", "negative", "subset", "split", "eval_split", "language",
-        "model_name", "license", "tags", "repo", "code_sha256",
+        "model_name", "license", "tags", "repo", "code_sha256", "scores", "positive_scores", "negative_scores",
     }  # fmt: skip
     named = set()
 
@@ -209,7 +209,7 @@ def test_every_text_of_the_schema_is_known_to_name_files_or_not():
                     walk(kind)
 
     walk(Config)
-    for section in (LocalSource, HubSource):  # which the schema reaches by names of the user's
+    for section in (LocalSource, HubSource, OneOfTeachers):  # which the schema reaches by names of the user's
         walk(section)
     assert named - plain == set(FILE_KEYS)
 

@@ -85,6 +85,7 @@ def test_one_with_code_of_its_own_too(tmp_path, shape):
         build(tmp_path, trained, FREE)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_it_and_the_plan_says_so(trained):
     """Without a rate, `train` gives back the base's weights; with one, they have moved."""
     still = ("--set", "training.learning_rate=1e-30", "--set", "training.query_learning_rate=1e-30")

@@ -16,7 +16,7 @@ from trainer.config import ConfigError
 from trainer.config.schema import TeacherConfig
 from trainer.data import mining
 from trainer.hub.download import Snapshot
-from trainer.losses.teachers import TEACHERS
+from trainer.losses.teacher_models import TeacherFiles
 
 NEEDS_CODE = "Alibaba-NLP/gte-multilingual-base"
 COMMIT = "ca1791e0bcc104f6db161f27de1340241b13c5a4"
@@ -88,9 +88,10 @@ def test_code_beside_a_model_runs_neither_for_dense_nor_teacher_nor_mining(harmf
     said = refused(load_dense, str(harmful), False)
     assert said.endswith(f"to run it: --dense {harmful} --trust-remote-code")
     snapshot = Snapshot(str(harmful), harmful, None)
-    for kind, load in TEACHERS.items():
+    for kind in ("cross-encoder", "dense", "sparse"):
+        files = TeacherFiles("loss.teacher", TeacherConfig(model=str(harmful), kind=kind), None)
         with contextlib.suppress(ConfigError):
-            load(snapshot, TeacherConfig(model=str(harmful), kind=kind), "cpu", None)
+            (files.load_cross_encoder if kind == "cross-encoder" else files.load_encoder)("cpu")
     refused(mining.load_dense, snapshot, "datasets.a.mine.model", {}, "cpu")
     assert not ran.exists()
     load_dense(str(harmful), True)  # the code is one that would run

@@ -12,8 +12,7 @@ from tests.checkpoints import write_bert, write_dense, write_modernbert, write_r
 from tests.test_models import build_from, config_of
 from trainer.config import ConfigError
 from trainer.config.schema import TeacherConfig
-from trainer.hub.download import Snapshot
-from trainer.losses.teachers import load_cross_encoder
+from trainer.losses.teacher_models import TeacherFiles
 from trainer.models.build import save_model
 
 WRITE = {"bert": write_bert, "roberta": write_roberta, "modernbert": write_modernbert}
@@ -84,12 +83,11 @@ def test_a_cross_encoder_without_its_classifier_is_refused(tmp_path, part):
     bert = write_bert(tmp_path / "bert")
     BertForSequenceClassification.from_pretrained(bert, num_labels=1).save_pretrained(tmp_path / "teacher")
     AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "teacher")
-    snapshot = Snapshot(str(tmp_path / "teacher"), tmp_path / "teacher", None)
-    teacher = TeacherConfig(model=str(tmp_path / "teacher"), kind="cross-encoder")
-    load_cross_encoder(snapshot, teacher, "cpu", None)
+    files = TeacherFiles("loss.teacher", TeacherConfig(model=str(tmp_path / "teacher"), kind="cross-encoder"), None)
+    files.load_cross_encoder("cpu")
     rename(tmp_path / "teacher", part, None)
     with pytest.raises(ConfigError, match=rf"lacks weights of BertForSequenceClassification.*{part}.*\.bias"):
-        load_cross_encoder(snapshot, teacher, "cpu", None)
+        files.load_cross_encoder("cpu")
 
 
 def test_a_model_that_is_evaluated_may_lack_no_weights_either(tmp_path):

@@ -40,13 +40,13 @@ class SetSummary:
     rows: int
     triplets: int
     pairs: int
-    several: dict[str, int]  # rows with so many negatives, most first, of those that are neither triplets nor pairs
     eval_rows: int
     languages: dict[str, int]
     left_out: dict[str, int]
     eval_left_out: dict[str, int]
     revisions: dict[str, str | None]
     fingerprint: str
+    several: dict[str, int] = field(default_factory=dict)  # the other rows by their number of negatives, most first
     mined: dict[str, int | str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # what was not read, and what of the texts is not as it came
     rows_seen: int = 0
@@ -123,8 +123,9 @@ class TrainingData:
             self._first_lengths[subset] = self._tokenise(subset, rows, tokeniser, windows).longest_passages()
         for subsets in self.subsets.values():
             for subset in subsets:
-                tokens = self._tokenise(subset, self.train[subset], tokeniser, windows)
-                self.tokens[subset] = replace(tokens, batch_scores=self.batch_scores.get(subset))
+                self.tokens[subset] = self._tokenise(subset, self.train[subset], tokeniser, windows)
+                if subset in self.batch_scores:
+                    self.tokens[subset] = replace(self.tokens[subset], batch_scores=self.batch_scores[subset])
             if queries > 1 or any(subset in self.first_mined for subset in subsets):
                 self._add_further_queries(subsets, queries, seed)
         for subset, rows in self.eval.items():
