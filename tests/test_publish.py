@@ -215,6 +215,7 @@ def test_every_text_of_the_schema_is_known_to_name_files_or_not():
 
 
 # ---------------------------------------------------------------------------------- the check
+@pytest.mark.slow
 def test_a_dry_run_checks_the_vectors_lists_the_files_with_their_sizes_and_leaves_nothing_behind(trained, monkeypatch):
     monkeypatch.setattr("trainer.publish.publish.upload", lambda *arguments, **settings: pytest.fail("uploaded"))
     before = set(trained.rglob("*"))

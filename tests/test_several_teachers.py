@@ -213,6 +213,7 @@ def test_over_a_batch_kl_compares_all_passages_for_every_query(tmp_path, further
 
 
 # ------------------------------------------------------------------------------------------- runs
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", ["", "objective: kl"])
 def test_a_run_learns_from_scores_that_some_rows_have(tmp_path, monkeypatch, settings):
     monkeypatch.chdir(tmp_path)

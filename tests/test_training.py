@@ -195,6 +195,7 @@ assert not any(name.split(".")[0] == "trainer" for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_a_saved_model_gives_the_same_vectors_in_a_fresh_process_without_our_code(trained, tmp_path_factory):
     folder = trained / RUN / "final"
     elsewhere = tmp_path_factory.mktemp("elsewhere")

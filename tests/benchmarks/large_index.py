@@ -1,7 +1,7 @@
 """Query latency of trained models in a large index, whose posting lists are as long as the models make them.
 
-The passages of a real corpus are encoded, and drawn with replacement until the index has PASSAGES. Models take turns, query
-by query, on one core.
+The passages of a real corpus are encoded in windows, and drawn with replacement until the index has PASSAGES. Models take
+turns, query by query, on one core.
 
     python -m tests.benchmarks.large_index path/to/beir_folder models/one/final models/other/final
 """
@@ -18,6 +18,7 @@ from trainer.data.beir import read_search_set
 from trainer.encoding.encode import encode
 from trainer.encoding.fuse import fuse
 from trainer.encoding.inverted_index import InvertedIndex
+from trainer.encoding.windows import read_in_windows
 
 PASSAGES, DEPTH, ROUNDS = 200_000, 10, 5
 
@@ -30,6 +31,7 @@ def main(folder: str, *models: str) -> None:
     for name in models:
         model = SparseEncoder(name, device="cpu")
         fuse(model, "cpu")
+        read_in_windows(model)
         passages = encode(model, list(search.corpus.values()), "document", 16)
         indexes[name] = InvertedIndex(passages[drawn])
         queries[name] = encode(model, list(search.queries.values()), "query", 32)
