@@ -70,7 +70,7 @@ def test_two_windows_of_one_passage_keep_its_number_so_that_no_batch_holds_both(
     seen = []
 
     class Tokeniser:
-        def rows(self, name, rows, ids, content):
+        def rows(self, name, rows, ids, content=None):
             seen.append((rows["positive"], ids[:, 1].tolist(), content))
 
     data.tokenise(Tokeniser(), BestWindows(model))

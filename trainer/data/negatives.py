@@ -112,10 +112,10 @@ def count_negatives(table: pa.Table) -> np.ndarray:
     return counts
 
 
-def with_at_most(table: pa.Table, most: int) -> pa.Table:
-    """The same rows; one with more than `most` negatives becomes several, which share them in order."""
+def with_at_most(table: pa.Table, most: int | None) -> pa.Table:
+    """The same rows; one with more than `most` negatives becomes several, which share them in order. None: no limit."""
     names, counts = negatives_of(table.column_names), count_negatives(table)
-    if counts.max(initial=0) <= most:
+    if most is None or counts.max(initial=0) <= most:
         return table
     parts = np.maximum(1, -(-counts // most))
     rows = np.repeat(np.arange(len(parts)), parts)

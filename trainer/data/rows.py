@@ -151,14 +151,13 @@ def _rows_of(table: pa.Table, columns: Columns, language: str | None, where: str
     reading = Reading()
     found = negatives_in(table.column_names, columns)
     scored = {key: columns[key] for key in SCORES if key in columns}
-    needed = [columns["anchor"], columns["positive"]]
-    needed += [columns[key] for key in SCORES if key in columns]
-    if "negative" in columns and columns["negative"] != "negative" and not found:
+    needed = [columns["anchor"], columns["positive"], *scored.values()]
+    if "negative" in columns and columns["negative"] != "negative" and not found:  # a name of the user's own
         needed.append(columns["negative"])
     for column in needed:
         if column not in table.column_names:
             raise ConfigError(f"{where}: there is no column '{column}'. It has: {', '.join(table.column_names)}")
-    read = {*needed, *found, *scored.values(), language}
+    read = {*needed, *found, language}
     reading.pass_over("columns", (column for column in table.column_names if column not in read))
     positives = _cells_of(table, [columns["positive"]], reading, where)
     negatives = _cells_of(table, found, reading, where)

@@ -27,6 +27,7 @@ from trainer.data.buckets import next_length
 from trainer.data.forward_passes import ForwardPasses
 from trainer.data.further_queries import FurtherQueries
 from trainer.data.roles import LABEL, roles_of, side_of
+from trainer.data.rows import fingerprint
 from trainer.data.teacher_scores import BatchScores
 from trainer.data.token_file import TEXTS_PER_PART, TokenFile
 from trainer.hub.cache import folder_of
@@ -197,9 +198,7 @@ class TokenRows:
 
     columns: list[Column]
     labels: np.ndarray | None = None  # [rows, passages]: teachers' scores, NaN in a row that has none
-    batch_scores: BatchScores | None = (
-        None  # instead of labels: teachers' scores of all queries and passages of a batch
-    )
+    batch_scores: BatchScores | None = None  # instead of labels: of all queries and passages of a batch
     further: FurtherQueries | None = None  # None: every passage has its row's query alone
 
     def __len__(self) -> int:
@@ -272,8 +271,9 @@ class Tokeniser:
         self.texts = self.tokens = self.texts_found = self.bytes = 0
         self.seconds = 0.0
 
-    def rows(self, name: str, dataset: Dataset, ids: np.ndarray, content: str) -> TokenRows:
-        """The token ids of a set of rows. ids: what text_ids gives for it. content: a hash of its texts.
+    def rows(self, name: str, dataset: Dataset, ids: np.ndarray, content: str | None = None) -> TokenRows:
+        """The token ids of a set of rows. ids: what text_ids gives for it. content: a hash of its texts;
+        None: it is computed where ids are stored.
 
         Raises ConfigError when the model reads something else than token ids, or the ids cannot be written to disk.
         """
@@ -288,6 +288,7 @@ class Tokeniser:
             texts = partial(_take, dataset, [roles[place] for place in places], first)
             path = None
             if self.keep and len(used) >= MIN_TEXTS_ON_DISK:
+                content = content or fingerprint(dataset.select_columns(roles).with_format("arrow")[:])
                 key = key_of(module, task, f"{content}/{name}/{places}", prompt)
                 path = folder_of("tokens") / f"{name}_{key[:16]}.arrow"
             file = self._stored(path) or self._tokenised(name, texts(), module, preprocess, path)

@@ -19,7 +19,7 @@ from trainer.data.forward_passes import forward_passes_of, padding
 from trainer.data.further_queries import FurtherQueries, answers_of
 from trainer.data.negatives import by_count, with_at_most
 from trainer.data.roles import ANCHOR, LABEL, negatives_of, passages_of, roles_of
-from trainer.data.rows import fingerprint, text_numbers
+from trainer.data.rows import text_numbers
 from trainer.data.self_mining import ToMine
 from trainer.data.teacher_scores import BatchScores
 from trainer.data.tokens import Tokeniser, TokenRows
@@ -132,8 +132,10 @@ class TrainingData:
             self.eval_tokens[subset] = self._tokenise(subset, rows, tokeniser, windows)
 
     def _tokenise(self, subset: str, rows: Dataset, tokeniser: Tokeniser, windows: BestWindows | None) -> TokenRows:
-        read = windows.rows(rows) if windows else rows
-        return tokeniser.rows(subset, read, text_ids(read), fingerprint(read.with_format("arrow")[:]))
+        if windows:
+            rows = windows.rows(rows)
+        is_whole = rows is self.train.get(subset)
+        return tokeniser.rows(subset, rows, self.text_ids(subset) if is_whole else text_ids(rows))
 
     def _add_further_queries(self, subsets: list[str], most: int, seed: int) -> None:
         numbered = text_numbers([self.train[subset].with_format("arrow")[:] for subset in subsets])
@@ -170,8 +172,7 @@ class TrainingData:
 
     def replace_mined(self, name: str, table: pa.Table, config: Config) -> None:
         """Give a set's rows the negatives of a later mining. Their batches stay those of the first one."""
-        table = with_at_most(table, config.datasets.negatives_per_row or len(table.column_names))
-        for subset, part in by_count(name, table).items():
+        for subset, part in by_count(name, with_at_most(table, config.datasets.negatives_per_row)).items():
             self.first_mined[subset] = self.train[subset]
             self.train[subset] = Dataset(part.drop_columns("language"))
             self._text_ids.pop(subset, None)

@@ -1,6 +1,7 @@
 """The contrastive loss with in-batch negatives, and what a teacher's scores add to it."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from sentence_transformers import SparseEncoder
@@ -53,12 +54,9 @@ class RankingLoss(SparseMultipleNegativesRankingLoss):
             return scale * pairwise(queries, passages)
 
         # means over rows, so the mean over processes is that of all their rows
-        if teacher and teacher.passages == "batch":
-            pass  # _over_the_batch
-        elif teacher and teacher.objective == "kl":
-            self.distillation = SparseDistillKLDivLoss(model, scaled, temperature=teacher.temperature)
-        elif teacher:
-            self.distillation = SparseMarginMSELoss(model, scaled)
+        if teacher and teacher.passages == "row":
+            kl = partial(SparseDistillKLDivLoss, temperature=teacher.temperature)
+            self.distillation = (kl if teacher.objective == "kl" else SparseMarginMSELoss)(model, scaled)
 
     def compute_loss_from_embeddings(
         self, embeddings: Iterable[Tensor], labels: Tensor | None = None, shared: SharedPassages | None = None
@@ -101,11 +99,13 @@ class RankingLoss(SparseMultipleNegativesRankingLoss):
         """KL divergence of the softmaxes over all passages of this process, a mean over the queries of all processes."""
         student = (self.scale * self.similarity_fct(queries, passages) / temperature).log_softmax(1)
         teacher = (scores / temperature).log_softmax(1)
-        count = torch.tensor(float(len(queries)), device=queries.device)
-        if self.gather_across_devices:
-            count = all_gather(count.reshape(1)).mean()  # the gradients of processes are averaged
         total = functional.kl_div(student, teacher, reduction="sum", log_target=True)
-        return temperature**2 * total / count
+        return temperature**2 * total / self._queries_per_process(queries)
+
+    def _queries_per_process(self, queries: Tensor) -> Tensor:
+        """What a sum over a process's queries is divided by, since the gradients of processes are averaged."""
+        count = torch.tensor(float(len(queries)), device=queries.device)
+        return all_gather(count.reshape(1)).mean() if self.gather_across_devices else count
 
     def _over_shared_passages(self, queries: Tensor, passages: Tensor, shared: SharedPassages) -> Tensor:
         """The library's loss where a passage may answer several queries. Other answers to a query are left out.
@@ -114,11 +114,10 @@ class RankingLoss(SparseMultipleNegativesRankingLoss):
         vocabulary], of this process.
         """
         texts, targets = shared.passages, shared.targets
-        count = torch.tensor(float(len(queries)), device=texts.device)
+        count = self._queries_per_process(queries)
         if self.gather_across_devices:
             targets = targets + get_rank() * len(texts)
             passages, texts = all_gather_with_grad(passages), all_gather(texts)
-            count = all_gather(count.reshape(1)).mean()  # the gradients of processes are averaged
         is_answer = torch.zeros(len(queries), len(texts), dtype=torch.bool, device=texts.device)
         for answers in shared.answers.split(ANSWERS_AT_ONCE, dim=1):
             is_answer |= (answers.unsqueeze(2) == texts).any(1)

@@ -202,9 +202,8 @@ class SparseTrainer(SparseEncoderTrainer):
         kept = self.accelerator._dataloaders
         before = len(kept)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        del kept[
-            before:
-        ]  # the library keeps the loader of every evaluation, with its rows' order, to the end of the run
+        # the library keeps the loaders of every evaluation, with their rows' order, to the end of the run
+        del kept[before:]
         if eval_dataset is None and isinstance(self.eval_dataset, dict):
             rows = {name: len(dataset) for name, dataset in self.eval_dataset.items()}
             losses = [metrics[f"eval_{name}_loss"] * count for name, count in rows.items()]
