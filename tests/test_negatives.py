@@ -212,6 +212,10 @@ def test_rows_are_parted_by_their_negatives_and_a_rare_number_is_shared_among_ro
     assert {(row["anchor"], row["negative"]) for row in sets["mine-triplets"].to_pylist()} == {
         ("b", "3"), ("c", "6"), ("e", "7")
     }  # fmt: skip
+    # what is left of a row may be rare too: 5 of 3 + 2
+    threes = [(f"a{i}", f"p{i}", f"x{i}", f"y{i}", f"z{i}") for i in range(FEW)]
+    sets = by_count("mine", in_columns(*threes, ("b", "q", "1", "2", "3", "4", "5")))
+    assert {name: table.num_rows for name, table in sets.items()} == {"mine-3-negatives": FEW + 1, "mine-triplets": 2}
     # where all rows are of one kind, they stay as they are, however few
     assert [*by_count("mine", in_columns(*few))] == ["mine"]
 

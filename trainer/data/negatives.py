@@ -142,17 +142,14 @@ def by_count(name: str, table: pa.Table) -> dict[str, pa.Table]:
     A row whose number is rarer than FEW becomes several, of a smaller number that is not rare, and the rest of it: none of
     its negatives is lost. A set whose rows are all of one kind keeps its name.
     """
-    table = table.combine_chunks()
-    counts = count_negatives(table)
-    frequent = {1} | {
-        int(count) for count, rows in zip(*np.unique(counts, return_counts=True), strict=True) if rows >= FEW
-    }
-    for count in np.unique(counts)[::-1].tolist() if len(np.unique(counts)) > 1 else ():
-        if count > 1 and count not in frequent:
-            is_rare = pa.array(count_negatives(table) == count)
-            smaller = max(other for other in frequent if 0 < other < count)
-            parts = [table.filter(pc.invert(is_rare)), with_at_most(table.filter(is_rare), smaller)]
-            table = pa.concat_tables(parts, promote_options="default").combine_chunks()
+    kinds, sizes = np.unique(count_negatives(table), return_counts=True)
+    frequent = {1, *kinds[sizes >= FEW].tolist()}
+    while len(kinds) > 1 and (rare := [count for count in kinds.tolist() if count > 1 and count not in frequent]):
+        is_rare = pa.array(count_negatives(table) == rare[-1])
+        smaller = max(other for other in frequent if 0 < other < rare[-1])
+        parts = [table.filter(pc.invert(is_rare)), with_at_most(table.filter(is_rare), smaller)]
+        table = pa.concat_tables(parts, promote_options="default")
+        kinds = np.unique(count_negatives(table))
     return _parted(name, table)
 
 
@@ -166,10 +163,11 @@ def parted_like(name: str, table: pa.Table, kinds: Collection[int]) -> tuple[dic
     for number, role in enumerate(negatives_of(table.column_names)):
         column = pc.if_else(pa.array(kept > number), table[role], pa.scalar(None, pa.string()))
         table = table.set_column(table.column_names.index(role), role, column)
-    return _parted(name, table.combine_chunks()), int((counts - kept).sum())
+    return _parted(name, table), int((counts - kept).sum())
 
 
 def _parted(name: str, table: pa.Table) -> dict[str, pa.Table]:
+    table = table.combine_chunks()
     counts = count_negatives(table)
     kinds = np.unique(counts)[::-1].tolist()
     return {
